@@ -1,0 +1,66 @@
+"""Domain exceptions. No errno here: the only domain -> errno table is mount/errnos.py.
+
+Every message is one line that names the thing and the way out, and never holds a secret.
+"""
+
+from __future__ import annotations
+
+
+class FusecacheError(Exception):
+    """Base of all errors that a user may see; `str()` of it is fit to print."""
+
+
+class ConfigError(FusecacheError):
+    """A wrong option, file or value: names the file, line and key where there is one."""
+
+
+class MountError(FusecacheError):
+    """The mountpoint, the kernel or the privileges do not allow the mount."""
+
+
+class OriginError(FusecacheError):
+    """The object storage failed; `temporary` says whether the same request may succeed later."""
+
+    temporary = False
+
+
+class NotFoundError(OriginError):
+    """The object, or the bucket, does not exist (404)."""
+
+
+class AccessDeniedError(OriginError):
+    """The credentials do not allow it, also after one refresh (401, 403)."""
+
+
+class VersionChangedError(OriginError):
+    """The object is no longer the version that was asked for (412, another ETag or generation)."""
+
+
+class TemporaryOriginError(OriginError):
+    """Worth a retry: connection reset, timeout, truncated body, 500, 502, 504."""
+
+    temporary = True
+
+
+class ThrottledError(TemporaryOriginError):
+    """The origin asked us to slow down (429, 503); `retry_after` is in seconds, if it said so."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class UnavailableError(OriginError):
+    """Retries went on until the deadline: the last temporary error is its `__cause__`."""
+
+
+class StoreError(FusecacheError):
+    """The block store can't do it; never an error to a reader: the loader passes the store over."""
+
+
+class StoreFullError(StoreError):
+    """No space can be reserved, also after eviction."""
+
+
+class CancelledReadError(FusecacheError):
+    """The reader went away (interrupt, release, shutdown) before its bytes came."""
