@@ -1,0 +1,8 @@
+"""The node's block store: sparse files, block checksums, space accounting, eviction, pins."""
+
+from fusecache.store.info import ObjectInfo, StoreUsage
+from fusecache.store.locks import Claim
+from fusecache.store.object import StoredObject
+from fusecache.store.store import Store
+
+__all__ = ["Claim", "ObjectInfo", "Store", "StoreUsage", "StoredObject"]

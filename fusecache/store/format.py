@@ -1,0 +1,240 @@
+"""The on-disk format of the store: every byte that outlives a process is laid out here, and nowhere else.
+
+    <cache>/format            "fusecache store 1\\nblock_size 1048576\\n"
+    <cache>/lock              flock'ed (LOCK_EX) around creation, replacement and eviction of an object's
+    files <cache>/ledger            space accounting of all processes, see LEDGER_* <cache>/index/
+    diskcache (SQLite), JSON values: a mirror for a fast start, rebuilt from the files <cache>/data/<2
+    hex>/<object id>.data     sparse, exactly the object's size <cache>/data/<2 hex>/<object id>.blocks
+    header, one xxh3_64 per block (0: absent), identity as JSON
+
+Integers are little-endian. Files are read through shared mappings and written with pwrite, so that a full or
+failing disk is an OSError and never a SIGBUS. Pure: no I/O in this module.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+
+import xxhash
+
+from fusecache.blocks import block_count
+from fusecache.types import ObjectVersion
+
+FORMAT_VERSION = 1
+PAGE = 4096
+"""Space is accounted in these units: what ext4, XFS and tmpfs allocate by."""
+
+BLOCKS_MAGIC = b"FCBLOCKS"
+HEADER_SIZE = 128
+CHECKSUM_SIZE = 8
+
+# magic, version, block size, object size, generation, identity bytes | then the xxh3 of those and the
+# identity
+_FIXED = struct.Struct("<8sIIQQQ")
+_FIXED_SUM = struct.Struct("<Q")
+# boot id, last use in ns since the epoch, repairs, clean, pinned, accesses
+_STATE = struct.Struct("<16sQIBBB")
+STATE_OFFSET = _FIXED.size + _FIXED_SUM.size
+BOOT_ID_OFFSET = STATE_OFFSET
+LAST_USE_OFFSET = STATE_OFFSET + 16
+REPAIRS_OFFSET = STATE_OFFSET + 24
+CLEAN_OFFSET = STATE_OFFSET + 28
+PINNED_OFFSET = STATE_OFFSET + 29
+ACCESSES_OFFSET = STATE_OFFSET + 30
+
+LEDGER_MAGIC = b"FCLEDGER"
+LEDGER_SLOTS = 255
+LEDGER_SLOT_SIZE = 32
+LEDGER_SIZE = (LEDGER_SLOTS + 1) * LEDGER_SLOT_SIZE
+_LEDGER_HEADER = struct.Struct("<8sIIq")
+_LEDGER_SLOT = struct.Struct("<QQQQ")
+_LEDGER_WORDS = struct.Struct(f"<{LEDGER_SIZE // 8}Q")
+LEDGER_CORRECTION_OFFSET = 16
+
+
+@dataclass(frozen=True)
+class Header:
+    """The part of a .blocks file that never changes. `generation` is drawn at random when it is created."""
+
+    block_size: int
+    object_size: int
+    generation: int
+    identity: bytes
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks, and so of checksums."""
+        return block_count(self.object_size, self.block_size)
+
+    @property
+    def file_size(self) -> int:
+        """Length in bytes of the .blocks file."""
+        return HEADER_SIZE + CHECKSUM_SIZE * self.blocks + len(self.identity)
+
+
+@dataclass(frozen=True)
+class State:
+    """The part of a .blocks file's header that changes.
+
+    `boot_id` and `clean` say that every checksum in the file was verified or written during that boot and
+    that the last process to have the object open closed it. `repairs` counts the blocks that were found bad
+    and cleared. `accesses` (0-3) and `last_use_ns` feed eviction.
+    """
+
+    boot_id: bytes = bytes(16)
+    last_use_ns: int = 0
+    repairs: int = 0
+    clean: bool = False
+    pinned: bool = False
+    accesses: int = 0
+
+    def pack(self) -> bytes:
+        """The bytes at STATE_OFFSET."""
+        return _STATE.pack(
+            self.boot_id, self.last_use_ns, self.repairs & 0xFFFFFFFF, self.clean, self.pinned, self.accesses
+        )
+
+
+@dataclass(frozen=True)
+class LedgerSlot:
+    """What one process did to the directory, in bytes: committed and evicted since the ledger began (they
+    outlive the process) and reserved now (void as soon as nobody holds the slot's lock). `pid` is for people
+    only."""
+
+    committed: int = 0
+    evicted: int = 0
+    reserved: int = 0
+    pid: int = 0
+
+    def pack(self) -> bytes:
+        """The 32 bytes of the slot."""
+        return _LEDGER_SLOT.pack(self.committed, self.evicted, self.reserved, self.pid)
+
+
+def pack_format(block_size: int) -> bytes:
+    """Contents of the `format` file."""
+    return f"fusecache store {FORMAT_VERSION}\nblock_size {block_size}\n".encode()
+
+
+def parse_format(text: bytes) -> int | None:
+    """Block size in bytes of a `format` file of this version, else None."""
+    lines = text.decode("utf-8", "replace").split("\n")
+    if len(lines) < 2 or lines[0] != f"fusecache store {FORMAT_VERSION}":
+        return None
+    name, _, value = lines[1].partition(" ")
+    return int(value) if name == "block_size" and value.isdecimal() else None
+
+
+def pack_identity(version: ObjectVersion) -> bytes:
+    """The object version that a .blocks file belongs to, so that the store can be read without its index."""
+    fields = [version.origin, version.key, version.etag, version.size, version.mtime_ns]
+    return json.dumps(fields, separators=(",", ":")).encode("ascii")
+
+
+def parse_identity(text: bytes) -> ObjectVersion | None:
+    """Reverse of `pack_identity`; None for anything else."""
+    try:
+        origin, key, etag, size, mtime_ns = json.loads(text)
+    except (ValueError, TypeError):
+        return None
+    if not all(isinstance(x, str) for x in (origin, key, etag)):
+        return None
+    if not (isinstance(size, int) and isinstance(mtime_ns, int)):
+        return None
+    return ObjectVersion(origin, key, etag, size, mtime_ns)
+
+
+def pack_blocks_file(header: Header, state: State) -> bytes:
+    """A new .blocks file with every block absent."""
+    fixed = _FIXED.pack(
+        BLOCKS_MAGIC,
+        FORMAT_VERSION,
+        header.block_size,
+        header.object_size,
+        header.generation,
+        len(header.identity),
+    )
+    digest = xxhash.xxh3_64_intdigest(fixed + header.identity)
+    head = (fixed + _FIXED_SUM.pack(digest) + state.pack()).ljust(HEADER_SIZE, b"\0")
+    return head + bytes(CHECKSUM_SIZE * header.blocks) + header.identity
+
+
+def parse_header(data: bytes | memoryview) -> Header | None:
+    """Header of a whole .blocks file; None when it is torn, foreign, of another version or of a wrong
+    length."""
+    if len(data) < HEADER_SIZE:
+        return None
+    magic, version, block_size, object_size, generation, length = _FIXED.unpack_from(data)
+    if magic != BLOCKS_MAGIC or version != FORMAT_VERSION or not block_size or length > len(data):
+        return None
+    identity = bytes(data[len(data) - length :])
+    header = Header(block_size, object_size, generation, identity)
+    (digest,) = _FIXED_SUM.unpack_from(data, _FIXED.size)
+    if len(data) != header.file_size:
+        return None
+    if digest != xxhash.xxh3_64_intdigest(bytes(data[: _FIXED.size]) + identity):
+        return None
+    return header
+
+
+def parse_state(data: bytes | memoryview) -> State:
+    """State in a .blocks file of which at least HEADER_SIZE bytes are given."""
+    boot_id, last_use_ns, repairs, clean, pinned, accesses = _STATE.unpack_from(data, STATE_OFFSET)
+    return State(boot_id, last_use_ns, repairs, bool(clean), bool(pinned), min(accesses, 3))
+
+
+def checksum_offset(block: int) -> int:
+    """Where in a .blocks file the checksum of `block` is; a multiple of 8."""
+    return HEADER_SIZE + CHECKSUM_SIZE * block
+
+
+def pack_checksum(checksum: int) -> bytes:
+    """0 means absent, hence a block whose checksum is 0 is recorded as 1."""
+    return (checksum or 1).to_bytes(CHECKSUM_SIZE, "little")
+
+
+def overhead(header: Header) -> int:
+    """Bytes that an object takes on the disk beside its blocks: the .blocks file and the tail of the last
+    page."""
+    return -(-header.file_size // PAGE) * PAGE + -header.object_size % PAGE
+
+
+def pack_ledger() -> bytes:
+    """A new ledger."""
+    return _LEDGER_HEADER.pack(LEDGER_MAGIC, FORMAT_VERSION, LEDGER_SLOTS, 0).ljust(LEDGER_SIZE, b"\0")
+
+
+def valid_ledger(data: bytes | memoryview) -> bool:
+    """Whether these are the bytes of a ledger of this version."""
+    if len(data) != LEDGER_SIZE:
+        return False
+    magic, version, slots, _ = _LEDGER_HEADER.unpack_from(data)
+    return bool(magic == LEDGER_MAGIC and version == FORMAT_VERSION and slots == LEDGER_SLOTS)
+
+
+def ledger_correction(data: bytes | memoryview) -> int:
+    """Bytes, signed, that the last recount found the slots to be off by."""
+    return int(_LEDGER_HEADER.unpack_from(data)[3])
+
+
+def pack_correction(correction: int) -> bytes:
+    """The bytes at LEDGER_CORRECTION_OFFSET."""
+    return struct.pack("<q", correction)
+
+
+def sum_slots(data: bytes | memoryview) -> tuple[int, int, int]:
+    """Bytes committed, evicted and reserved over all slots of a ledger."""
+    words = _LEDGER_WORDS.unpack_from(data)
+    return sum(words[4::4]), sum(words[5::4]), sum(words[6::4])
+
+
+def ledger_slot_offset(slot: int) -> int:
+    """Where slot `slot` (from 0) is in the ledger."""
+    return (slot + 1) * LEDGER_SLOT_SIZE
+
+
+def parse_slot(data: bytes | memoryview, slot: int) -> LedgerSlot:
+    """Slot `slot` of a ledger."""
+    return LedgerSlot(*_LEDGER_SLOT.unpack_from(data, ledger_slot_offset(slot)))

@@ -1,0 +1,92 @@
+"""Whether the disk under the store works: one that failed is bypassed, probed and re-admitted.
+
+There is no thread: the next caller that wants space after PROBE_INTERVAL does the probe, all others pass by.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+_log = logging.getLogger(__name__)
+
+PROBE_INTERVAL = 5.0
+"""Seconds between two probes of a sick disk."""
+_PROBE_BYTES = 1 << 20  # a block: a few bytes would still fit on a full disk
+
+_SICK = frozenset(
+    (
+        errno.EIO,
+        errno.EROFS,
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.ENODEV,
+        errno.ENXIO,
+        errno.ESTALE,
+        errno.EACCES,
+    )
+)
+
+
+class Health:
+    """State of the disk that holds `directory`. Thread-safe. `clock` is in seconds, monotonic."""
+
+    def __init__(self, directory: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = directory / f".probe.{os.getpid()}"
+        self._directory = directory
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._probe_at = 0.0
+        self.sick = False
+
+    def failed(self, error: OSError) -> None:
+        """Tell of a failed call; errors that say nothing about the disk (EMFILE) don't count."""
+        if error.errno not in _SICK:
+            _log.warning("cache directory %s: %s", self._directory, error.strerror)
+            return
+        with self._lock:
+            self._probe_at = self._clock() + PROBE_INTERVAL
+            was, self.sick = self.sick, True
+        if not was:
+            _log.warning(
+                "cache directory %s is bypassed: %s; reads go on without it and it is tried again every %g s",
+                self._directory,
+                error.strerror,
+                PROBE_INTERVAL,
+            )
+
+    def usable(self) -> bool:
+        """Whether to use the disk; probes a sick one when that is due."""
+        if not self.sick:
+            return True
+        with self._lock:
+            if not self.sick:
+                return True
+            if self._clock() < self._probe_at:
+                return False
+            # the others go on without the disk while this caller probes
+            self._probe_at = self._clock() + PROBE_INTERVAL
+        try:
+            self._probe()
+        except OSError:
+            return False
+        with self._lock:
+            self.sick = False
+        _log.info("cache directory %s works again", self._directory)
+        return True
+
+    def _probe(self) -> None:
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.pwrite(fd, bytes(_PROBE_BYTES), 0)
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)

@@ -1,0 +1,36 @@
+"""What the store tells about itself: plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fusecache.types import ObjectId, ObjectVersion
+
+
+@dataclass(frozen=True)
+class StoreUsage:
+    """Figures of a cache directory. `used` and `limit` are in bytes, over all processes on the directory;
+    `used` holds the blocks, what is reserved for blocks on their way, and the files' own overhead (a few KiB
+    per object). `evictions` (objects) and `corrupt_blocks` are counted since this process started."""
+
+    used: int
+    limit: int
+    objects_complete: int
+    objects_partial: int
+    evictions: int
+    corrupt_blocks: int
+    sick: bool
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """One object version in the store. `present_bytes` counts verified and unverified blocks; `last_use` is
+    in seconds since the epoch; `open_count` counts this process's opens only."""
+
+    id: ObjectId
+    version: ObjectVersion
+    present_bytes: int
+    complete: bool
+    pinned: bool
+    last_use: float
+    open_count: int

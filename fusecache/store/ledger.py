@@ -1,0 +1,205 @@
+"""Space accounting that all processes on a cache directory share, and that a kill -9 at any instant leaves
+valid.
+
+Theory of operation: one small file with a slot per process. A process writes only its own slot (bytes
+committed, evicted, reserved) and reads all of them, so nothing is locked on the way:
+
+    used = correction + sum(committed - evicted) over all slots + sum(reserved) over the slots of living
+    processes
+
+- A slot is owned by whoever holds the OFD lock on its byte; the kernel drops it with the process (a pid
+  would mean nothing between the containers that share a directory). The next owner goes on with the counters
+  and voids `reserved`.
+- reserve() publishes first and checks then: two processes may both find the directory full and back off, but
+  never both pass. (Check first: A reads used, B reads used, A adds, B adds, and the limit is exceeded.)
+- A block is counted before it is marked present, and an eviction after its unlink: a crash in between leaves
+  the count too high, which costs an early eviction, never the limit. `recount` (by the background scan)
+  mends it.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fusecache.errors import StoreError
+from fusecache.store import format, locks
+
+_RECOUNT_BYTE = format.LEDGER_SLOTS
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over all slots in bytes, at one moment."""
+
+    committed: int
+    evicted: int
+    reserved: int
+    correction: int
+
+    @property
+    def stored(self) -> int:
+        """Bytes in the store, without what is only reserved."""
+        return max(0, self.correction + self.committed - self.evicted)
+
+
+class Ledger:
+    """This process's slot in the ledger at `path`, and the sums over all of them. Thread-safe.
+
+    `lock_fd` is the directory's lock file, held by the caller during construction. Raises StoreError when
+    all slots are taken and OSError when the file can't be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.Lock()
+        self.fresh = False
+        self._fd = self._open(path)
+        try:
+            self._map = mmap.mmap(self._fd, format.LEDGER_SIZE, mmap.MAP_SHARED, mmap.PROT_READ)
+            self._view = memoryview(self._map)
+            self._index = self._take_slot(path)
+            old = format.parse_slot(self._view, self._index)
+            self._slot = replace(old, reserved=0, pid=os.getpid())
+            self._write()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _open(self, path: Path) -> int:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            pass
+        else:
+            if format.valid_ledger(os.pread(fd, format.LEDGER_SIZE + 1, 0)):
+                return fd
+            os.close(fd)
+        # fresh: whatever is stored is uncounted until a recount
+        self.fresh = True
+        temporary = path.with_suffix(".tmp")
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.pwrite(fd, format.pack_ledger(), 0)
+            os.fsync(fd)
+            os.rename(temporary, path)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _take_slot(self, path: Path) -> int:
+        for index in range(format.LEDGER_SLOTS):
+            if locks.try_lock_bytes(self._fd, index):
+                return index
+        raise StoreError(
+            f"cache directory {path.parent} is in use by {format.LEDGER_SLOTS} processes: give some of them another cache_dir"
+        )
+
+    def _write(self) -> None:
+        if self._fd >= 0:
+            os.pwrite(self._fd, self._slot.pack(), format.ledger_slot_offset(self._index))
+
+    def tally(self) -> Tally:
+        """The sums now. Reservations of dead processes count until `drop_dead`."""
+        return Tally(*format.sum_slots(self._view), format.ledger_correction(self._view))
+
+    def used(self) -> int:
+        """Bytes stored and reserved."""
+        tally = self.tally()
+        return tally.stored + tally.reserved
+
+    def drop_dead(self) -> bool:
+        """Void what dead processes had reserved; True when that was anything."""
+        dropped = False
+        for index in range(format.LEDGER_SLOTS):
+            slot = format.parse_slot(self._view, index)
+            if index == self._index or not slot.reserved or not locks.try_lock_bytes(self._fd, index):
+                continue
+            slot = format.parse_slot(self._view, index)
+            os.pwrite(self._fd, replace(slot, reserved=0).pack(), format.ledger_slot_offset(index))
+            locks.unlock_bytes(self._fd, index)
+            dropped = True
+        return dropped
+
+    def reserve(self, nbytes: int, limit: int) -> int:
+        """Reserve `nbytes` and return 0, or reserve nothing and return by how many bytes `limit` is
+        exceeded."""
+        with self._lock:
+            self._slot = replace(self._slot, reserved=self._slot.reserved + nbytes)
+            self._write()
+        excess = self.used() - limit
+        if excess <= 0:
+            return 0
+        self.unreserve(nbytes)
+        return excess
+
+    def unreserve(self, nbytes: int) -> None:
+        """Give `nbytes` of this process's reservation back."""
+        with self._lock:
+            self._slot = replace(self._slot, reserved=max(0, self._slot.reserved - nbytes))
+            self._write()
+
+    def commit(self, nbytes: int, reserved: int) -> None:
+        """Count `nbytes` as stored, of which `reserved` were reserved before."""
+        with self._lock:
+            old = self._slot
+            self._slot = replace(
+                old, committed=old.committed + nbytes, reserved=max(0, old.reserved - reserved)
+            )
+            self._write()
+
+    def evict(self, nbytes: int) -> None:
+        """Count `nbytes` as gone."""
+        with self._lock:
+            self._slot = replace(self._slot, evicted=self._slot.evicted + nbytes)
+            self._write()
+
+    def start_recount(self) -> Tally | None:
+        """To be called before the files are counted; None: another process is counting."""
+        if not locks.try_lock_bytes(self._fd, _RECOUNT_BYTE):
+            return None
+        return self.tally()
+
+    def finish_recount(self, before: Tally, counted: int | None) -> int:
+        """Correct the sums by what a walk over all files counted in bytes; returns the change (None: walk
+        given up).
+
+        Others commit and evict during the walk, and it may or may not have seen each of these. What was
+        stored at the end is therefore at least `counted` - evicted since, and at most `counted` + committed
+        since + what was reserved at the start (a block counted but not yet marked is still reserved): the
+        sums are moved into these bounds, which meet when the directory was quiet.
+        """
+        try:
+            if counted is None:
+                return 0
+            now = self.tally()
+            low = counted - (now.evicted - before.evicted)
+            high = counted + (now.committed - before.committed) + before.reserved
+            raw = now.correction + now.committed - now.evicted
+            change = min(max(raw, low), high) - raw
+            if change:
+                correction = format.pack_correction(now.correction + change)
+                os.pwrite(self._fd, correction, format.LEDGER_CORRECTION_OFFSET)
+            return change
+        finally:
+            locks.unlock_bytes(self._fd, _RECOUNT_BYTE)
+
+    def close(self) -> None:
+        """Void this process's reservations and give the slot back."""
+        with self._lock:
+            if self._fd < 0:
+                return
+            self._slot = replace(self._slot, reserved=0)
+            try:
+                self._write()
+            except OSError as error:
+                if error.errno not in (errno.EIO, errno.EROFS, errno.ENOSPC):
+                    raise
+            self._view.release()
+            self._map.close()
+            os.close(self._fd)
+            self._fd = -1

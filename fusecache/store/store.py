@@ -1,0 +1,375 @@
+"""The node's block store: which object versions are in the cache directory, room for more, and who has to go.
+
+Promises: a byte that it serves was verified against its checksum by this process; the byte limit and the
+free-space floor hold at all times, over all processes on the directory; kill -9 at any instant leaves a
+valid store; a broken disk is never an error to a reader. It does not fetch anything.
+
+Lock order: a StoredObject's lock, then `_lock`, then those of Records, Space and Ledger. `_lock` guards the
+table of open objects and is never held across I/O other than opening two files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Literal
+
+from fusecache.errors import ConfigError, StoreError
+from fusecache.store import files as fs
+from fusecache.store import format
+from fusecache.store.files import Layout
+from fusecache.store.health import Health
+from fusecache.store.info import ObjectInfo, StoreUsage
+from fusecache.store.ledger import Ledger
+from fusecache.store.object import Memory, Shared, StoredObject
+from fusecache.store.records import Records, from_summary
+from fusecache.store.scan import Scanner
+from fusecache.store.space import Space
+from fusecache.types import ObjectId, ObjectVersion
+
+_log = logging.getLogger(__name__)
+
+_WAIT = 10.0
+"""Seconds that questions about all objects wait for the index to be read, and close() for the scan to end."""
+
+
+class Store:
+    """The store in `directory`, which is made if its parent exists.
+
+    `limit` and `free_floor` are in bytes: at most so much is stored, and at least so much is left free on
+    the disk. `verify`: "start" hashes each block found on the disk before its first use by this process,
+    "boot" only after a reboot or when the object was not closed cleanly, "always" is like "start" here (the
+    loader asks again per read). Raises StoreError, or ConfigError, in one line that names the directory and
+    the way out.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        limit: int,
+        free_floor: int,
+        block_size: int = 1 << 20,
+        verify: Literal["start", "boot", "always"] = "start",
+    ) -> None:
+        self.directory = Path(directory)
+        self.block_size = block_size
+        self.verify_mode = verify
+        if limit <= 0 or free_floor < 0 or block_size <= 0 or block_size % format.PAGE:
+            raise ConfigError(
+                f"cache directory {directory}: cache_size must be above 0 and block_size a multiple of {format.PAGE}"
+            )
+        self._lock = threading.Lock()
+        self._open: dict[ObjectId, StoredObject] = {}
+        self._evictions = 0
+        self._corrupt_blocks = 0
+        self._corrupt_logged: set[ObjectId] = set()
+        self._closed = False
+        self._layout = _prepare(self.directory, block_size)
+        try:
+            self._ledger = _open_ledger(self._layout)
+        except BaseException:
+            self._layout.close()
+            raise
+        counted = threading.Event()
+        if not self._ledger.fresh or not any(os.scandir(self._layout.data)):
+            counted.set()
+        self._health = Health(self.directory)
+        self._records = Records()
+        self._space = Space(
+            self.directory,
+            self._ledger,
+            self._health,
+            limit=limit,
+            free_floor=free_floor,
+            evict=self._make_room,
+            counted=counted,
+        )
+        self._scanner = Scanner(
+            self._layout, self._ledger, self._health, self._records, self._is_open, counted
+        )
+        self._shared = Shared(
+            layout=self._layout,
+            ledger=self._ledger,
+            health=self._health,
+            space=self._space,
+            block_size=block_size,
+            boot_id=_boot_id(),
+            trust_boot=verify == "boot",
+            memory=Memory(),
+            closed=self._close_object,
+            corrupt=self._count_corrupt,
+            created=self._record,
+        )
+        self._scanner.start()
+
+    def open(self, version: ObjectVersion) -> StoredObject:
+        """Open an object version; while it is open it is never evicted. One StoredObject per version is
+        shared by all openers in this process; each closes it once. Files are made when space is first
+        reserved."""
+        with self._lock:
+            if self._closed:
+                raise StoreError(f"cache directory {self.directory} was closed")
+            stored = self._open.get(version.id)
+            if stored is None or stored.retired:
+                stored = self._open[version.id] = StoredObject(version, self._shared)
+            stored.open_count += 1
+            return stored
+
+    def _is_open(self, object_id: ObjectId) -> bool:
+        return object_id in self._open
+
+    def _close_object(self, stored: StoredObject) -> None:
+        object_id = stored.version.id
+        with self._lock:
+            stored.open_count -= 1
+            if stored.open_count > 0:
+                return
+            if self._open.get(object_id) is stored:
+                del self._open[object_id]
+        self._record(stored)
+        stored.release()
+        self._space.hope()
+
+    def _record(self, stored: StoredObject) -> None:
+        summary = stored.summary()
+        if summary is not None:
+            old = self._records.get(stored.version.id)
+            self._records.put(stored.version.id, from_summary(summary, main=old is not None and old.main))
+
+    def _count_corrupt(self, stored: StoredObject, block: int, in_place: bool) -> None:
+        object_id = stored.version.id
+        with self._lock:
+            self._corrupt_blocks += 1
+            first = object_id not in self._corrupt_logged
+            self._corrupt_logged.add(object_id)
+        if not in_place:
+            self._records.drop(object_id)
+        if first:
+            _log.warning(
+                "%s: block %d in the cache is damaged and is fetched again; check the disk of %s",
+                stored.version.key,
+                block,
+                self.directory,
+            )
+
+    # -- eviction
+
+    def _make_room(self, nbytes: int) -> int:
+        """Evict at least `nbytes`, as the policy says; 0 and nothing evicted if that can't be reached."""
+        self._scanner.loaded.wait(_WAIT)
+        if self._records.evictable_bytes(self._evictable) < nbytes:
+            self._scanner.refresh()
+            if self._records.evictable_bytes(self._evictable) < nbytes:
+                return 0
+        freed = 0
+        for object_id in self._records.victims(self._evictable):
+            freed += self._evict_one(object_id, forced=False)
+            if freed >= nbytes:
+                break
+        return freed
+
+    def _evictable(self, object_id: ObjectId) -> bool:
+        record = self._records.get(object_id)
+        return record is not None and not record.pinned and object_id not in self._open
+
+    def _evict_one(self, object_id: ObjectId, *, forced: bool) -> int:
+        """Bytes freed; 0: pinned, in use, or (unless `forced`) used since by another process."""
+        with self._layout.exclusive() as locked:
+            if not locked:
+                return 0
+            record = self._records.get(object_id)
+            summary = fs.summarize(self._layout, object_id)
+            if summary is not None and summary.state.pinned:
+                self._records.put(object_id, from_summary(summary))
+                return 0
+            if summary is not None and record is not None and not forced:
+                if summary.state.last_use_ns > record.last_use_ns:
+                    self._records.put(object_id, from_summary(summary, main=record.main))
+                    return 0
+            if object_id in self._open or not fs.discard_unused(self._layout, object_id):
+                return 0
+            stored = summary.stored_bytes if summary is not None else 0
+            self._ledger.evict(stored)
+        self._records.drop(object_id, evicted=not forced)
+        self._shared.memory.entries.pop(object_id, None)
+        if stored:
+            with self._lock:
+                self._evictions += 1
+        return stored
+
+    def evict(self, object_id: ObjectId) -> int:
+        """Evict one object; returns the bytes freed, 0 if it is not here. Raises StoreError when it is
+        pinned or in use by this or any other process."""
+        try:
+            freed = self._evict_one(object_id, forced=True)
+            if freed:
+                return freed
+            summary = fs.summarize(self._layout, object_id)
+        except OSError as error:
+            self._health.failed(error)
+            raise StoreError(f"cache directory {self.directory}: {error.strerror}") from error
+        if summary is None:
+            return 0
+        if summary.state.pinned:
+            raise StoreError(f"{summary.version.key} is pinned: unpin it first")
+        raise StoreError(f"{summary.version.key} is in use: close the programs that read it first")
+
+    def pin(self, object_id: ObjectId, pinned: bool) -> None:
+        """Keep an object from eviction, in all processes and after restarts, or let it go again. Raises
+        StoreError when nothing of it is in the store."""
+        try:
+            found = fs.set_pinned(self._layout, object_id, pinned)
+            summary = fs.summarize(self._layout, object_id)
+        except OSError as error:
+            self._health.failed(error)
+            raise StoreError(f"cache directory {self.directory}: {error.strerror}") from error
+        if not found or summary is None:
+            raise StoreError(f"object {object_id} is not in the cache: read it first")
+        old = self._records.get(object_id)
+        self._records.put(object_id, from_summary(summary, main=old is not None and old.main))
+        self._space.hope()
+
+    # -- what is there
+
+    def usage(self) -> StoreUsage:
+        """Figures for `fusecache status`. Just after the start they lack what the index did not tell yet."""
+        complete = partial = 0
+        for info in self._infos():
+            complete += info.complete
+            partial += not info.complete
+        return StoreUsage(
+            used=self._ledger.used(),
+            limit=self._space.limit,
+            objects_complete=complete,
+            objects_partial=partial,
+            evictions=self._evictions,
+            corrupt_blocks=self._corrupt_blocks,
+            sick=self._health.sick,
+        )
+
+    def objects(self) -> list[ObjectInfo]:
+        """Every object version in the store, of all processes, as far as it is known (see scan.py)."""
+        self._scanner.loaded.wait(_WAIT)
+        return self._infos()
+
+    def wait_scanned(self, timeout: float) -> bool:
+        """Wait until the background scan has seen every object; False after `timeout` seconds."""
+        return self._scanner.scanned.wait(timeout)
+
+    def _infos(self) -> list[ObjectInfo]:
+        with self._lock:
+            opened = dict(self._open)
+        infos = []
+        for object_id, record in self._records.snapshot():
+            stored = opened.get(object_id)
+            present = stored.cached_bytes() if stored else record.present_bytes
+            infos.append(
+                ObjectInfo(
+                    object_id,
+                    record.version,
+                    present,
+                    present == record.version.size,
+                    record.pinned,
+                    record.last_use_ns / 1e9,
+                    stored.open_count if stored else 0,
+                )
+            )
+        return infos
+
+    def close(self) -> None:
+        """Flush the index and let the directory go. Objects still open stay readable, but nothing more is
+        stored."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            opened = list(self._open.values())
+        for stored in opened:
+            stored.retired = True
+        self._scanner.stop(_WAIT)
+        self._ledger.close()
+        self._layout.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _boot_id() -> bytes:
+    text = Path("/proc/sys/kernel/random/boot_id").read_text("ascii")
+    return bytes.fromhex(text.strip().replace("-", ""))
+
+
+def _prepare(directory: Path, block_size: int) -> Layout:
+    """Make the directory's skeleton, or check what is there."""
+    if sys.byteorder != "little":
+        raise StoreError(f"cache directory {directory}: the store needs a little-endian machine")
+    try:
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
+        layout = Layout(directory)
+    except FileNotFoundError:
+        raise StoreError(
+            f"cache directory {directory}: its parent {directory.parent} does not exist: mount the disk or run mkdir -p {directory}"
+        ) from None
+    except NotADirectoryError:
+        raise StoreError(
+            f"cache directory {directory} is not a directory: choose another cache_dir"
+        ) from None
+    except OSError as error:
+        raise _unusable(directory, error) from error
+    try:
+        with layout.exclusive() as locked:
+            if not locked:
+                raise StoreError(
+                    f"cache directory {directory} is locked by a process that does not go on: end it (fuser {directory / 'lock'})"
+                )
+            _check_format(layout, block_size)
+            layout.data.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        layout.close()
+        raise _unusable(directory, error) from error
+    except BaseException:
+        layout.close()
+        raise
+    return layout
+
+
+def _unusable(directory: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"cache directory {directory} can't be used: {error.strerror}: free or permit it, or choose another cache_dir"
+    )
+
+
+def _check_format(layout: Layout, block_size: int) -> None:
+    directory = layout.directory
+    try:
+        found = format.parse_format(layout.format.read_bytes())
+    except FileNotFoundError:
+        temporary = layout.format.with_suffix(".tmp")
+        temporary.write_bytes(format.pack_format(block_size))
+        temporary.rename(layout.format)
+        return
+    if found is None:
+        raise StoreError(
+            f"cache directory {directory} was made by another version of fusecache: delete it or choose another cache_dir"
+        )
+    if found != block_size:
+        raise ConfigError(
+            f"cache directory {directory} holds blocks of {found} bytes: set block_size={found} or choose another cache_dir"
+        )
+
+
+def _open_ledger(layout: Layout) -> Ledger:
+    try:
+        with layout.exclusive():
+            return Ledger(layout.ledger)
+    except OSError as error:
+        raise _unusable(layout.directory, error) from error
