@@ -1,0 +1,60 @@
+"""A SeaweedFS S3 server on the loopback, with its data wherever the run keeps its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.processes import BenchmarkError, answers, free_port, program, run, running, wait_until
+from benchmarks.tools import Bucket
+from benchmarks.tools.s5cmd import S5cmd
+
+ACCESS_KEY = "benchmark"
+SECRET_KEY = "benchmark-secret"  # a throw-away server on the loopback
+
+
+@contextlib.contextmanager
+def s3_server(work: Path, bucket: str) -> Iterator[Bucket]:
+    """Serve an empty bucket for the length of the block; its data goes to `work` and is deleted after it."""
+    data = work / "seaweedfs"
+    data.mkdir(parents=True)
+    identity = {
+        "name": "benchmark",
+        "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
+        "actions": ["Admin", "Read", "List", "Tagging", "Write"],
+    }
+    config = data / "s3.json"
+    config.write_text(json.dumps({"identities": [identity]}))
+    master, volume, filer, s3 = (free_port(with_grpc=True) for _ in range(4))
+    command = [
+        program("weed"), "-logtostderr", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+        "-filer", "-s3", f"-s3.config={config}", f"-master.port={master}", f"-volume.port={volume}",
+        f"-filer.port={filer}", f"-s3.port={s3}", f"-filer.localSocket={data}/filer.sock",
+        "-master.telemetry=false", "-master.volumeSizeLimitMB=4096", "-volume.max=100", "-s3.iam=false",
+    ]  # fmt: skip
+    try:
+        with running(command, work / "seaweedfs.log") as process:
+            there = Bucket(f"http://127.0.0.1:{s3}", ACCESS_KEY, SECRET_KEY, bucket, "model")
+
+            def ready() -> bool:
+                if process.poll() is not None:
+                    raise BenchmarkError(f"weed exited: {(work / 'seaweedfs.log').read_text()[-600:]}")
+                if not answers(s3):
+                    return False
+                with contextlib.suppress(BenchmarkError):
+                    S5cmd().make_bucket(there)
+                    return True
+                return False
+
+            wait_until(ready, "the S3 server", 60)
+            yield there
+    finally:
+        shutil.rmtree(data, ignore_errors=True)
+
+
+def version() -> str:
+    """Version of the server, one line."""
+    return run([program("weed"), "version"], timeout=30).splitlines()[0].removeprefix("version ")
