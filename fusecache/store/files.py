@@ -14,6 +14,7 @@ import contextlib
 import mmap
 import os
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,9 @@ class Layout:
             yield False
             return
         try:
+            if self._lock_fd < 0:
+                yield False
+                return
             got = locks.wait_flock(self._lock_fd, LOCK_TIMEOUT)
             try:
                 yield got
@@ -91,6 +95,7 @@ class ObjectFiles:
         self.read_fd = read_fd
         self._blocks_fd = blocks_fd
         self._write_fd = -1
+        self._lock = threading.Lock()
         self._map = mmap.mmap(blocks_fd, header.file_size, mmap.MAP_SHARED, mmap.PROT_READ)
         self._view = memoryview(self._map)
         end = format.HEADER_SIZE + format.CHECKSUM_SIZE * header.blocks
@@ -131,13 +136,14 @@ class ObjectFiles:
     def write_fd(self, path: Path) -> int:
         """A writable descriptor of the very file that `read_fd` is; raises FileNotFoundError if it was
         replaced."""
-        if self._write_fd < 0:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            if not os.path.sameopenfile(fd, self.read_fd):
-                os.close(fd)
-                raise FileNotFoundError(path)
-            self._write_fd = fd
-        return self._write_fd
+        with self._lock:
+            if self._write_fd < 0:
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                if not os.path.sameopenfile(fd, self.read_fd):
+                    os.close(fd)
+                    raise FileNotFoundError(path)
+                self._write_fd = fd
+            return self._write_fd
 
     def at(self, path: Path) -> bool:
         """Whether `path` still leads to this data file."""
@@ -224,7 +230,7 @@ def create(layout: Layout, version: ObjectVersion, header: format.Header, boot_i
     """Make an object's files, replacing broken ones. To be called under the directory's lock, after `attach`
     failed."""
     path, blocks_path = layout.data_path(version.id), layout.blocks_path(version.id)
-    path.parent.mkdir(mode=0o700, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     for leftover in (blocks_path, path):
         leftover.unlink(missing_ok=True)
     fds: list[int] = []
@@ -238,7 +244,9 @@ def create(layout: Layout, version: ObjectVersion, header: format.Header, boot_i
         locks.try_flock(fds[0], exclusive=False)
         temporary = blocks_path.with_suffix(".new")
         fds.append(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
-        _write_all(fds[1], format.pack_blocks_file(header, format.State(boot_id=boot_id)))
+        _write_all(
+            fds[1], format.pack_blocks_file(header, format.State(boot_id=boot_id, last_use_ns=time.time_ns()))
+        )
         os.rename(temporary, blocks_path)
         files = ObjectFiles(header, fds[0], fds[1])
     except BaseException:

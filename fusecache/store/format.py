@@ -48,10 +48,12 @@ LEDGER_MAGIC = b"FCLEDGER"
 LEDGER_SLOTS = 255
 LEDGER_SLOT_SIZE = 32
 LEDGER_SIZE = (LEDGER_SLOTS + 1) * LEDGER_SLOT_SIZE
-_LEDGER_HEADER = struct.Struct("<8sIIq")
+# magic, version, slots, correction, whether the slots were ever counted against the files
+_LEDGER_HEADER = struct.Struct("<8sIIqI")
 _LEDGER_SLOT = struct.Struct("<QQQQ")
 _LEDGER_WORDS = struct.Struct(f"<{LEDGER_SIZE // 8}Q")
 LEDGER_CORRECTION_OFFSET = 16
+LEDGER_COUNTED_OFFSET = 24
 
 
 @dataclass(frozen=True)
@@ -201,22 +203,29 @@ def overhead(header: Header) -> int:
     return -(-header.file_size // PAGE) * PAGE + -header.object_size % PAGE
 
 
-def pack_ledger() -> bytes:
-    """A new ledger."""
-    return _LEDGER_HEADER.pack(LEDGER_MAGIC, FORMAT_VERSION, LEDGER_SLOTS, 0).ljust(LEDGER_SIZE, b"\0")
+def pack_ledger(*, counted: bool) -> bytes:
+    """A new ledger; `counted` says that nothing is stored yet."""
+    return _LEDGER_HEADER.pack(LEDGER_MAGIC, FORMAT_VERSION, LEDGER_SLOTS, 0, counted).ljust(
+        LEDGER_SIZE, b"\0"
+    )
 
 
 def valid_ledger(data: bytes | memoryview) -> bool:
     """Whether these are the bytes of a ledger of this version."""
     if len(data) != LEDGER_SIZE:
         return False
-    magic, version, slots, _ = _LEDGER_HEADER.unpack_from(data)
+    magic, version, slots, _, _ = _LEDGER_HEADER.unpack_from(data)
     return bool(magic == LEDGER_MAGIC and version == FORMAT_VERSION and slots == LEDGER_SLOTS)
 
 
 def ledger_correction(data: bytes | memoryview) -> int:
     """Bytes, signed, that the last recount found the slots to be off by."""
     return int(_LEDGER_HEADER.unpack_from(data)[3])
+
+
+def ledger_counted(data: bytes | memoryview) -> bool:
+    """Whether the ledger was ever counted against the files; until then its sums mean nothing."""
+    return bool(_LEDGER_HEADER.unpack_from(data)[4])
 
 
 def pack_correction(correction: int) -> bytes:

@@ -28,8 +28,10 @@ _SICK = frozenset(
         errno.EDQUOT,
         errno.ENODEV,
         errno.ENXIO,
+        errno.ENOENT,  # the directory was removed
         errno.ESTALE,
         errno.EACCES,
+        errno.EPERM,
     )
 )
 
@@ -43,12 +45,17 @@ class Health:
         self._clock = clock
         self._lock = threading.Lock()
         self._probe_at = 0.0
+        self._logged: set[int | None] = set()
         self.sick = False
 
     def failed(self, error: OSError) -> None:
         """Tell of a failed call; errors that say nothing about the disk (EMFILE) don't count."""
         if error.errno not in _SICK:
-            _log.warning("cache directory %s: %s", self._directory, error.strerror)
+            with self._lock:
+                first = error.errno not in self._logged
+                self._logged.add(error.errno)
+            if first:
+                _log.warning("cache directory %s: %s", self._directory, error.strerror)
             return
         with self._lock:
             self._probe_at = self._clock() + PROBE_INTERVAL
@@ -66,8 +73,6 @@ class Health:
         if not self.sick:
             return True
         with self._lock:
-            if not self.sick:
-                return True
             if self._clock() < self._probe_at:
                 return False
             # the others go on without the disk while this caller probes

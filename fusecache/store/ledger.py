@@ -50,14 +50,13 @@ class Tally:
 class Ledger:
     """This process's slot in the ledger at `path`, and the sums over all of them. Thread-safe.
 
-    `lock_fd` is the directory's lock file, held by the caller during construction. Raises StoreError when
-    all slots are taken and OSError when the file can't be made.
+    To be made under the directory's lock. `empty` says that nothing is stored, so that a new ledger can be
+    relied on. Raises StoreError when all slots are taken and OSError when the file can't be made.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, empty: bool) -> None:
         self._lock = threading.Lock()
-        self.fresh = False
-        self._fd = self._open(path)
+        self._fd = self._open(path, empty)
         try:
             self._map = mmap.mmap(self._fd, format.LEDGER_SIZE, mmap.MAP_SHARED, mmap.PROT_READ)
             self._view = memoryview(self._map)
@@ -69,7 +68,7 @@ class Ledger:
             os.close(self._fd)
             raise
 
-    def _open(self, path: Path) -> int:
+    def _open(self, path: Path, empty: bool) -> int:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -78,12 +77,10 @@ class Ledger:
             if format.valid_ledger(os.pread(fd, format.LEDGER_SIZE + 1, 0)):
                 return fd
             os.close(fd)
-        # fresh: whatever is stored is uncounted until a recount
-        self.fresh = True
         temporary = path.with_suffix(".tmp")
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            os.pwrite(fd, format.pack_ledger(), 0)
+            os.pwrite(fd, format.pack_ledger(counted=empty), 0)
             os.fsync(fd)
             os.rename(temporary, path)
         except BaseException:
@@ -96,15 +93,23 @@ class Ledger:
             if locks.try_lock_bytes(self._fd, index):
                 return index
         raise StoreError(
-            f"cache directory {path.parent} is in use by {format.LEDGER_SLOTS} processes: give some of them another cache_dir"
+            f"cache directory {path.parent} is in use by {format.LEDGER_SLOTS} processes: "
+            "give some of them another cache_dir"
         )
 
     def _write(self) -> None:
         if self._fd >= 0:
             os.pwrite(self._fd, self._slot.pack(), format.ledger_slot_offset(self._index))
 
+    @property
+    def counted(self) -> bool:
+        """Whether the sums mean anything: not after the ledger was lost, until a recount."""
+        return self._fd < 0 or format.ledger_counted(self._view)
+
     def tally(self) -> Tally:
         """The sums now. Reservations of dead processes count until `drop_dead`."""
+        if self._fd < 0:
+            return Tally(0, 0, 0, 0)
         return Tally(*format.sum_slots(self._view), format.ledger_correction(self._view))
 
     def used(self) -> int:
@@ -184,6 +189,7 @@ class Ledger:
             if change:
                 correction = format.pack_correction(now.correction + change)
                 os.pwrite(self._fd, correction, format.LEDGER_CORRECTION_OFFSET)
+            os.pwrite(self._fd, b"\1", format.LEDGER_COUNTED_OFFSET)
             return change
         finally:
             locks.unlock_bytes(self._fd, _RECOUNT_BYTE)

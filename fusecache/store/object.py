@@ -102,6 +102,7 @@ class StoredObject:
         self._mapping: mmap.mmap | None = None
         self._view: memoryview | None = None
         self._touched = False
+        self._created = False
         with self._lock:
             self._attach()
 
@@ -364,7 +365,7 @@ class StoredObject:
             files = self._files
             if files is not None:
                 with contextlib.suppress(OSError):
-                    files.set_use(time.time_ns(), min(3, files.state.accesses + 1))
+                    files.set_use(time.time_ns(), min(3, files.state.accesses + (not self._created)))
 
     def close(self) -> None:
         """Drop one open; the last one closes the files."""
@@ -420,7 +421,7 @@ class StoredObject:
                     if not fs.discard_unused(shared.layout, self.version.id):
                         return False
                     self._files = fs.create(shared.layout, self.version, header, shared.boot_id)
-                    self._dirty = True
+                    self._dirty = self._created = True
                     shared.ledger.commit(overhead, overhead)
                     counted = True
             except OSError as error:

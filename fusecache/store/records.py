@@ -32,7 +32,7 @@ class Record:
     main: bool = False
 
 
-def from_summary(summary: Summary, *, main: bool = False) -> Record:
+def from_summary(summary: Summary) -> Record:
     """The record of what a .blocks file says."""
     state = summary.state
     return Record(
@@ -44,7 +44,6 @@ def from_summary(summary: Summary, *, main: bool = False) -> Record:
         state.pinned,
         state.last_use_ns,
         state.accesses,
-        main,
     )
 
 
@@ -81,7 +80,7 @@ class Records:
 
     def _put(self, object_id: ObjectId, record: Record) -> None:
         self._records[object_id] = record
-        # the access that is counted in the file since the last load is not a use of its own
+        # for a known object the uses that count are the policy's own, and not all that the file ever saw
         self._policy.add(object_id, record.stored_bytes, uses=record.accesses, main=record.main)
 
     def drop(self, object_id: ObjectId, *, evicted: bool = False) -> None:

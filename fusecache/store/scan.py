@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from fusecache.store import files as fs
@@ -27,11 +29,15 @@ _log = logging.getLogger(__name__)
 FLUSH_INTERVAL = 5.0
 """Seconds between two flushes of the index and looks at the directories."""
 
+_ORDER_INTERVAL = 60.0
+"""Seconds between two saves of the whole order of eviction, which only a crash loses."""
+_OBJECT_ID = re.compile(r"[0-9a-f]{32}")
+
 
 class Scanner:
     """Runs in a thread from `start` to `stop`. `busy(id)` says whether this process has an object open.
 
-    `loaded` is set when the index was read, `counted` when the ledger can be relied on, `scanned` after the
+    `loaded` is set when the index was read, `scanned` after the
     walk.
     """
 
@@ -42,10 +48,8 @@ class Scanner:
         health: Health,
         records: Records,
         busy: Callable[[ObjectId], bool],
-        counted: threading.Event,
     ) -> None:
         self.loaded = threading.Event()
-        self.counted = counted
         self.scanned = threading.Event()
         self._layout = layout
         self._ledger = ledger
@@ -55,7 +59,8 @@ class Scanner:
         self._mtimes: dict[str, int] = {}
         self._refreshing = threading.Lock()
         self._stop = threading.Event()
-        self._wake = threading.Event()
+        self._order_dirty = False
+        self._order_saved = 0.0
         self._thread = threading.Thread(target=self._run, name="fusecache-store", daemon=True)
 
     def start(self) -> None:
@@ -65,7 +70,6 @@ class Scanner:
     def stop(self, timeout: float) -> None:
         """Flush the index and end; waits at most `timeout` seconds."""
         self._stop.set()
-        self._wake.set()
         if self._thread.is_alive():
             self._thread.join(timeout)
 
@@ -77,23 +81,21 @@ class Scanner:
             try:
                 self._recount()
             finally:
-                self.counted.set()
                 self.scanned.set()
-            while True:
+            while not self._stop.wait(FLUSH_INTERVAL):
                 self._flush(index)
-                if self._stop.is_set():
-                    return
-                self._wake.wait(FLUSH_INTERVAL)
-                if not self._stop.is_set():
-                    self._wake.clear()
+                if self._ledger.counted:
                     self.refresh()
+                else:
+                    self._recount()
+            self._flush(index, order=True)
         except Exception:
             _log.exception("cache directory %s: the background scan ended", self._layout.directory)
         finally:
             self.loaded.set()
             index.close()
 
-    def _flush(self, index: Index) -> None:
+    def _flush(self, index: Index, *, order: bool = False) -> None:
         changed, dropped = self._records.take_dirty()
         if changed or dropped:
             placed = []
@@ -101,7 +103,11 @@ class Scanner:
                 uses, main = self._records.place(object_id)
                 placed.append((object_id, replace(record, accesses=uses, main=main)))
             index.save(placed, dropped)
+            self._order_dirty = True
+        now = time.monotonic()
+        if self._order_dirty and (order or now >= self._order_saved + _ORDER_INTERVAL):
             index.save_order(*self._records.order())
+            self._order_dirty, self._order_saved = False, now
 
     def _recount(self) -> None:
         before = self._ledger.start_recount()
@@ -122,6 +128,9 @@ class Scanner:
         total = 0
         with self._refreshing:
             seen: set[str] = set()
+            known: dict[str, set[ObjectId]] = {}
+            for object_id, _ in self._records.snapshot():
+                known.setdefault(object_id[:2], set()).add(object_id)
             try:
                 with os.scandir(self._layout.data) as entries:
                     folders = [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
@@ -129,7 +138,7 @@ class Scanner:
                     seen.add(entry.name)
                     mtime = os.stat(entry.path).st_mtime_ns
                     if everything or self._mtimes.get(entry.name) != mtime:
-                        part = self._folder(entry.name)
+                        part = self._folder(entry.name, known.get(entry.name, set()))
                         if part is None:
                             return None
                         self._mtimes[entry.name] = mtime
@@ -137,36 +146,43 @@ class Scanner:
             except OSError as error:
                 self._health.failed(error)
                 return None
-            for object_id, _ in self._records.snapshot():
-                if object_id[:2] not in seen and not self._busy(object_id):
-                    self._records.drop(object_id)
+            for name in known.keys() - seen:
+                self._drop(known[name])
         return total
 
-    def _folder(self, name: str) -> int | None:
+    def _folder(self, name: str, known: set[ObjectId]) -> int | None:
         names = set(os.listdir(self._layout.data / name))
         ids = {x.partition(".")[0] for x in names}
         total = 0
         for text in sorted(ids):
             if self._stop.is_set():
                 return None
-            object_id = ObjectId(text)
-            summary = None
-            if f"{text}.data" in names and f"{text}.blocks" in names and f"{text}.new" not in names:
-                summary = fs.summarize(self._layout, text)
-            if summary is None:
-                self._clean(text)
-                summary = fs.summarize(self._layout, text)
-            if summary is not None:
-                total += summary.stored_bytes
-                if not self._busy(object_id):
-                    record = self._records.get(object_id)
-                    self._records.put(
-                        object_id, from_summary(summary, main=record is not None and record.main)
-                    )
-        for object_id, _ in self._records.snapshot():
-            if object_id[:2] == name and object_id not in ids and not self._busy(object_id):
-                self._records.drop(object_id)
+            if _OBJECT_ID.fullmatch(text):
+                whole = f"{text}.data" in names and f"{text}.blocks" in names and f"{text}.new" not in names
+                total += self._look(ObjectId(text), whole)
+        self._drop(known - ids)
         return total
+
+    def _look(self, object_id: ObjectId, whole: bool) -> int:
+        """Take over what the files say; returns the bytes stored."""
+        try:
+            summary = fs.summarize(self._layout, object_id) if whole else None
+            if summary is None:
+                self._clean(object_id)
+                summary = fs.summarize(self._layout, object_id)
+        except OSError as error:
+            self._health.failed(error)
+            return 0
+        if summary is None:
+            return 0
+        if not self._busy(object_id):
+            self._records.put(object_id, from_summary(summary))
+        return summary.stored_bytes
+
+    def _drop(self, gone: Iterable[ObjectId]) -> None:
+        for object_id in gone:
+            if not self._busy(object_id):
+                self._records.drop(object_id)
 
     def _clean(self, object_id: str) -> None:
         """Remove what a crash left: half a pair, or a file that is broken. Creation holds the same lock."""

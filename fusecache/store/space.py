@@ -40,7 +40,7 @@ class Space:
         limit: int,
         free_floor: int,
         evict: Callable[[int], int],
-        counted: threading.Event,
+        scanned: threading.Event,
     ) -> None:
         self.limit = limit
         self.free_floor = free_floor
@@ -48,7 +48,7 @@ class Space:
         self._ledger = ledger
         self._health = health
         self._evict = evict
-        self._counted = counted
+        self._scanned = scanned
         self._evicting = threading.Lock()
         self._hopeless_until = 0.0
 
@@ -57,8 +57,10 @@ class Space:
         if nbytes > self.limit or not self._health.usable():
             return False
         # a ledger that was lost says 0: nothing is stored before the scan has counted again
-        if not self._counted.is_set() and not self._counted.wait(_EVICT_TIMEOUT):
-            return False
+        if not self._ledger.counted:
+            self._scanned.wait(_EVICT_TIMEOUT)
+            if not self._ledger.counted:
+                return False
         if self._try(nbytes) == 0:
             return True
         if time.monotonic() < self._hopeless_until or not self._evicting.acquire(timeout=_EVICT_TIMEOUT):

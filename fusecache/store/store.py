@@ -61,7 +61,8 @@ class Store:
         self.verify_mode = verify
         if limit <= 0 or free_floor < 0 or block_size <= 0 or block_size % format.PAGE:
             raise ConfigError(
-                f"cache directory {directory}: cache_size must be above 0 and block_size a multiple of {format.PAGE}"
+                f"cache directory {directory}: cache_size must be above 0 "
+                f"and block_size a multiple of {format.PAGE}"
             )
         self._lock = threading.Lock()
         self._open: dict[ObjectId, StoredObject] = {}
@@ -75,11 +76,9 @@ class Store:
         except BaseException:
             self._layout.close()
             raise
-        counted = threading.Event()
-        if not self._ledger.fresh or not any(os.scandir(self._layout.data)):
-            counted.set()
         self._health = Health(self.directory)
         self._records = Records()
+        self._scanner = Scanner(self._layout, self._ledger, self._health, self._records, self._is_open)
         self._space = Space(
             self.directory,
             self._ledger,
@@ -87,10 +86,7 @@ class Store:
             limit=limit,
             free_floor=free_floor,
             evict=self._make_room,
-            counted=counted,
-        )
-        self._scanner = Scanner(
-            self._layout, self._ledger, self._health, self._records, self._is_open, counted
+            scanned=self._scanner.scanned,
         )
         self._shared = Shared(
             layout=self._layout,
@@ -138,8 +134,7 @@ class Store:
     def _record(self, stored: StoredObject) -> None:
         summary = stored.summary()
         if summary is not None:
-            old = self._records.get(stored.version.id)
-            self._records.put(stored.version.id, from_summary(summary, main=old is not None and old.main))
+            self._records.put(stored.version.id, from_summary(summary))
 
     def _count_corrupt(self, stored: StoredObject, block: int, in_place: bool) -> None:
         object_id = stored.version.id
@@ -182,15 +177,10 @@ class Store:
         with self._layout.exclusive() as locked:
             if not locked:
                 return 0
-            record = self._records.get(object_id)
             summary = fs.summarize(self._layout, object_id)
-            if summary is not None and summary.state.pinned:
+            if summary is not None and (summary.state.pinned or not (forced or self._up_to_date(summary))):
                 self._records.put(object_id, from_summary(summary))
                 return 0
-            if summary is not None and record is not None and not forced:
-                if summary.state.last_use_ns > record.last_use_ns:
-                    self._records.put(object_id, from_summary(summary, main=record.main))
-                    return 0
             if object_id in self._open or not fs.discard_unused(self._layout, object_id):
                 return 0
             stored = summary.stored_bytes if summary is not None else 0
@@ -201,6 +191,10 @@ class Store:
             with self._lock:
                 self._evictions += 1
         return stored
+
+    def _up_to_date(self, summary: fs.Summary) -> bool:
+        record = self._records.get(summary.version.id)
+        return record is None or summary.state.last_use_ns <= record.last_use_ns
 
     def evict(self, object_id: ObjectId) -> int:
         """Evict one object; returns the bytes freed, 0 if it is not here. Raises StoreError when it is
@@ -230,8 +224,7 @@ class Store:
             raise StoreError(f"cache directory {self.directory}: {error.strerror}") from error
         if not found or summary is None:
             raise StoreError(f"object {object_id} is not in the cache: read it first")
-        old = self._records.get(object_id)
-        self._records.put(object_id, from_summary(summary, main=old is not None and old.main))
+        self._records.put(object_id, from_summary(summary))
         self._space.hope()
 
     # -- what is there
@@ -317,7 +310,8 @@ def _prepare(directory: Path, block_size: int) -> Layout:
         layout = Layout(directory)
     except FileNotFoundError:
         raise StoreError(
-            f"cache directory {directory}: its parent {directory.parent} does not exist: mount the disk or run mkdir -p {directory}"
+            f"cache directory {directory}: its parent {directory.parent} does not exist: "
+            f"mount the disk or run mkdir -p {directory}"
         ) from None
     except NotADirectoryError:
         raise StoreError(
@@ -328,9 +322,7 @@ def _prepare(directory: Path, block_size: int) -> Layout:
     try:
         with layout.exclusive() as locked:
             if not locked:
-                raise StoreError(
-                    f"cache directory {directory} is locked by a process that does not go on: end it (fuser {directory / 'lock'})"
-                )
+                raise _stuck(directory)
             _check_format(layout, block_size)
             layout.data.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
@@ -344,7 +336,15 @@ def _prepare(directory: Path, block_size: int) -> Layout:
 
 def _unusable(directory: Path, error: OSError) -> StoreError:
     return StoreError(
-        f"cache directory {directory} can't be used: {error.strerror}: free or permit it, or choose another cache_dir"
+        f"cache directory {directory} can't be used: {error.strerror}: "
+        f"free or permit it, or choose another cache_dir"
+    )
+
+
+def _stuck(directory: Path) -> StoreError:
+    return StoreError(
+        f"cache directory {directory} is locked by a process that does not go on: "
+        f"end it (fuser {directory / 'lock'} names it)"
     )
 
 
@@ -359,17 +359,21 @@ def _check_format(layout: Layout, block_size: int) -> None:
         return
     if found is None:
         raise StoreError(
-            f"cache directory {directory} was made by another version of fusecache: delete it or choose another cache_dir"
+            f"cache directory {directory} was made by another version of fusecache: "
+            f"delete it or choose another cache_dir"
         )
     if found != block_size:
         raise ConfigError(
-            f"cache directory {directory} holds blocks of {found} bytes: set block_size={found} or choose another cache_dir"
+            f"cache directory {directory} holds blocks of {found} bytes: "
+            f"set block_size={found} or choose another cache_dir"
         )
 
 
 def _open_ledger(layout: Layout) -> Ledger:
     try:
-        with layout.exclusive():
-            return Ledger(layout.ledger)
+        with layout.exclusive() as locked:
+            if not locked:
+                raise _stuck(layout.directory)
+            return Ledger(layout.ledger, empty=not os.listdir(layout.data))
     except OSError as error:
         raise _unusable(layout.directory, error) from error
