@@ -1,9 +1,9 @@
 """Layout of a nodeid, the 64-bit number that the kernel names an inode with.
 
-Bits 0-61 are the inode number (st_ino) that the catalog gave the path and version. Bit 62 marks the twin that is
-opened with FUSE passthrough: the kernel refuses passthrough on an inode that has cached opens, so a file that
-becomes complete gets a second nodeid, while st_ino stays the same. Bit 63 stays clear: some programs read st_ino
-as a signed number.
+Bits 0-61 are the inode number (st_ino) that the catalog gave the path and version. Bit 62 marks the twin
+that is opened with FUSE passthrough: the kernel refuses passthrough on an inode that has cached opens, so a
+file that becomes complete gets a second nodeid, while st_ino stays the same. Bit 63 stays clear: some programs
+read st_ino as a signed number.
 """
 
 from __future__ import annotations
