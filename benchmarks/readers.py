@@ -1,6 +1,6 @@
 """The programs whose time is taken: each reads files in one way and prints its seconds as JSON.
 
-They run as processes of their own , so that a mount that hangs is a reader that is killed at a deadline, and
+They run as processes of their own, so that a mount that hangs is a reader that is killed at a deadline, and
 that no state is shared between contestants. The clock starts when the imports are done.
 """
 

@@ -32,7 +32,7 @@ class Bucket:
     @property
     def url(self) -> str:
         """s3:// URL of the folder."""
-        return f"s3://{self.bucket}/{self.prefix}"
+        return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
 
 
 class Tool(Protocol):

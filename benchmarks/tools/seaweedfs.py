@@ -8,7 +8,16 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.processes import BenchmarkError, answers, free_port, program, run, running, wait_until
+from benchmarks.processes import (
+    GRPC_OFFSET,
+    BenchmarkError,
+    answers,
+    free_port,
+    program,
+    run,
+    running,
+    wait_until,
+)
 from benchmarks.tools import Bucket
 from benchmarks.tools.s5cmd import S5cmd
 
@@ -53,6 +62,11 @@ def s3_server(work: Path, bucket: str) -> Iterator[Bucket]:
             yield there
     finally:
         shutil.rmtree(data, ignore_errors=True)
+        # It leaves its sockets in /tmp, whatever TMPDIR says.
+        ports = {base + offset for base in (master, volume, filer, s3) for offset in (0, GRPC_OFFSET)}
+        for socket in Path("/tmp").glob("seaweedfs-*.sock"):
+            if socket.stem.rpartition("-")[2] in {str(port) for port in ports}:
+                socket.unlink(missing_ok=True)
 
 
 def version() -> str:
