@@ -1,0 +1,27 @@
+"""Every setting of a mount: one model, read from a TOML file, FUSECACHE_* variables and -o options.
+
+Pure but for reading the file and asking the cache directory's file system for its size; raises ConfigError.
+"""
+
+from fusecache.config.load import load_mount_config
+from fusecache.config.model import (
+    MountConfig,
+    SourceConfig,
+    Tuning,
+    default_cache_dir,
+    default_runtime_dir,
+)
+from fusecache.config.units import format_size, parse_amount, parse_duration, parse_size
+
+__all__ = [
+    "MountConfig",
+    "SourceConfig",
+    "Tuning",
+    "default_cache_dir",
+    "default_runtime_dir",
+    "format_size",
+    "load_mount_config",
+    "parse_amount",
+    "parse_duration",
+    "parse_size",
+]

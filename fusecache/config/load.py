@@ -1,0 +1,322 @@
+"""Settings from a TOML file, FUSECACHE_* variables and -o options: later ones win.
+
+Every value keeps where it was said, so that an error names the file, line and key,
+the variable or the option.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from fusecache.config.model import (
+    MountConfig,
+    SourceConfig,
+    Tuning,
+    default_cache_dir,
+    default_runtime_dir,
+)
+from fusecache.config.toml import Setting, read_toml
+from fusecache.errors import ConfigError
+
+ENV_PREFIX = "FUSECACHE_"
+_OWN_VARIABLES = frozenset({"DEBUG", "PYTHON", "CONFIG"})
+"""Variables with the prefix that are no settings; unknown ones that look like no setting are let be."""
+
+MOUNT_KEYS = tuple(key for key in MountConfig.model_fields if key not in ("sources", "mountpoint", "tuning"))
+TUNING_KEYS = tuple(Tuning.model_fields)
+SOURCE_KEYS = tuple(key for key in SourceConfig.model_fields if key not in ("name", "url"))
+SECRET_KEYS = ("access_key_id", "secret_access_key", "session_token", "storage_options")
+
+GENERIC_OPTIONS = frozenset(
+    (
+        "ro",
+        "defaults",
+        "_netdev",
+        "auto",
+        "noauto",
+        "nofail",
+        "user",
+        "nouser",
+        "users",
+        "group",
+        "owner",
+        "atime",
+        "noatime",
+        "diratime",
+        "nodiratime",
+        "relatime",
+        "norelatime",
+        "strictatime",
+        "nostrictatime",
+        "lazytime",
+        "nolazytime",
+        "dev",
+        "nodev",
+        "suid",
+        "nosuid",
+        "exec",
+        "noexec",
+        "sync",
+        "async",
+        "dirsync",
+        "iversion",
+        "noiversion",
+        "silent",
+        "loud",
+        "mand",
+        "nomand",
+    )
+)
+"""Words of mount(8) that a read-only network file system may be given and that change nothing here."""
+
+_ADVICE = "put it into a config file of mode 0600 or the environment: every user can read the mount table"
+
+
+def load_mount_config(
+    source: str | None,
+    mountpoint: str | Path,
+    options: Sequence[str] = (),
+    config_file: Path | None = None,
+    env: Mapping[str, str] = os.environ,
+) -> MountConfig:
+    """The settings of one mount.
+
+    `source` is a URL, the name of a source in the file (which is then mounted alone), or None for all
+    sources of the file. `options` are -o arguments, each "key=value,flag"; `config=FILE` among them names
+    the file too. Raises ConfigError.
+    """
+    given = list(_split_options(options))
+    for name, value in given:
+        if name == "config" and config_file is None:
+            if not value:
+                raise ConfigError("-o config: a file is needed: config=/etc/fusecache.toml")
+            config_file = Path(value)
+    if config_file is None and env.get(ENV_PREFIX + "CONFIG"):
+        config_file = Path(env[ENV_PREFIX + "CONFIG"])
+    top, tables = read_toml(config_file) if config_file else ([], [])
+    for setting in top:
+        _check_top(setting)
+    for table in tables:
+        for setting in table:
+            _check_key(setting, setting.path[0], tuple(SourceConfig.model_fields))
+    chosen = _choose(source, tables, config_file)
+    settings = [*top]
+    for setting in (*_from_env(env, chosen), *_from_options(given, chosen)):
+        if setting.path[0] == "source":
+            chosen[int(setting.path[1])].append(Setting(setting.path[2:], setting.value, setting.where))
+        else:
+            settings.append(setting)
+    return _build(settings, chosen, mountpoint, env)
+
+
+def _choose(source: str | None, tables: list[list[Setting]], file: Path | None) -> list[list[Setting]]:
+    if source in (None, "", "none", "fusecache") and (tables or not source):
+        if not tables:
+            said = f"{file} names no source: add [[source]] with a url" if file else "no source: give a URL"
+            raise ConfigError(said)
+        return [list(table) for table in tables]
+    assert source is not None
+    named = [table for table in tables if _value(table, "name") == source]
+    same = [table for table in tables if str(_value(table, "url") or "").rstrip("/") == source.rstrip("/")]
+    bare = [table for table in tables if _value(table, "url") is None and not _value(table, "name")]
+    root = Setting(("name",), "", "SOURCE")
+    if named:
+        return [[*named[0], root]]
+    if "://" not in source and not source.startswith("/"):
+        names = [str(_value(table, "name")) for table in tables if _value(table, "name")]
+        raise ConfigError(
+            f"{source}: not a URL like s3://bucket/prefix"
+            + (f", nor a source in {file}{_nearest(source, names)}" if file else "")
+        )
+    base = (same or bare or [[]])[0]
+    return [[*base, Setting(("url",), source, "SOURCE"), root]]
+
+
+def _value(table: Iterable[Setting], key: str) -> Any:
+    return next((setting.value for setting in table if setting.path == (key,)), None)
+
+
+def _check_top(setting: Setting) -> None:
+    key = setting.path[0]
+    if key == "tuning":
+        _check_key(setting, setting.path[-1], TUNING_KEYS)
+    elif key == "mountpoint":
+        raise ConfigError(f"{setting.where}: the mountpoint is an argument of the mount command")
+    elif key in TUNING_KEYS:
+        raise ConfigError(f"{setting.where}: belongs below a line [tuning]")
+    elif key in SOURCE_KEYS or key == "url":
+        raise ConfigError(f"{setting.where}: belongs below a line [[source]]")
+    else:
+        _check_key(setting, key, (*MOUNT_KEYS, "tuning", "source"))
+
+
+def _check_key(setting: Setting, key: str, valid: Sequence[str]) -> None:
+    if key not in valid:
+        raise ConfigError(f"{setting.where}: unknown option{_nearest(key, valid)}")
+
+
+def _nearest(word: str, valid: Sequence[str]) -> str:
+    found = difflib.get_close_matches(word.lower(), valid, 1, 0.5)
+    return f": did you mean {found[0]}?" if found else f": valid are {', '.join(valid)}" if valid else ""
+
+
+# -- the environment
+
+
+def _from_env(env: Mapping[str, str], chosen: list[list[Setting]]) -> Iterable[Setting]:
+    for variable in sorted(env):
+        if not variable.startswith(ENV_PREFIX):
+            continue
+        key = variable.removeprefix(ENV_PREFIX).lower()
+        head, _, rest = key.partition("__")
+        value = env[variable]
+        if key.upper() in _OWN_VARIABLES:
+            continue
+        if key in MOUNT_KEYS:
+            yield Setting((key,), value, variable)
+        elif head == "tuning" and rest:
+            setting = Setting(("tuning", rest), value, variable)
+            _check_key(setting, rest, TUNING_KEYS)
+            yield setting
+        elif head == "sources" and rest:
+            name, _, rest = rest.rpartition("__")
+            for number, table in enumerate(chosen):
+                if str(_value(table, "name") or "").lower().replace("-", "_") == name:
+                    setting = Setting(
+                        ("source", str(number), rest), _decoded(rest, value, variable), variable
+                    )
+                    _check_key(setting, rest, SOURCE_KEYS)
+                    yield setting
+        elif key in SOURCE_KEYS:
+            _only_one(chosen, variable)
+            yield Setting(("source", "0", key), _decoded(key, value, variable), variable)
+        else:
+            near = difflib.get_close_matches(key, (*MOUNT_KEYS, *SOURCE_KEYS, *TUNING_KEYS), 1, 0.8)
+            if near:
+                prefix = "TUNING__" if near[0] in TUNING_KEYS else ""
+                raise ConfigError(
+                    f"{variable}: unknown setting: did you mean {ENV_PREFIX}{prefix}{near[0].upper()}?"
+                )
+
+
+def _decoded(key: str, value: str, variable: str) -> Any:
+    if key != "storage_options":
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        raise ConfigError(f"{variable}: has to be a JSON object") from None
+
+
+def _only_one(chosen: list[list[Setting]], where: str) -> None:
+    if len(chosen) > 1:
+        raise ConfigError(
+            f"{where}: there are several sources: set it below each [[source]] of the config file"
+        )
+
+
+# -- -o options
+
+
+def _split_options(options: Sequence[str]) -> Iterable[tuple[str, str | None]]:
+    for text in options:
+        for word in text.split(","):
+            name, equals, value = word.strip().partition("=")
+            if name:
+                yield name, value if equals else None
+
+
+def _from_options(given: Iterable[tuple[str, str | None]], chosen: list[list[Setting]]) -> Iterable[Setting]:
+    for name, value in given:
+        where = f"-o {name}"
+        path: tuple[str, ...]
+        if name in GENERIC_OPTIONS or name.startswith(("x-", "X-", "comment")) or name == "config":
+            continue
+        if name == "rw":
+            raise ConfigError("-o rw: fusecache is a read-only file system: drop rw or write ro")
+        if name in SECRET_KEYS:
+            raise ConfigError(f"-o {name}: not allowed here: {_ADVICE}")
+        model: type[BaseModel]
+        if name in MOUNT_KEYS:
+            path, model = (name,), MountConfig
+        elif name in TUNING_KEYS:
+            path, model = ("tuning", name), Tuning
+        elif name in SOURCE_KEYS:
+            _only_one(chosen, where)
+            path, model = ("source", "0", name), SourceConfig
+        else:
+            valid = (
+                *MOUNT_KEYS,
+                *TUNING_KEYS,
+                *(key for key in SOURCE_KEYS if key not in SECRET_KEYS),
+                "config",
+            )
+            raise ConfigError(f"{where}: unknown option{_nearest(name, valid)}")
+        if value is None and not _takes(model.model_fields[name].annotation, bool):
+            raise ConfigError(f"{where}: needs a value: {name}=...")
+        yield Setting(path, True if value is None else value, where)
+
+
+def _takes(annotation: Any, wanted: type) -> bool:
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return any(_takes(item, wanted) for item in typing.get_args(annotation))
+    return annotation is wanted
+
+
+# -- all together
+
+
+def _build(
+    settings: list[Setting], tables: list[list[Setting]], mountpoint: str | Path, env: Mapping[str, str]
+) -> MountConfig:
+    where: dict[tuple[str, ...], str] = {("mountpoint",): "mountpoint"}
+    values: dict[str, Any] = {
+        "mountpoint": str(mountpoint),
+        "cache_dir": default_cache_dir(env),
+        "runtime_dir": default_runtime_dir(env),
+        "tuning": {},
+        "sources": [],
+    }
+    for setting in settings:
+        place = values["tuning"] if setting.path[0] == "tuning" else values
+        place[setting.path[-1]] = setting.value
+        where[setting.path] = setting.where
+    for number, table in enumerate(tables):
+        source: dict[str, Any] = {}
+        for setting in table:
+            source[setting.path[0]] = setting.value
+            where["sources", str(number), setting.path[0]] = setting.where
+        values["sources"].append(source)
+        if table:
+            where["sources", str(number)] = table[0].where.rpartition(", ")[0] or table[0].where
+    try:
+        return MountConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_first(error.errors(include_url=False, include_input=False), where)) from None
+
+
+def _first(errors: list[ErrorDetails], where: Mapping[tuple[str, ...], str]) -> str:
+    error = errors[0]
+    path = tuple(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        message = f"{path[-1]} is missing"
+        path = path[:-1]
+    elif error["type"] == "literal_error":
+        message = f"has to be one of {error['ctx']['expected']}"
+    elif not error["type"].startswith("value_error"):
+        message = message[:1].lower() + message[1:]
+    for length in range(len(path), 0, -1):
+        if path[:length] in where:
+            return f"{where[path[:length]]}: {message}"
+    return message

@@ -1,0 +1,153 @@
+"""A TOML file as flat settings that know their line. Reads the file, and nothing else."""
+
+from __future__ import annotations
+
+import logging
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusecache.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+_HEADER = re.compile(r"\s*(\[\[?)\s*([^\]]+?)\s*\]\]?\s*(?:#.*)?$")
+_KEY = re.compile(r"""\s*([A-Za-z0-9_-]+|"[^"]*"|'[^']*')((?:\s*\.\s*[A-Za-z0-9_"'-]+)*)\s*=""")
+_POSITION = re.compile(r"\s*\(at line (\d+), column \d+\)|\s*\(at end of document\)")
+_MODES = ("umask", "file_mode", "dir_mode")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value at `path` in the settings model, and `where` it was said, for messages."""
+
+    path: tuple[str, ...]
+    value: Any
+    where: str
+
+
+def read_toml(file: Path) -> tuple[list[Setting], list[list[Setting]]]:
+    """The mount's settings, and those of each source. Raises ConfigError naming file, line and key."""
+    try:
+        text = file.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: not a text file in UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise _malformed(file, text, str(error)) from None
+    lines = dict(_key_lines(text))
+    reader = _Reader(file, text, lines)
+    sources = reader.sources(data)
+    top = [
+        setting
+        for key, value in data.items()
+        if key not in ("source", "sources")
+        for setting in reader.settings((key,), value, nested=key == "tuning")
+    ]
+    if any(s.path[-1] in ("secret_access_key", "session_token") for source in sources for s in source):
+        _warn_if_readable(file)
+    return top, sources
+
+
+class _Reader:
+    def __init__(self, file: Path, text: str, lines: dict[tuple[str, ...], int]) -> None:
+        self._file = file
+        self._text = text.splitlines()
+        self._lines = lines
+
+    def where(self, path: tuple[str, ...]) -> str:
+        line = next((self._lines[p] for p in _prefixes(path) if p in self._lines), None)
+        return f"{self._file}, line {line}, {path[-1]}" if line else f"{self._file}, {path[-1]}"
+
+    def settings(self, path: tuple[str, ...], value: Any, *, nested: bool) -> Iterator[Setting]:
+        if nested:
+            if not isinstance(value, dict):
+                raise ConfigError(f"{self.where(path)}: is a table: write [{path[0]}] on a line of its own")
+            for key, item in value.items():
+                yield from self.settings((*path, key), item, nested=False)
+            return
+        if path[-1] in _MODES and isinstance(value, int):
+            self._check_octal(path, value)
+        yield Setting(path, value, self.where(path))
+
+    def _check_octal(self, path: tuple[str, ...], value: int) -> None:
+        line = self._text[self._lines[path] - 1] if path in self._lines else "0o"
+        if value and "0o" not in line:
+            raise ConfigError(f'{self.where(path)}: write the octal mode as 0o{value} or "0{value}"')
+
+    def sources(self, data: dict[str, Any]) -> list[list[Setting]]:
+        found = []
+        listed = data.get("source", [])
+        if isinstance(listed, dict):
+            listed = [listed]
+            at: list[tuple[str, ...]] = [("source",)]
+        else:
+            at = [("source", str(number)) for number in range(len(listed))]
+        named = data.get("sources", {})
+        if not isinstance(listed, list) or not isinstance(named, dict):
+            key = "sources" if isinstance(listed, list) else "source"
+            raise ConfigError(
+                f"{self.where((key,))}: write [[source]] or [sources.NAME] on a line of its own"
+            )
+        for path, table in zip(at, listed, strict=True):
+            found.append(self._table(path, table))
+        for name, table in named.items():
+            path = ("sources", name)
+            settings = self._table(path, table)
+            if any(setting.path == ("name",) for setting in settings):
+                raise ConfigError(f"{self.where((*path, 'name'))}: [sources.{name}] already says the name")
+            found.append([Setting(("name",), name, self.where(path)), *settings])
+        return found
+
+    def _table(self, path: tuple[str, ...], table: Any) -> list[Setting]:
+        if not isinstance(table, dict):
+            raise ConfigError(f"{self.where(path)}: has to be a table with a url")
+        return [Setting((key,), value, self.where((*path, key))) for key, value in table.items()]
+
+
+def _prefixes(path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    for length in range(len(path), 0, -1):
+        yield path[:length]
+
+
+def _key_lines(text: str) -> Iterator[tuple[tuple[str, ...], int]]:
+    """(path, line number from 1) of tables and keys; tables of an array are numbered from 0."""
+    table: tuple[str, ...] = ()
+    counts: dict[str, int] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := _HEADER.match(line):
+            table = _split(header[2])
+            if header[1] == "[[":
+                index = counts.get(header[2], -1) + 1
+                counts[header[2]] = index
+                table = (*table, str(index))
+            elif table[0] in counts and len(table) > 1:
+                table = (table[0], str(counts[table[0]]), *table[1:])
+            yield table, number
+        elif key := _KEY.match(line):
+            yield (*table, *_split(key[1] + key[2])), number
+
+
+def _split(dotted: str) -> tuple[str, ...]:
+    return tuple(part.strip().strip("\"'") for part in dotted.split("."))
+
+
+def _malformed(file: Path, text: str, message: str) -> ConfigError:
+    lines = text.splitlines()
+    position = _POSITION.search(message)
+    number = int(position[1]) if position and position[1] else len(lines)
+    # Only the key, never the line: what stands behind the '=' may be a secret.
+    key = _KEY.match(lines[number - 1]) if 0 < number <= len(lines) else None
+    named = f", {key[1]}" if key else ""
+    return ConfigError(f"{file}, line {number}{named}: malformed TOML: {_POSITION.sub('', message)}")
+
+
+def _warn_if_readable(file: Path) -> None:
+    if file.stat().st_mode & 0o077:
+        _log.warning("%s holds secrets and others may read it: chmod 600 %s", file, file)
