@@ -151,6 +151,13 @@ def is_mounted(path: Path) -> bool:
     return any(line.split()[4] == wanted for line in lines)
 
 
+def mounts_below(folder: Path) -> list[Path]:
+    """Mountpoints in this folder, the innermost first."""
+    points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    below = [Path(point.replace("\\040", " ")) for point in points if point.startswith(f"{folder}/")]
+    return sorted(below, key=lambda path: len(path.parts), reverse=True)
+
+
 def unmount(path: Path) -> None:
     """Unmount, gracefully for 10 seconds, then lazily; silent when nothing is mounted."""
     end = time.monotonic() + 10
@@ -189,14 +196,27 @@ def mounting(
             unmount(mountpoint)
 
 
-def _terminate(_number: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def end_cleanly_on_signals() -> None:
-    """Let SIGTERM and SIGHUP unwind like ctrl-C does, through every context manager."""
-    signal.signal(signal.SIGTERM, _terminate)
-    signal.signal(signal.SIGHUP, _terminate)
+    """Let ctrl-C, SIGTERM and SIGHUP unwind through every context manager, undisturbed by a second one."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def interrupt(_number: int, _frame: object) -> NoReturn:
+        for number in signals:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in signals:
+        signal.signal(number, interrupt)
+
+
+def clean_environment() -> None:
+    """Forget this user's credentials, endpoints, options and proxies: the run uses its own server only."""
+    for name in list(os.environ):
+        own = name.startswith("FUSECACHE_") and name != "FUSECACHE_TEST_RUN"
+        if own or name.startswith("AWS_") or name.lower() in ("http_proxy", "https_proxy", "all_proxy"):
+            del os.environ[name]
+    # Nor their files: a profile there may name another endpoint.
+    os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.devnull
 
 
 def python_module(name: str, *arguments: str) -> list[str]:

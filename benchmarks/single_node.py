@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from benchmarks import stages
 from benchmarks.model import MIB, make_model
-from benchmarks.processes import ROOT, BenchmarkError, end_cleanly_on_signals
+from benchmarks.processes import ROOT, BenchmarkError, clean_environment, end_cleanly_on_signals
 from benchmarks.report import Report, machine_facts
 from benchmarks.tools import Tool
 from benchmarks.tools.fusecache import Fusecache
@@ -80,6 +80,7 @@ def main(quick: bool, size: int, shards: int, repeat: int, only: list[str], tool
         size, repeat = min(size, 64), min(repeat, 2)
     console = Console()
     end_cleanly_on_signals()
+    clean_environment()
     report = Report({"quick": quick, "shards": shards, "shard_mib": size, "rounds": repeat, "stages": only})
     try:
         _check_space(work, COPIES * shards * size * MIB)

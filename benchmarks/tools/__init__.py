@@ -18,6 +18,8 @@ class Bucket:
     secret_key: str
     bucket: str
     prefix: str
+    server_pid: int = 0
+    """Of the server's process, to take its CPU time."""
 
     @property
     def environment(self) -> dict[str, str]:

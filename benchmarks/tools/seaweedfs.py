@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from benchmarks.processes import (
     GRPC_OFFSET,
@@ -19,7 +20,6 @@ from benchmarks.processes import (
     wait_until,
 )
 from benchmarks.tools import Bucket
-from benchmarks.tools.s5cmd import S5cmd
 
 ACCESS_KEY = "benchmark"
 SECRET_KEY = "benchmark-secret"  # a throw-away server on the loopback
@@ -46,17 +46,13 @@ def s3_server(work: Path, bucket: str) -> Iterator[Bucket]:
     ]  # fmt: skip
     try:
         with running(command, work / "seaweedfs.log") as process:
-            there = Bucket(f"http://127.0.0.1:{s3}", ACCESS_KEY, SECRET_KEY, bucket, "model")
+            endpoint = f"http://127.0.0.1:{s3}"
+            there = Bucket(endpoint, ACCESS_KEY, SECRET_KEY, bucket, "model", process.pid)
 
             def ready() -> bool:
                 if process.poll() is not None:
                     raise BenchmarkError(f"weed exited: {(work / 'seaweedfs.log').read_text()[-600:]}")
-                if not answers(s3):
-                    return False
-                with contextlib.suppress(BenchmarkError):
-                    S5cmd().make_bucket(there)
-                    return True
-                return False
+                return answers(s3) and _make_bucket(there)
 
             wait_until(ready, "the S3 server", 60)
             yield there
@@ -67,6 +63,27 @@ def s3_server(work: Path, bucket: str) -> Iterator[Bucket]:
         for socket in Path("/tmp").glob("seaweedfs-*.sock"):
             if socket.stem.rpartition("-")[2] in {str(port) for port in ports}:
                 socket.unlink(missing_ok=True)
+
+
+def client(bucket: Bucket) -> Any:
+    """An s3fs filesystem for it, which unlike s5cmd comes with fusecache."""
+    import s3fs
+
+    return s3fs.S3FileSystem(
+        key=bucket.access_key,
+        secret=bucket.secret_key,
+        endpoint_url=bucket.endpoint,
+        client_kwargs={"region_name": "us-east-1"},
+        skip_instance_cache=True,
+    )
+
+
+def _make_bucket(bucket: Bucket) -> bool:
+    # The port answers before the filer behind it does.
+    with contextlib.suppress(OSError):
+        client(bucket).mkdir(bucket.bucket)
+        return True
+    return False
 
 
 def version() -> str:
