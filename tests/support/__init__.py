@@ -1,0 +1,1 @@
+"""What the tests share: real servers, made-up content, a server that misbehaves."""
