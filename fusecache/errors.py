@@ -64,3 +64,11 @@ class StoreFullError(StoreError):
 
 class CancelledReadError(FusecacheError):
     """The reader went away (interrupt, release, shutdown) before its bytes came."""
+
+
+class ControlError(FusecacheError):
+    """The daemon of a mount refused what the command line asked it for."""
+
+
+class DaemonUnreachableError(ControlError):
+    """No daemon answers for this mount, or not within the deadline."""
