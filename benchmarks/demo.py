@@ -35,7 +35,7 @@ from benchmarks.readers import timed
 from benchmarks.report import file_system_of
 from benchmarks.tools import Bucket
 from benchmarks.tools.fusecache import Fusecache, status, store_files
-from benchmarks.tools.seaweedfs import client, s3_server
+from benchmarks.tools.seaweedfs import s3_server, upload
 
 PREFIX = "fusecache-demo."
 TIERS = {"store": "local store", "peer": "peers", "origin": "S3"}
@@ -164,14 +164,6 @@ def check(mount: Path, model: Model) -> None:
             raise BenchmarkError(f"wrong bytes in {name}")
 
 
-def upload(bucket: Bucket, model: Model) -> None:
-    """Put the model's files into the bucket and delete them here."""
-    remote = client(bucket)
-    for name in model.sha256:
-        remote.put_file(str(model.directory / name), f"{bucket.bucket}/{bucket.prefix}/{name}")
-    shutil.rmtree(model.directory)
-
-
 def load_cold_and_warm(bucket: Bucket, model: Model, sizes: Sequence[int], work: Path, say: Say) -> Result:
     """Mount, load, check, load again beside the raw files of the store."""
     with Fusecache().mounted(bucket, work) as mount:
@@ -266,7 +258,8 @@ def main(size: int, shards: int) -> None:
             say("starting an S3 server (SeaweedFS)")
             with s3_server(work, "models") as bucket:
                 say(f"uploading the model to {bucket.url}")
-                upload(bucket, model)
+                upload(bucket, model.directory)
+                shutil.rmtree(model.directory)
                 result = load_cold_and_warm(bucket, model, sizes, work, say)
     except (BenchmarkError, OSError, subprocess.SubprocessError) as error:
         raise click.ClickException(str(error)) from None

@@ -140,6 +140,8 @@ def run(arguments: Sequence[str], *, timeout: float, env: Mapping[str, str] | No
         raise BenchmarkError(f"{Path(arguments[0]).name}: no end within {timeout:g} s") from None
     if done.returncode != 0:
         tail = (done.stderr.strip() or done.stdout.strip())[-600:]
+        if "Traceback (most recent call last)" in done.stderr:
+            tail = done.stderr.strip().splitlines()[-1]
         raise BenchmarkError(f"{Path(arguments[0]).name} exited with {done.returncode}: {tail}")
     return done.stdout
 

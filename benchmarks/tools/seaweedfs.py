@@ -78,6 +78,13 @@ def client(bucket: Bucket) -> Any:
     )
 
 
+def upload(bucket: Bucket, source: Path) -> None:
+    """Put the files of a folder into the bucket's folder."""
+    remote = client(bucket)
+    for file in sorted(source.iterdir()):
+        remote.put_file(str(file), f"{bucket.bucket}/{bucket.prefix}/{file.name}")
+
+
 def _make_bucket(bucket: Bucket) -> bool:
     # The port answers before the filer behind it does.
     with contextlib.suppress(OSError):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from benchmarks import measure
+from benchmarks import measure, profile_cold
 from benchmarks.measure import drop_page_cache, interleave, median, ratios, usage_of
 from benchmarks.model import make_model
 from benchmarks.processes import (
@@ -124,6 +124,8 @@ def test_run_tells_how_a_command_ended() -> None:
     assert run(["echo", "a"], timeout=10) == "a\n"
     with pytest.raises(BenchmarkError, match=r"^sh exited with 3: why$"):
         run(["sh", "-c", "echo why >&2; exit 3"], timeout=10)
+    with pytest.raises(BenchmarkError, match=r"^python3? exited with 1: ZeroDivisionError: .*zero$"):
+        run(["python3", "-c", "1 / 0"], timeout=30)
     with pytest.raises(BenchmarkError, match="no end within"):
         run(["sleep", "60"], timeout=0.05)
 
@@ -147,6 +149,21 @@ def test_usage_of_this_process() -> None:
     usage = usage_of(os.getpid())
     assert usage.cpu_seconds > 0
     assert usage.rss_peak > 1 << 20
+
+
+def test_cpu_time_is_told_by_who_spent_it() -> None:
+    bucket = Bucket("http://h", "a", "s", "b", "p", os.getpid())
+
+    def load() -> float:
+        run([sys.executable, "-c", "sum(range(10_000_000))"], timeout=60)
+        return 1.5
+
+    cost = profile_cold.measure(bucket, load, lambda: [os.getpid()])
+    assert cost.seconds == 1.5
+    assert cost.reader > 0
+    assert cost.machine > 0
+    assert sum(cost.threads.values()) <= cost.daemon + 0.1
+    assert profile_cold.table_of({"a": [cost], "b": []}, 10**9).row_count == 1
 
 
 def test_dropping_the_cache_keeps_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +254,7 @@ def test_a_mark_in_two_halves_counts_once(web: str) -> None:
         assert relay.lists == 1
 
 
-@pytest.mark.parametrize("module", ["single_node", "demo"])
+@pytest.mark.parametrize("module", ["single_node", "profile_cold", "demo"])
 def test_help_needs_no_server(module: str) -> None:
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", f"benchmarks.{module}", "--help"]

@@ -1,0 +1,83 @@
+"""The origin engine alone, as a process of its own: what a cold load costs before any file system.
+
+Reads every object of a bucket's folder in ranges from threads, and throws the bytes away, or writes and hashes
+them as the store does, which is the least that a cold load has to do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from benchmarks.processes import python_module, run
+from benchmarks.tools import Bucket
+
+BLOCK = 1 << 20
+
+
+def timed_engine(bucket: Bucket, engine: str, concurrency: int, range_mib: int, target: Path | None) -> float:
+    """Seconds that a fresh process takes for all objects; with `target`, written and hashed there."""
+    folder = "" if target is None else str(target)
+    arguments = (bucket.url, bucket.endpoint, engine, str(concurrency), str(range_mib), folder)
+    printed = json.loads(run(python_module(__name__, *arguments), timeout=900, env=bucket.environment))
+    return float(printed["seconds"])
+
+
+def main(*arguments: str) -> None:
+    """Entry point of the reading process."""
+    url, endpoint, engine, concurrency, range_mib, folder = arguments
+    seconds, moved = read_all(url, endpoint, engine, int(concurrency), int(range_mib) << 20, folder)
+    print(json.dumps({"seconds": seconds, "bytes": moved}))
+
+
+def read_all(
+    url: str, endpoint: str, engine: str, concurrency: int, size: int, folder: str
+) -> tuple[float, int]:
+    """Read everything in ranges of `size` bytes: seconds and bytes."""
+    from fusecache.config import SourceConfig, Tuning
+
+    open_origin = importlib.import_module("fusecache.origin").open_origin
+    source = SourceConfig.model_validate({"url": url, "endpoint_url": endpoint, "engine": engine})
+    tuning = Tuning.model_validate({"concurrency": concurrency, "range_size": size})
+    origin = open_origin(source, tuning)
+    try:
+        versions = sorted(origin.list(), key=lambda version: version.key)
+        started = time.perf_counter()
+        with ThreadPoolExecutor(concurrency) as pool:
+            pieces = [
+                pool.submit(_read, origin, version, offset, min(size, version.size - offset), folder)
+                for version in versions
+                for offset in range(0, version.size, size)
+            ]
+            moved = sum(piece.result() for piece in pieces)
+        return time.perf_counter() - started, moved
+    finally:
+        origin.close()
+
+
+def _read(origin: Any, version: Any, offset: int, length: int, folder: str) -> int:
+    if not folder:
+        return sum(memoryview(chunk).nbytes for chunk in origin.read(version, offset, length))
+    descriptor = os.open(
+        Path(folder) / version.key.replace("/", "_"), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600
+    )
+    try:
+        done = 0
+        for chunk in origin.read(version, offset, length):
+            view = memoryview(chunk).cast("B")
+            for start in range(0, view.nbytes, BLOCK):
+                xxhash.xxh3_64_intdigest(view[start : start + BLOCK])
+            while view:
+                written = os.pwrite(descriptor, view, offset + done)
+                done += written
+                view = view[written:]
+        return done
+    finally:
+        os.close(descriptor)
