@@ -1,0 +1,189 @@
+"""Structured logs: one line per event, text or JSON, without secrets, repeated ones rate-limited.
+
+Modules log through `logging.getLogger(__name__)` with lazy arguments; what is passed in `extra` becomes fields
+of the line. Everything is rendered here, by structlog. A secret is taken out of the rendered line, whichever
+way it came in (message, field, exception, the repr of a URL).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import logging.handlers
+import os
+import sys
+import threading
+import time
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Literal, TextIO
+from urllib.parse import quote, quote_plus
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+from fusecache.errors import ConfigError
+
+REDACTED = "[secret]"
+HANDLER_NAME = "fusecache"
+BURST = 5
+WINDOW = 60.0
+"""At most BURST equal events (same logger, level and message text before its arguments) in WINDOW seconds."""
+_MOST_KEYS = 1024
+_OURS = ("fusecache", "__main__")
+
+
+def configure_logging(
+    level: Literal["debug", "info", "warning", "error"] = "info",
+    format: Literal["text", "json"] = "text",
+    *,
+    file: Path | None = None,
+    stream: TextIO | None = None,
+    secrets: Iterable[str] = (),
+) -> None:
+    """Send the logs of this process to `file` (appended; reopened when it is rotated away), else to `stream`,
+    else to stderr. Replaces an earlier configuration. Libraries are heard from WARNING on only: some of them
+    write credentials at DEBUG. Raises ConfigError when the file can't be opened."""
+    handler: logging.Handler
+    if file is None:
+        handler = logging.StreamHandler(stream or sys.stderr)
+    else:
+        try:
+            handler = _PrivateFileHandler(file, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise ConfigError(f"log_file {file}: {error.strerror}") from error
+    handler.setFormatter(make_formatter(format, secrets))
+    handler.addFilter(RepeatFilter())
+    handler.set_name(HANDLER_NAME)
+    root = logging.getLogger()
+    for old in root.handlers[:]:
+        if old.get_name() == HANDLER_NAME:
+            root.removeHandler(old)
+            old.close()
+    root.addHandler(handler)
+    root.setLevel(logging.WARNING)
+    for name in _OURS:
+        logging.getLogger(name).setLevel(level.upper())
+    # A full disk below the log must not print tracebacks into whatever stderr is.
+    logging.raiseExceptions = False
+
+
+class _PrivateFileHandler(logging.handlers.WatchedFileHandler):
+    """Object names are nobody else's business: a new log is made with mode 0600."""
+
+    def _open(self) -> TextIOWrapper:
+        descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return TextIOWrapper(open(descriptor, "ab"), encoding=self.encoding, errors=self.errors)
+
+
+def make_formatter(format: Literal["text", "json"], secrets: Iterable[str]) -> logging.Formatter:
+    """A formatter for any handler of the standard library."""
+    shared: list[Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.ExtraAdder(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _one_line_exception,
+    ]
+    render = _render_json if format == "json" else _render_text
+    inner = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared,
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, render],
+        keep_exc_info=False,
+        use_get_message=True,
+    )
+    return _Redacting(inner, secrets)
+
+
+class _Redacting(logging.Formatter):
+    def __init__(self, inner: logging.Formatter, secrets: Iterable[str]) -> None:
+        super().__init__()
+        self._inner = inner
+        forms: set[str] = set()
+        for secret in secrets:
+            if len(secret) >= 4:  # shorter ones would black out ordinary words
+                forms |= {secret, quote(secret, safe=""), quote_plus(secret), json.dumps(secret)[1:-1]}
+                forms.add(repr(secret)[1:-1])
+        self._forms = sorted(forms, key=len, reverse=True)
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = self._inner.format(record)
+        for form in self._forms:
+            line = line.replace(form, REDACTED)
+        return line
+
+
+def _one_line_exception(logger: WrappedLogger, name: str, event: EventDict) -> EventDict:
+    for added in ("message", "asctime", "taskName"):  # by another handler's formatter, not by the caller
+        event.pop(added, None)
+    info = event.pop("exc_info", None)
+    if info is True:
+        info = sys.exc_info()
+    error = info[1] if isinstance(info, tuple) else info
+    if isinstance(error, BaseException):
+        event["error"] = "".join(traceback.format_exception_only(error)).strip()
+        frames = traceback.extract_tb(error.__traceback__)[-8:]
+        event["at"] = " > ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames)
+    return event
+
+
+def _render_json(logger: WrappedLogger, name: str, event: EventDict) -> str:
+    ordered = {key: event.pop(key) for key in ("timestamp", "level", "logger", "event") if key in event}
+    return json.dumps({**ordered, **event}, default=str, ensure_ascii=False)
+
+
+def _render_text(logger: WrappedLogger, name: str, event: EventDict) -> str:
+    head = (
+        f"{event.pop('timestamp')} {event.pop('level'):<7} {event.pop('logger')}: {_flat(event.pop('event'))}"
+    )
+    return head + "".join(f" {key}={_value(value)}" for key, value in event.items())
+
+
+def _flat(value: object) -> str:
+    """Control characters escaped: a file name with a newline must not forge a line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+
+
+def _value(value: object) -> str:
+    text = _flat(value)
+    return json.dumps(text, ensure_ascii=False) if not text or any(c in text for c in " =\"'") else text
+
+
+class RepeatFilter(logging.Filter):
+    """Lets BURST equal events per WINDOW pass and says how many it held back when the next one passes.
+    Thread-safe; keeps at most _MOST_KEYS kinds of events."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._seen: OrderedDict[tuple[str, int, str], list[float]] = (
+            OrderedDict()
+        )  # window start, passed, held
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to write the record; may note in it what was held back."""
+        if record.levelno <= logging.DEBUG:
+            return True
+        key = (record.name, record.levelno, str(record.msg))
+        now = self._clock()
+        with self._lock:
+            entry = self._seen.pop(key, None)
+            if entry is None:
+                entry = [now, 0, 0]
+            self._seen[key] = entry
+            if len(self._seen) > _MOST_KEYS:
+                self._seen.popitem(last=False)
+            if now - entry[0] >= WINDOW:
+                held = int(entry[2])
+                entry[:] = [now, 0, 0]
+                if held:
+                    record.repeats_held_back = held
+            entry[1] += 1
+            if entry[1] <= BURST:
+                return True
+            entry[2] += 1
+            return False

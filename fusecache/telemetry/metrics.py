@@ -1,0 +1,160 @@
+"""Every metric: its name, unit, meaning, and where the status holds it. There is no other list.
+
+The values are those of `fusecache status`, read when Prometheus asks: nothing is counted twice.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Definition:
+    """One metric. `name` ends in its unit (and `_total` for a counter, which only grows while the daemon
+    runs). `path` leads to it in the status; with a `label`, to an object whose keys `values` (all keys, if
+    empty) are the label's values."""
+
+    name: str
+    kind: Literal["counter", "gauge"]
+    path: str
+    meaning: str
+    label: str = ""
+    values: Mapping[str, str] | None = None
+
+
+METRICS: tuple[Definition, ...] = (
+    Definition(
+        "fusecache_served_bytes_total",
+        "counter",
+        "bytes",
+        "Bytes that the daemon served, by the tier they came from. Passthrough reads are not seen by it.",
+        "tier",
+        {"store": "store", "peer": "peer", "origin": "origin"},
+    ),
+    Definition(
+        "fusecache_opens_total",
+        "counter",
+        "opens",
+        "Opens of files, by who answers their reads.",
+        "by",
+        {"passthrough": "passthrough", "daemon": "daemon"},
+    ),
+    Definition("fusecache_cache_used_bytes", "gauge", "cache.used", "Bytes in the cache directory."),
+    Definition("fusecache_cache_limit_bytes", "gauge", "cache.limit", "Most bytes to keep there."),
+    Definition(
+        "fusecache_cache_objects",
+        "gauge",
+        "cache",
+        "Object versions in the cache.",
+        "state",
+        {"objects_complete": "complete", "objects_partial": "partial"},
+    ),
+    Definition("fusecache_cache_evictions_total", "counter", "cache.evictions", "Object versions evicted."),
+    Definition(
+        "fusecache_cache_corrupt_blocks_total",
+        "counter",
+        "cache.corrupt_blocks",
+        "Blocks whose checksum was wrong; they were fetched again.",
+    ),
+    Definition("fusecache_cache_sick", "gauge", "cache.sick", "1 while the cache disk is bypassed."),
+    Definition("fusecache_origin_requests_total", "counter", "origin.requests", "Requests to the sources."),
+    Definition("fusecache_origin_errors_total", "counter", "origin.errors", "Requests that failed."),
+    Definition(
+        "fusecache_origin_throttled_total",
+        "counter",
+        "origin.throttled",
+        "Requests answered with 429 or 503.",
+    ),
+    Definition("fusecache_origin_retries_total", "counter", "origin.retries", "Requests made again."),
+    Definition("fusecache_origin_lists_total", "counter", "origin.lists", "LIST requests."),
+    Definition("fusecache_origin_received_bytes_total", "counter", "origin.bytes", "Bytes received."),
+    Definition(
+        "fusecache_origin_concurrency", "gauge", "origin.concurrency", "Most requests in flight, as adapted."
+    ),
+    Definition("fusecache_loader_waiting_reads", "gauge", "loader.waiting", "Reads that wait for a block."),
+    Definition(
+        "fusecache_prefetch_done_bytes", "gauge", "loader.prefetch.done", "Bytes of the plan that are there."
+    ),
+    Definition(
+        "fusecache_prefetch_total_bytes", "gauge", "loader.prefetch.total", "Bytes that the plan will fetch."
+    ),
+    Definition("fusecache_catalog_files", "gauge", "catalog.files", "Files in the tree."),
+    Definition("fusecache_catalog_bytes", "gauge", "catalog.bytes", "Sum of their sizes."),
+    Definition("fusecache_catalog_age_seconds", "gauge", "catalog.age", "Age of the listing."),
+    Definition(
+        "fusecache_errors_total", "counter", "errors", "Errors that readers got, by kind.", label="kind"
+    ),
+    Definition("fusecache_process_resident_bytes", "gauge", "process.rss", "Memory of the daemon."),
+    Definition(
+        "fusecache_process_cpu_seconds_total", "counter", "process.cpu_seconds", "CPU time of the daemon."
+    ),
+    Definition("fusecache_process_uptime_seconds", "gauge", "process.uptime", "Age of the daemon."),
+    Definition(
+        "fusecache_process_restarts_total", "counter", "process.restarts", "Times the daemon was restarted."
+    ),
+)
+
+
+class StatusCollector(Collector):
+    """Turns a status into metrics. `status` is called from the thread of the HTTP server, so it has to be
+    thread-safe; while it fails, `fusecache_up` is 0 and the rest is missing."""
+
+    def __init__(self, status: Callable[[], Mapping[str, Any]]) -> None:
+        self._status = status
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics that the status has values for."""
+        up = GaugeMetricFamily("fusecache_up", "1 while the daemon can tell its status.")
+        try:
+            status = self._status()
+        except Exception as error:
+            _log.warning("metrics: no status: %s", error)
+            up.add_metric([], 0)
+            yield up
+            return
+        up.add_metric([], 1)
+        yield up
+        mode = GaugeMetricFamily("fusecache_passthrough", "1 when the kernel reads complete files by itself.")
+        mode.add_metric([], 1 if _at(status, "mode.now") == "passthrough" else 0)
+        yield mode
+        for definition in METRICS:
+            family = _family(definition, _at(status, definition.path))
+            if family.samples:
+                yield family
+
+
+def _family(definition: Definition, found: Any) -> Metric:
+    labels = [definition.label] if definition.label else []
+    kind = CounterMetricFamily if definition.kind == "counter" else GaugeMetricFamily
+    family: CounterMetricFamily | GaugeMetricFamily = kind(
+        definition.name, definition.meaning, labels=labels or None
+    )
+    if not labels:
+        if _is_number(found):
+            family.add_metric([], float(found))
+    elif isinstance(found, Mapping):
+        for key, value in found.items():
+            name = key if definition.values is None else definition.values.get(key)
+            if name is not None and _is_number(value):
+                family.add_metric([name], float(value))
+    return family
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _at(status: Any, path: str) -> Any:
+    for key in path.split("."):
+        if not isinstance(status, Mapping) or key not in status:
+            return None
+        status = status[key]
+    return status
