@@ -106,16 +106,18 @@ class Report:
             return
         figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 4), squeeze=False)
         for axis, key in zip(axes[0], panels, strict=True):
-            names = [name for name, samples in self.seconds[key].items() if samples]
-            for place, name in enumerate(names):
-                speeds = [model_bytes / 1e9 / seconds for seconds in self.seconds[key][name]]
+            contestants = {name: samples for name, samples in self.seconds[key].items() if samples}
+            if key == "warm-sequential" and (raw := self.seconds.get("warm-raw-sequential", {}).get("raw")):
+                contestants["raw"] = raw
+            for place, (name, samples) in enumerate(contestants.items()):
+                speeds = [model_bytes / 1e9 / seconds for seconds in samples]
                 color = "tab:green" if name.startswith("fusecache") else "tab:gray"
-                axis.barh(place, median(speeds), color=color)
+                axis.barh(place, median(speeds), color=color, zorder=1)
                 axis.plot(speeds, [place] * len(speeds), "k.", markersize=4)
-                axis.text(median(speeds), place, f" {median(speeds):.2f}", va="center", fontsize=9)
-            axis.set_yticks(range(len(names)), names)
+                axis.text(max(speeds), place, f"  {median(speeds):.2f}", va="center", fontsize=9)
+            axis.set_yticks(range(len(contestants)), [LABELS.get(name, name) for name in contestants])
             axis.invert_yaxis()
-            axis.margins(x=0.15)
+            axis.margins(x=0.2)
             axis.set_xlabel("GB/s")
             axis.set_title(TITLES[key])
         figure.tight_layout()
@@ -128,6 +130,16 @@ TITLES = {
     "cold-parallel": "cold from S3, shards at once",
     "cold-sequential": "cold from S3, one shard after another",
     "warm-sequential": "warm from the local cache",
+}
+
+
+LABELS = {
+    "fusecache-daemon": "fusecache,\nno passthrough",
+    "s5cmd": "s5cmd cp\n(no mount)",
+    "s3fs": "s3fs-fuse",
+    "rclone": "rclone mount",
+    "juicefs": "JuiceFS",
+    "raw": "the cache's files\n(no mount)",
 }
 
 

@@ -87,6 +87,16 @@ def test_report_is_valid_json_also_with_a_row_that_failed(tmp_path: Path) -> Non
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["report.json"]
 
 
+def test_the_plot_shows_whoever_was_measured(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report = Report({"rounds": 1})
+    report.plot(tmp_path / "none.png", 10**9)
+    report.seconds["cold-parallel"] = {"fusecache": [1.0, 1.1], "s5cmd": [1.0], "rclone": []}
+    report.seconds["warm-raw-sequential"] = {"mount": [0.1], "raw": [0.1]}
+    report.plot(tmp_path / "plot.png", 10**9)
+    assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
+
+
 def test_file_system_of_the_innermost_mount(tmp_path: Path) -> None:
     assert file_system_of(Path("/proc/self")) == "proc"
     assert file_system_of(tmp_path) not in ("?", "proc")
