@@ -79,12 +79,11 @@ METRICS: tuple[Definition, ...] = (
     Definition(
         "fusecache_origin_concurrency", "gauge", "origin.concurrency", "Most requests in flight, as adapted."
     ),
-    Definition("fusecache_loader_waiting_reads", "gauge", "loader.waiting", "Reads that wait for a block."),
     Definition(
-        "fusecache_prefetch_done_bytes", "gauge", "loader.prefetch.done", "Bytes of the plan that are there."
+        "fusecache_loader_waiting_reads", "gauge", "loader.waiting_reads", "Reads that wait for a block."
     ),
     Definition(
-        "fusecache_prefetch_total_bytes", "gauge", "loader.prefetch.total", "Bytes that the plan will fetch."
+        "fusecache_loader_fetching_bytes", "gauge", "loader.bytes_to_fetch", "Bytes still to fetch ahead."
     ),
     Definition("fusecache_catalog_files", "gauge", "catalog.files", "Files in the tree."),
     Definition("fusecache_catalog_bytes", "gauge", "catalog.bytes", "Sum of their sizes."),

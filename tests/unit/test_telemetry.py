@@ -151,7 +151,7 @@ STATUS: dict[str, Any] = {
         "bytes": 3,
         "concurrency": 16,
     },
-    "loader": {"waiting": 1, "prefetch": {"done": 1, "total": 2}},
+    "loader": {"waiting_reads": 1, "bytes_to_fetch": 2},
     "catalog": {"files": 10, "bytes": 1000, "age": 2.5},
     "errors": {"unavailable": 3},
     "process": {"pid": 1, "rss": 1 << 20, "cpu_seconds": 1.5, "uptime": 60.0, "keeper_pid": 2, "restarts": 0},

@@ -1,0 +1,110 @@
+"""What the commands print: tables, progress bars, and one line for a mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+_PIPE_WIDTH = 1000
+"""Columns when the output is no terminal: a line is never folded, for grep and cut."""
+
+
+def console() -> Console:
+    """The console for results, on stdout."""
+    return Console(
+        width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, markup=False, emoji=False
+    )
+
+
+def complain(message: str) -> None:
+    """One line on stderr."""
+    print("fusecache: " + " ".join(message.split()), file=sys.stderr)
+
+
+def print_json(value: object) -> None:
+    """`value` on stdout, for programs."""
+    print(json.dumps(value, indent=2, default=str))
+
+
+def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    """A plain table without lines; `right` names the columns of numbers."""
+    made = Table(box=None, pad_edge=False, show_header=True, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        made.add_column(
+            column, justify="right" if column in right else "left", no_wrap=True, overflow="ellipsis"
+        )
+    return made
+
+
+def print_table(made: Table) -> None:
+    """Print a table, without blanks at the ends of lines when it goes to a pipe."""
+    out = console()
+    if sys.stdout.isatty():
+        out.print(made)
+        return
+    with out.capture() as captured:
+        out.print(made)
+    print("\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n")))
+
+
+def ago(then: float) -> str:
+    """How long ago an instant in seconds since the epoch was, for people."""
+    seconds = max(0, time.time() - then)
+    return f"{duration(seconds)} ago" if then > 0 else "never"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: "45 s", "3 min", "5 h", "12 d"."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+class Bar:
+    """A progress bar that is moved to absolute positions."""
+
+    def __init__(self, progress: Progress, task: Any) -> None:
+        self._progress = progress
+        self._task = task
+
+    def at(self, done: float, total: float | None = None) -> None:
+        """Move to `done`; give the `total` when it becomes known."""
+        self._progress.update(self._task, completed=done, total=total)
+
+
+@contextmanager
+def progress(title: str, total: float | None = None, *, unit: str = "") -> Iterator[Bar]:
+    """A progress bar on stderr for a long command, only on a terminal. `unit` "B" counts bytes and shows the
+    speed; without a total it only shows that something goes on."""
+    columns: list[ProgressColumn] = [
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+    ]
+    if unit == "B":
+        columns += [DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn()]
+    elif unit:
+        columns += [MofNCompleteColumn(), TimeRemainingColumn()]
+    disabled = not sys.stderr.isatty() or os.environ.get("TERM") == "dumb"
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=disabled) as shown:
+        yield Bar(shown, shown.add_task(title, total=total))

@@ -1,0 +1,152 @@
+"""`fusecache status`: what a mount does, and how it serves."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from fusecache import mounts
+from fusecache.cli import target
+from fusecache.cli.output import complain, console, duration, print_json
+from fusecache.config import format_size
+from fusecache.errors import ControlError
+
+_TIMEOUT = 10.0
+
+
+@click.command("status")
+@click.argument("mountpoint", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: an object for MOUNTPOINT, else a list.")
+def status_command(mountpoint: str | None, as_json: bool) -> int:
+    """Show how MOUNTPOINT, or every fusecache mount, is doing.
+
+    Exit code 1 when it is not mounted or its daemon does not answer.
+    """
+    if mountpoint is not None:
+        answer = target.ask(target.mounted(mountpoint), "status", timeout=_TIMEOUT)
+        if as_json:
+            print_json(answer)
+        else:
+            show(answer)
+        return 0
+    answers, failed = [], False
+    for mount in mounts.list_mounts():
+        try:
+            answers.append(target.ask(mount, "status", timeout=_TIMEOUT))
+        except ControlError as error:
+            complain(str(error))
+            failed = True
+    if as_json:
+        print_json(answers)
+    else:
+        for number, answer in enumerate(answers):
+            if number:
+                print()
+            show(answer)
+        if not answers and not failed:
+            print("no fusecache mounts")
+    return 1 if failed else 0
+
+
+def show(status: Mapping[str, Any]) -> None:
+    """Print one status for people."""
+    out = console()
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True, style="bold")
+    grid.add_column(overflow="fold")
+    for title, text in rows(status):
+        grid.add_row(title, Text(text))
+    if sys.stdout.isatty():
+        out.print(grid)
+        return
+    with out.capture() as captured:
+        out.print(grid)
+    print("\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n")))
+
+
+def rows(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(title, text) of what the status holds; what a daemon of another version lacks is left out."""
+    yield "mount", str(status.get("mountpoint", "?"))
+    for source in _sources(status):
+        yield "source", source
+    mode = status.get("mode", {})
+    if mode:
+        yield "mode", str(mode.get("now", "?")) + (f": {mode['why']}" if mode.get("why") else "")
+    served = status.get("bytes", {})
+    if served:
+        yield "served", ", ".join(f"{format_size(served[tier])} from {tier}" for tier in served)
+    opens = status.get("opens", {})
+    if opens:
+        yield "opens", ", ".join(f"{opens[by]} {by}" for by in opens)
+    yield from _cache(status.get("cache", {}))
+    yield from _work(status)
+    process = status.get("process", {})
+    if process:
+        parts = [f"pid {process.get('pid', '?')}"]
+        if "rss" in process:
+            parts.append(f"{format_size(process['rss'])} memory")
+        if "cpu_seconds" in process:
+            parts.append(f"{process['cpu_seconds']:.1f} s CPU")
+        if "uptime" in process:
+            parts.append(f"up {duration(process['uptime'])}")
+        if process.get("restarts"):
+            parts.append(f"restarted {process['restarts']} times")
+        yield "daemon", ", ".join(parts)
+
+
+def _sources(status: Mapping[str, Any]) -> Iterator[str]:
+    found = status.get("sources", status.get("source", []))
+    for source in [found] if isinstance(found, str | dict) else found:
+        if isinstance(source, str):
+            yield source
+            continue
+        name = f"{source['name']}/: " if source.get("name") else ""
+        engine = f" ({source['engine']})" if source.get("engine") else ""
+        yield f"{name}{source.get('identity') or source.get('url', '?')}{engine}"
+
+
+def _cache(cache: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if not cache:
+        return
+    used, limit = cache.get("used", 0), cache.get("limit", 0)
+    share = f" ({used / limit:.0%})" if limit else ""
+    where = f" in {cache['dir']}" if cache.get("dir") else ""
+    yield "cache", f"{format_size(used)} of {format_size(limit)}{share}{where}"
+    text = f"{cache.get('objects_complete', 0)} complete, {cache.get('objects_partial', 0)} partial"
+    if cache.get("evictions"):
+        text += f", {cache['evictions']} evicted"
+    if cache.get("corrupt_blocks"):
+        text += f", {cache['corrupt_blocks']} damaged blocks fetched again"
+    yield "objects", text
+    if cache.get("sick"):
+        yield "warning", "the cache disk fails and is bypassed: see the log"
+
+
+def _work(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    origin = status.get("origin", {})
+    if origin:
+        text = f"{origin.get('requests', 0)} requests"
+        text += f", {origin.get('errors', 0)} errors, {origin.get('throttled', 0)} throttled"
+        if "bytes" in origin:
+            text += f", {format_size(origin['bytes'])} received"
+        yield "origin", text
+    loader = status.get("loader", {})
+    if loader:
+        text = f"{loader.get('fetching', 0)} files being fetched"
+        text += f", {format_size(loader.get('bytes_to_fetch', 0))} to go"
+        text += f", {loader.get('waiting_reads', 0)} reads waiting"
+        yield "loading", text
+    catalog = status.get("catalog", {})
+    if catalog:
+        text = f"{catalog.get('files', 0)} files, {format_size(catalog.get('bytes', 0))}"
+        if catalog.get("age") is not None:
+            text += f", listed {duration(catalog['age'])} ago"
+        yield "tree", text
+    errors = {kind: count for kind, count in (status.get("errors") or {}).items() if count}
+    if errors:
+        yield "errors", ", ".join(f"{count} {kind}" for kind, count in errors.items())
