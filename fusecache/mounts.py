@@ -97,6 +97,16 @@ def containing_mount(path: str | Path, mountinfo: Path = _MOUNTINFO) -> tuple[Mo
     return None
 
 
+def mount_at(path: Path, mountinfo: Path = _MOUNTINFO) -> tuple[Path, str]:
+    """(mountpoint, type) of the file system of any type that holds `path`, a real path."""
+    best, kind = Path("/"), "unknown"
+    for fields, extra in _lines(mountinfo):
+        mountpoint = Path(os.fsdecode(_unescape(fields[4])))
+        if path.is_relative_to(mountpoint) and len(mountpoint.parts) >= len(best.parts):
+            best, kind = mountpoint, extra[0].decode()
+    return best, kind
+
+
 def mount_id(mountpoint: Path) -> str:
     """What a mount's folder below the runtime directory is called: 16 hex digits of its real path."""
     return xxhash.xxh3_64_hexdigest(os.fsencode(mountpoint))

@@ -167,7 +167,10 @@ def _check_key(setting: Setting, key: str, valid: Sequence[str]) -> None:
 
 def _nearest(word: str, valid: Sequence[str]) -> str:
     found = difflib.get_close_matches(word.lower(), valid, 1, 0.5)
-    return f": did you mean {found[0]}?" if found else f": valid are {', '.join(valid)}" if valid else ""
+    if found:
+        return f": did you mean {found[0]}?"
+    nearest = difflib.get_close_matches(word.lower(), valid, 1, 0.0)
+    return f": the nearest is {nearest[0]}" if nearest else ""
 
 
 # -- the environment

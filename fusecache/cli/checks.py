@@ -1,0 +1,178 @@
+"""What `fusecache doctor` looks at on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fusecache.config import MountConfig, format_size
+from fusecache.errors import ConfigError
+from fusecache.mounts import mount_at
+
+PASSTHROUGH_KERNEL = (6, 9)
+_CAP_SYS_ADMIN = 21
+_LITTLE_SPACE = 10 << 30
+_REMOTE = re.compile(r"nfs|cifs|smb|9p|ceph|lustre|fuse|afs|gpfs|glusterfs|virtiofs")
+_MEMORY = ("tmpfs", "ramfs")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor. `mend` says what to do about it, when it is not ok."""
+
+    name: str
+    state: Literal["ok", "warn", "fail"]
+    detail: str
+    mend: str = ""
+
+
+def local_checks(cache_dir: Path, settings: MountConfig | None) -> list[Check]:
+    """Kernel, privileges, tools and the cache directory."""
+    privileged = has_sys_admin()
+    checks = [
+        check_kernel(os.uname().release),
+        check_privilege(privileged),
+        check_device(Path("/dev/fuse")),
+        check_fusermount(shutil.which("fusermount3"), privileged),
+    ]
+    if settings is not None and settings.allow_other and not privileged:
+        checks.append(check_allow_other(Path("/etc/fuse.conf")))
+    checks += [check_file_system(cache_dir), check_writable(cache_dir)]
+    return [*checks, check_space(cache_dir, settings)]
+
+
+def check_kernel(release: str) -> Check:
+    """FUSE passthrough came with Linux 6.9."""
+    match = re.match(r"(\d+)\.(\d+)", release)
+    version = (int(match[1]), int(match[2])) if match else (0, 0)
+    if version >= PASSTHROUGH_KERNEL:
+        return Check("kernel", "ok", f"{release} can do FUSE passthrough")
+    return Check(
+        "kernel",
+        "warn",
+        f"{release} can't do FUSE passthrough: warm reads go through the daemon",
+        "run Linux 6.9 or newer",
+    )
+
+
+def has_sys_admin(status: Path = Path("/proc/self/status")) -> bool:
+    """Whether this process has CAP_SYS_ADMIN."""
+    match = re.search(r"^CapEff:\s*([0-9a-f]+)", status.read_text(), re.MULTILINE)
+    return match is not None and bool(int(match[1], 16) >> _CAP_SYS_ADMIN & 1)
+
+
+def check_privilege(privileged: bool) -> Check:
+    """Passthrough needs CAP_SYS_ADMIN."""
+    if privileged:
+        return Check("privileges", "ok", "CAP_SYS_ADMIN: mount(2) and FUSE passthrough are allowed")
+    return Check(
+        "privileges",
+        "warn",
+        "no CAP_SYS_ADMIN: no FUSE passthrough, warm reads go through the daemon",
+        "mount as root, or give the container CAP_SYS_ADMIN",
+    )
+
+
+def check_device(device: Path) -> Check:
+    """/dev/fuse has to be there, and may be opened."""
+    try:
+        os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        mend = "modprobe fuse on the host, or start the container with --device /dev/fuse"
+        return Check("device", "fail", f"{device} is missing", mend)
+    except OSError as error:
+        mend = f"chmod 666 {device}, or allow the device in the container's cgroup"
+        return Check("device", "fail", f"{device}: {error.strerror}", mend)
+    return Check("device", "ok", f"{device} can be opened")
+
+
+def check_fusermount(program: str | None, privileged: bool) -> Check:
+    """Without privileges, fusermount3 makes the mount."""
+    if program:
+        return Check("fusermount3", "ok", program)
+    if privileged:
+        return Check("fusermount3", "ok", "not installed, and not needed with CAP_SYS_ADMIN")
+    return Check("fusermount3", "fail", "not installed, and needed without root", "apt-get install fuse3")
+
+
+def check_allow_other(conf: Path) -> Check:
+    """fusermount3 refuses allow_other to users unless root permits it."""
+    try:
+        allowed = re.search(r"^\s*user_allow_other\s*$", conf.read_text(), re.MULTILINE)
+    except OSError:
+        allowed = None
+    if allowed:
+        return Check("allow_other", "ok", f"permitted by {conf}")
+    return Check(
+        "allow_other",
+        "fail",
+        f"{conf} does not permit it to users",
+        f"as root: echo user_allow_other >>{conf}",
+    )
+
+
+def nearest(directory: Path) -> Path:
+    """`directory`, or the nearest parent that exists."""
+    return next((path for path in (directory, *directory.parents) if path.exists()), Path("/"))
+
+
+def check_file_system(cache_dir: Path) -> Check:
+    """The kernel takes no file of a stacked file system for passthrough."""
+    directory = Path(os.path.realpath(nearest(cache_dir.absolute())))
+    mountpoint, kind = mount_at(directory)
+    where = f"{cache_dir} is on {kind} ({mountpoint})"
+    if kind == "overlay":
+        return Check(
+            "cache disk",
+            "fail",
+            f"{where}: the kernel refuses passthrough to files on overlayfs, warm reads go through the daemon",
+            "set cache_dir to a directory on a local disk; in a container, mount a volume there",
+        )
+    if _REMOTE.search(kind):
+        return Check("cache disk", "warn", f"{where}, not a local disk", "set cache_dir to a local disk")
+    if kind in _MEMORY:
+        return Check(
+            "cache disk", "warn", f"{where}: the cache takes memory", "set cache_dir to a local disk"
+        )
+    return Check("cache disk", "ok", where)
+
+
+def check_writable(cache_dir: Path) -> Check:
+    """The daemon makes the directory, but not its parents."""
+    if cache_dir.exists() and not cache_dir.is_dir():
+        return Check("cache dir", "fail", f"{cache_dir} is not a directory", "choose another cache_dir")
+    directory = cache_dir if cache_dir.exists() else cache_dir.parent
+    if not directory.exists():
+        return Check("cache dir", "fail", f"{directory} does not exist", f"mkdir -p {cache_dir}")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        return Check(
+            "cache dir",
+            "fail",
+            f"{directory} is not writable",
+            f"chown it to user {os.geteuid()}, or set cache_dir",
+        )
+    return Check(
+        "cache dir", "ok", f"{cache_dir} " + ("is writable" if cache_dir.exists() else "can be made")
+    )
+
+
+def check_space(cache_dir: Path, settings: MountConfig | None) -> Check:
+    """Space above the floor is what the cache can grow by."""
+    try:
+        found = os.statvfs(nearest(cache_dir.absolute()))
+        floor = settings.free_floor_bytes() if settings else found.f_blocks * found.f_frsize // 20
+    except (OSError, ConfigError) as error:
+        return Check("free space", "fail", str(error), "mend the disk, or set cache_dir")
+    free = found.f_bavail * found.f_frsize
+    detail = f"{format_size(free)} free, of which {format_size(floor)} are kept free"
+    if free <= floor:
+        return Check(
+            "free space", "fail", f"{detail}: nothing can be cached", "free some, or lower free_space"
+        )
+    if free - floor < _LITTLE_SPACE:
+        return Check("free space", "warn", f"{detail}: little for models", "free some, or set cache_dir")
+    return Check("free space", "ok", detail)
