@@ -1,0 +1,108 @@
+"""What is to be fetched, and in which order. Guarded by the loader's lock; does no I/O.
+
+Order: a block somebody waits for, with the idle blocks behind it; tasks; the next run ahead of a reader, of each
+file in turn; a file of the prefetch plan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from fusecache.loader.load import Job, ObjectLoad
+from fusecache.types import ObjectVersion
+
+
+class Board:
+    """The work of one loader. `limit` is in blocks per flight; `begin` starts a file of the plan."""
+
+    def __init__(self, limit: int, begin: Callable[[ObjectVersion, str], None]) -> None:
+        self.paused = False
+        """Only what somebody waits for is handed out."""
+        self.active: deque[ObjectLoad] = deque()
+        """Loads whose whole file is wanted, in turn."""
+        self.ahead: deque[tuple[ObjectVersion, str]] = deque()
+        """Versions, and their sources, that are wanted when nothing else is."""
+        self.tasks: deque[Callable[[], None]] = deque()
+        self._limit = limit
+        self._begin = begin
+        self._demand: deque[tuple[ObjectLoad, int]] = deque()
+        self._later: list[tuple[float, int, ObjectLoad, range]] = []
+        self._order = itertools.count()
+
+    @property
+    def urgent(self) -> bool:
+        """Whether somebody may be waiting for work that nobody took yet."""
+        return bool(self._demand)
+
+    @property
+    def next_due(self) -> float | None:
+        """When something that was put off is due."""
+        return self._later[0][0] if self._later else None
+
+    def take(self, demand_only: bool, now: float) -> Job | Callable[[], None] | None:
+        """The next thing to do."""
+        while self._demand:
+            load, block = self._demand.popleft()
+            if load.idle[block] and block in load.waiting:
+                return load.take(block, self._limit)
+        if demand_only or self.paused:
+            return None
+        if self.tasks:
+            return self.tasks.popleft()
+        for _ in range(len(self.active)):
+            load = self.active[0]
+            self.active.rotate(-1)
+            if load.resting_until <= now and (job := load.take_ahead(self._limit)) is not None:
+                return job
+        if self.ahead:
+            version, source = self.ahead.popleft()
+            return lambda: self._begin(version, source)
+        return None
+
+    def call_for(self, load: ObjectLoad, blocks: Iterable[int]) -> bool:
+        """Somebody waits for these blocks; returns whether there is something to do about it."""
+        called = False
+        for block in blocks:
+            if load.idle[block]:
+                self._demand.append((load, block))
+                called = True
+        return called
+
+    def activate(self, load: ObjectLoad) -> bool:
+        """All of this file is wanted; returns whether that is new."""
+        if self.paused or load in self.active or load.stored.complete or load.gone is not None:
+            return False
+        self.active.append(load)
+        return True
+
+    def retire(self, load: ObjectLoad) -> None:
+        """From now on only what somebody waits for is wanted of this file."""
+        with contextlib.suppress(ValueError):
+            self.active.remove(load)
+
+    def put_off(self, due: float, load: ObjectLoad, blocks: range) -> None:
+        """These blocks, taken and not landed, are to be looked at again at `due`."""
+        heapq.heappush(self._later, (due, next(self._order), load, blocks))
+
+    def is_put_off(self, load: ObjectLoad, block: int) -> bool:
+        """Whether this block waits for its time."""
+        return any(other is load and block in blocks for _, _, other, blocks in self._later)
+
+    def due(self, now: float) -> list[tuple[ObjectLoad, range]]:
+        """What was put off until now."""
+        found = []
+        while self._later and self._later[0][0] <= now:
+            _, _, load, blocks = heapq.heappop(self._later)
+            found.append((load, blocks))
+        return found
+
+    def pause(self) -> None:
+        """Drop all that nobody waits for."""
+        self.paused = True
+        self.ahead.clear()
+        self.tasks.clear()
+        self.active.clear()

@@ -1,0 +1,168 @@
+"""One flight: bring a run of blocks into the store and wake each block's waiters as it lands.
+
+Runs in a worker thread; all bulk work (receiving, hashing, writing) lets the GIL go. Memory: one chunk of the
+origin's, and one block when the store can't take it. Without space, or with a broken disk, the blocks that
+somebody waits for are handed over from memory, and nobody notices.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import xxhash
+
+from fusecache.blocks import block_bytes
+from fusecache.errors import StoreError
+from fusecache.loader.load import ObjectLoad
+
+if TYPE_CHECKING:
+    from fusecache.origin import Origin
+
+_log = logging.getLogger(__name__)
+
+
+class Tower(Protocol):
+    """What a flight tells the loader. All methods take the loader's lock."""
+
+    def land(self, load: ObjectLoad, block: int, piece: bytes | None) -> None:
+        """The block is in the store, or only in `piece`."""
+
+    def put_off(self, load: ObjectLoad, blocks: range) -> None:
+        """Another process fetches these: look again soon."""
+
+    def wanted(self, load: ObjectLoad, blocks: range) -> range:
+        """The shortest prefix of the blocks that holds all that somebody waits for."""
+
+
+def verify(load: ObjectLoad, blocks: range, tower: Tower) -> list[int]:
+    """Hash blocks that an earlier run left in the data file; returns those that were bad or are gone."""
+    bad = []
+    for block in blocks:
+        if load.stored.verify(block):
+            tower.land(load, block, None)
+        else:
+            bad.append(block)
+    return bad
+
+
+def fetch(
+    load: ObjectLoad,
+    blocks: range,
+    origin: Origin,
+    tower: Tower,
+    *,
+    deadline: float,
+    cancelled: Callable[[], bool],
+) -> list[int]:
+    """Fetch blocks from the origin; returns those that did not land though nothing failed.
+
+    `deadline` is a time.monotonic(). Raises what Origin.read raises, and StoreError when the store failed:
+    blocks that landed before that stay.
+    """
+    with load.stored.claim(blocks) as granted:
+        if len(granted) < len(blocks):
+            tower.put_off(load, range(granted.stop, blocks.stop))
+            blocks = granted
+        if not blocks:
+            return []
+        if any(load.stored.unverified(block) or load.stored.present(block) for block in blocks):
+            return list(blocks)  # another process brought them while we asked
+        reserved = load.bytes_of(blocks)
+        if load.stored.reserve(reserved):
+            sink: _Sink = _StoreSink(load, tower, reserved)
+            left: list[int] = []
+        else:
+            asked, blocks = blocks, tower.wanted(load, blocks)
+            left = list(range(blocks.stop, asked.stop))
+            sink = _Sink(load, tower)
+        if blocks:
+            try:
+                _stream(load, blocks, origin, sink, deadline, cancelled)
+            finally:
+                sink.close()
+        return left
+
+
+def _stream(
+    load: ObjectLoad,
+    blocks: range,
+    origin: Origin,
+    sink: _Sink,
+    deadline: float,
+    cancelled: Callable[[], bool],
+) -> None:
+    block_size, size = load.stored.block_size, load.version.size
+    offset = blocks.start * block_size
+    length = min(blocks.stop * block_size, size) - offset
+    block = blocks.start
+    room = block_bytes(block, size, block_size)
+    for chunk in origin.read(load.version, offset, length, deadline=deadline, cancelled=cancelled):
+        with memoryview(chunk) as view:
+            sink.write(offset, view)
+            at = 0
+            while at < len(view):
+                part = view[at : at + room]
+                sink.add(part)
+                at += len(part)
+                room -= len(part)
+                if room == 0:
+                    sink.finish(block)
+                    block += 1
+                    if block < blocks.stop:
+                        room = block_bytes(block, size, block_size)
+            offset += len(view)
+
+
+class _Sink:
+    """Keeps the blocks in memory for their waiters."""
+
+    def __init__(self, load: ObjectLoad, tower: Tower) -> None:
+        self._load = load
+        self._tower = tower
+        self._block = bytearray()
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Bytes for the data file."""
+
+    def add(self, data: memoryview) -> None:
+        """The next bytes of the current block."""
+        self._block += data
+
+    def finish(self, block: int) -> None:
+        """All bytes of the block were added."""
+        piece, self._block = bytes(self._block), bytearray()
+        self._tower.land(self._load, block, piece)
+
+    def close(self) -> None:
+        """The flight is over."""
+
+
+class _StoreSink(_Sink):
+    """Writes the blocks into the store, whose space was reserved."""
+
+    def __init__(self, load: ObjectLoad, tower: Tower, reserved: int) -> None:
+        super().__init__(load, tower)
+        self._reserved = reserved
+        self._digest = xxhash.xxh3_64()
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self._load.stored.write(offset, data)
+
+    def add(self, data: memoryview) -> None:
+        self._digest.update(data)
+
+    def finish(self, block: int) -> None:
+        stored = self._load.stored
+        checksum = self._digest.intdigest()
+        self._digest.reset()
+        self._reserved -= block_bytes(block, self._load.version.size, stored.block_size)
+        stored.commit(block, checksum)
+        if not stored.present(block):
+            raise StoreError(f"{self._load.version.key}: the cache gave the object up")
+        self._tower.land(self._load, block, None)
+
+    def close(self) -> None:
+        if self._reserved > 0:
+            self._load.stored.unreserve(self._reserved)

@@ -1,0 +1,112 @@
+"""The fetch of one object version: which blocks are wanted, in flight, or there.
+
+All of it is guarded by the loader's lock, but for `stored`, which guards itself. A block is idle (nobody is
+on it), in flight, or present in the store; `idle` knows the first from the others. A flight takes a run of
+idle blocks and gives back those it did not land.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fusecache.blocks import block_bytes
+from fusecache.errors import FusecacheError
+from fusecache.loader.waiters import Waiter
+from fusecache.store import StoredObject
+from fusecache.types import ObjectVersion
+
+
+@dataclass(frozen=True)
+class Job:
+    """A flight to be: a run of blocks, all of them already in the data file but not verified, or all absent."""
+
+    load: ObjectLoad
+    blocks: range
+    verify: bool
+
+
+class ObjectLoad:
+    """One object version that somebody reads, or is going to; shared by all who do."""
+
+    def __init__(self, version: ObjectVersion, source: str, stored: StoredObject) -> None:
+        self.version = version
+        self.source = source
+        self.stored = stored
+        self.opens = 0
+        self.jobs = 0
+        """Flights under way."""
+        self.read = False
+        """Somebody read it, so all of it is fetched."""
+        self.gone: FusecacheError | None = None
+        """This version can't be had any more: what is missing stays missing."""
+        self.failures = 0
+        self.resting_until = 0.0
+        """No flight without a waiter before this time.monotonic(): the last ones failed."""
+        self.idle = bytearray(int(not stored.present(block)) for block in range(stored.block_count))
+        self.waiting: dict[int, list[Waiter]] = {}
+        self.position = 0
+        """Block behind the last one that was asked for."""
+
+    def bytes_of(self, blocks: Iterable[int]) -> int:
+        """Length of these blocks."""
+        size, block_size = self.version.size, self.stored.block_size
+        return sum(block_bytes(block, size, block_size) for block in blocks)
+
+    def has_idle(self) -> bool:
+        """Whether a block is neither there nor in flight."""
+        return self.idle.find(1) >= 0
+
+    def take(self, block: int, limit: int) -> Job:
+        """The flight of at most `limit` blocks that begins with this idle one."""
+        verify = self.stored.unverified(block)
+        stop = block + 1
+        end = min(len(self.idle), block + limit)
+        while stop < end and self.idle[stop] and self.stored.unverified(stop) == verify:
+            stop += 1
+        self.idle[block:stop] = bytes(stop - block)
+        self.jobs += 1
+        return Job(self, range(block, stop), verify)
+
+    def take_ahead(self, limit: int) -> Job | None:
+        """The next flight nobody waits for: ahead of the reader, then what is left."""
+        block = self.idle.find(1, self.position)
+        if block < 0:
+            block = self.idle.find(1)
+        return None if block < 0 else self.take(block, limit)
+
+    def give_back(self, blocks: Iterable[int]) -> list[int]:
+        """Make blocks idle that a flight did not land; returns those that somebody waits for."""
+        wanted = []
+        for block in blocks:
+            if not self.stored.present(block):
+                self.idle[block] = 1
+            if block in self.waiting:
+                wanted.append(block)
+        return wanted
+
+    def land(self, block: int, piece: bytes | None) -> list[Waiter]:
+        """A block is in the store, or in `piece`: returns the waiters that have all of theirs now."""
+        if piece is not None:
+            self.idle[block] = 1
+        complete = []
+        for waiter in self.waiting.pop(block, ()):
+            waiter.missing.discard(block)
+            if piece is not None:
+                waiter.pieces[block] = piece
+            if not waiter.missing:
+                complete.append(waiter)
+        return complete
+
+    def drop(self, waiter: Waiter) -> None:
+        """Nobody waits here any more."""
+        for block in waiter.missing:
+            waiters = self.waiting.get(block)
+            if waiters is not None and waiter in waiters:
+                waiters.remove(waiter)
+                if not waiters:
+                    del self.waiting[block]
+
+    def unwanted(self) -> bool:
+        """Whether it can be closed: nobody has it open, and nothing is or will be under way."""
+        return not (self.opens or self.jobs or self.waiting)

@@ -1,0 +1,575 @@
+"""The loader: one fetch per block, whole files on their first read, then the shards behind them.
+
+Theory of operation. Readers ask for bytes that are not there (`request`) and are told when they are; a fixed
+crew of threads flies. A free thread takes, in this order: a block somebody waits for, with the idle blocks
+behind it up to `range_bytes`; the next run ahead of a reader, of each file in turn; a file of the prefetch
+plan. A quarter of the crew takes only the first kind, so that a reader who jumps does not queue behind the
+prefetch. A waiter is woken when its own blocks are in, by the thread that landed the last of them.
+
+Ownership: `_lock` guards all scheduling state (loads, waiters, queues) and is held for microseconds, never
+across I/O or a callback. Flights belong to the crew, not to who asked for them: a reader that goes away
+cancels nothing that others may wait for.
+
+Interleavings worth knowing. (1) A block lands between a reader's look at the store and its `request`: request
+looks again under the lock that `land` takes, so it is found there. (2) A block is found bad while somebody
+reads it: its bytes were verified when the read began, and the file is not rewritten in place while others
+have it open (see store). (3) A flight fails while new readers join: those that came after its start fly
+again, the others get its error.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from fusecache.blocks import block_range
+from fusecache.errors import (
+    AccessDeniedError,
+    CancelledReadError,
+    FusecacheError,
+    NotFoundError,
+    OriginError,
+    StoreError,
+    UnavailableError,
+    VersionChangedError,
+)
+from fusecache.loader import flight, plan
+from fusecache.loader.board import Board
+from fusecache.loader.load import Job, ObjectLoad
+from fusecache.loader.waiters import Waiter
+from fusecache.store import Store
+from fusecache.types import ObjectId, ObjectVersion
+
+if TYPE_CHECKING:
+    from fusecache.origin import Origin
+
+_log = logging.getLogger(__name__)
+
+_LOOK_AGAIN = 0.02
+"""Seconds between looks at blocks that another process fetches."""
+_REST = 5.0
+"""Seconds without flights nobody waits for after one failed; grows with the failures."""
+_GIVE_UP = 5
+"""Failed flights in a row after which a file nobody has open is left as it is."""
+_PLAN_AGAIN = 60.0
+"""Seconds before another first read of a file looks again for the shards behind it."""
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """`range_bytes` per request to the origin, `deadline` in seconds for a waiter and a flight, `budget` in bytes
+    of shards fetched ahead of the file being read; `concurrency` is the size of the crew."""
+
+    concurrency: int = 16
+    range_bytes: int = 16 << 20
+    deadline: float = 60.0
+    prefetch: bool = True
+    budget: int = 1 << 62
+
+
+class Library(Protocol):
+    """What the loader asks the catalog, and tells it. Called without a lock, from any thread."""
+
+    def siblings(self, version: ObjectVersion) -> Sequence[ObjectVersion]:
+        """The files of the same folder, itself included."""
+
+    def completed(self, version: ObjectVersion) -> None:
+        """All of it is in the store, verified."""
+
+    def gone(self, version: ObjectVersion) -> None:
+        """The origin does not have this version any more."""
+
+
+@dataclass
+class LoaderStats:
+    """Counters since the start, guarded by the loader's lock."""
+
+    flights: int = 0
+    flights_failed: int = 0
+    bytes_uncached: int = 0
+    """Fetched, and handed over without being stored."""
+
+
+class Loader:
+    """Brings object versions into `store` from `origins` (by source name). Thread-safe; `start` and `close`, or a
+    with block, own the crew."""
+
+    def __init__(
+        self, store: Store, origins: Mapping[str, Origin], library: Library, settings: LoaderSettings
+    ) -> None:
+        self.store = store
+        self.stats = LoaderStats()
+        self._origins = origins
+        self._library = library
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._wake_any = threading.Condition(self._lock)
+        self._wake_demand = threading.Condition(self._lock)
+        self._wake_clock = threading.Condition(self._lock)
+        self._loads: dict[ObjectId, ObjectLoad] = {}
+        self._board = Board(max(1, settings.range_bytes // store.block_size), self._begin)
+        self._planned: dict[ObjectId, float] = {}
+        self._waiters: set[Waiter] = set()
+        self._stopping = False
+        self._threads: list[threading.Thread] = []
+
+    # -- life
+
+    def start(self) -> None:
+        """Start the crew."""
+        reserved = self._settings.concurrency // 4
+        for number in range(self._settings.concurrency):
+            self._thread(f"loader-{number}", self._work, number < reserved)
+        self._thread("loader-clock", self._clock)
+
+    def _thread(self, name: str, work: Callable[..., None], *args: object) -> None:
+        thread = threading.Thread(target=work, args=args, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Stop the crew: flights are cancelled, waiters get CancelledReadError. Waits at most `timeout` seconds."""
+        with self._lock:
+            self._stopping = True
+            waiters = list(self._waiters)
+            for waiter in waiters:
+                self._forget(waiter)
+            for condition in (self._wake_any, self._wake_demand, self._wake_clock):
+                condition.notify_all()
+        self._settle(waiters, CancelledReadError("the mount is going away"))
+        deadline = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        with self._lock:
+            loads = list(self._loads.values())
+            self._loads.clear()
+        for load in loads:
+            load.stored.close()
+
+    def __enter__(self) -> Loader:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # -- readers
+
+    def open(self, version: ObjectVersion, source: str) -> ObjectLoad:
+        """The load of this version, opened once more; does disk I/O. Pair with `release`."""
+        load = self._obtain(version, source)
+        load.stored.touch()
+        return load
+
+    def _obtain(self, version: ObjectVersion, source: str) -> ObjectLoad:
+        with self._lock:
+            load = self._loads.get(version.id)
+            if load is not None and not load.stored.retired:
+                load.opens += 1
+                return load
+        stored = self.store.open(version)
+        fresh = ObjectLoad(version, source, stored)
+        with self._lock:
+            load = self._loads.get(version.id)
+            if load is None or load.stored.retired:
+                load = self._loads[version.id] = fresh
+            load.opens += 1
+        if load is not fresh:
+            stored.close()
+        return load
+
+    def release(self, load: ObjectLoad) -> None:
+        """Drop one open. What was begun goes on until the file is whole."""
+        with self._lock:
+            load.opens -= 1
+            closing = self._closable(load)
+        if closing:
+            load.stored.close()
+
+    def _closable(self, load: ObjectLoad) -> bool:
+        """Whether this call took the load out of the table, so that the caller has to close it."""
+        if not load.unwanted() or load in self._board.active:
+            return False
+        if self._loads.get(load.version.id) is load:
+            del self._loads[load.version.id]
+            return True
+        return load.stored.retired
+
+    def request(
+        self, load: ObjectLoad, offset: int, length: int, settled: Callable[[Waiter], None]
+    ) -> Waiter | None:
+        """Ask for bytes. None: they are in the store; otherwise `settled` will be called (see Waiter). Raises the
+        error that this version can't be had any more."""
+        stored = load.stored
+        blocks = block_range(offset, length, load.version.size, stored.block_size)
+        with self._lock:
+            first = not load.read
+            load.read = True
+            load.position = blocks.stop
+            missing = [block for block in blocks if not stored.present(block)]
+            if missing and (load.gone is not None or self._stopping):
+                raise load.gone or CancelledReadError("the mount is going away")
+            waiter = None
+            if missing:
+                now = time.monotonic()
+                waiter = Waiter(
+                    load,
+                    offset,
+                    length,
+                    missing=missing,
+                    since=now,
+                    deadline=now + self._settings.deadline,
+                    settled=settled,
+                )
+                self._waiters.add(waiter)
+                for block in missing:
+                    load.waiting.setdefault(block, []).append(waiter)
+                self._call_for(load, missing)
+                if len(self._waiters) == 1:
+                    self._wake_clock.notify()
+            if first:
+                self._want_all(load)
+        if first:
+            self.follow(load.version, load.source)
+        return waiter
+
+    def cancel(self, waiter: Waiter) -> bool:
+        """Nobody wants this any more; False: it was settled already, or is being settled."""
+        with self._lock:
+            if waiter not in self._waiters:
+                return False
+            self._forget(waiter)
+            return True
+
+    def waits(self, waiter: Waiter) -> bool:
+        """Whether this waiter is not settled yet."""
+        with self._lock:
+            return waiter in self._waiters
+
+    def read(self, load: ObjectLoad, offset: int, length: int) -> bytes:
+        """Wait for bytes and copy them out of the store; blocks, at most until the deadline. For control and
+        tests: the channel is the way for bulk reads. Raises what `request` and the origin raise."""
+        done = threading.Event()
+        for _ in range(3):
+            done.clear()
+            waiter = self.request(load, offset, length, lambda _waiter: done.set())
+            if waiter is not None:
+                done.wait()
+                if waiter.error is not None:
+                    raise waiter.error
+            data = self.copy_out(load, offset, length, waiter.pieces if waiter else {})
+            if data is not None:
+                return data
+        raise UnavailableError(f"{load.version.key}: the cached bytes can't be read")
+
+    def copy_out(
+        self, load: ObjectLoad, offset: int, length: int, pieces: Mapping[int, bytes]
+    ) -> bytes | None:
+        """Present bytes, some of them from a waiter's pieces; None: the disk did not give them."""
+        size, block_size = load.version.size, load.stored.block_size
+        parts: list[bytes | memoryview] = []
+        for block in block_range(offset, length, size, block_size):
+            start = max(offset, block * block_size)
+            stop = min(offset + length, size, (block + 1) * block_size)
+            if block in pieces:
+                part: bytes | memoryview = memoryview(pieces[block])[
+                    start - block * block_size : stop - block * block_size
+                ]
+            else:
+                try:
+                    part = os.pread(load.stored.fileno(), stop - start, start)
+                except (OSError, StoreError):
+                    part = b""
+            if len(part) != stop - start:
+                self.suspect(load, block)
+                return None
+            parts.append(part)
+        return b"".join(parts)
+
+    def suspect(self, load: ObjectLoad, block: int) -> None:
+        """The disk did not give a block that is present: look at it again, and fetch it anew if it is bad."""
+        if not load.stored.verify(block):
+            with self._lock:
+                load.idle[block] = 1
+                self._call_for(load, [block] if block in load.waiting else [])
+
+    def want(self, versions: Iterable[tuple[ObjectVersion, str]]) -> None:
+        """Fetch all of these versions (of these sources), in this order, without a reader."""
+        with self._lock:
+            known = {version.id for version, _ in self._board.ahead}
+            known.update(load.version.id for load in self._board.active)
+            fresh = [(version, source) for version, source in versions if version.id not in known]
+            self._board.ahead.extend(fresh)
+            self._wake_any.notify_all()
+
+    def pause(self) -> None:
+        """Start no more flights that nobody waits for."""
+        with self._lock:
+            self._board.pause()
+
+    def follow(self, version: ObjectVersion, source: str) -> None:
+        """A file is being read: fetch the shards behind it, too."""
+        if not self._settings.prefetch or not plan.is_shard(version.key):
+            return
+        now = time.monotonic()
+        with self._lock:
+            if now - self._planned.get(version.id, -_PLAN_AGAIN) < _PLAN_AGAIN:
+                return
+            self._planned[version.id] = now
+            while len(self._planned) > 10_000:
+                del self._planned[next(iter(self._planned))]
+            self._board.tasks.append(lambda: self._plan(version, source))
+            self._wake_any.notify()
+
+    def progress(self) -> dict[str, int]:
+        """What is going on, for `fusecache status`."""
+        with self._lock:
+            return {
+                "loads": len(self._loads),
+                "fetching": len(self._board.active),
+                "planned": len(self._board.ahead),
+                "waiting_reads": len(self._waiters),
+                "bytes_to_fetch": sum(
+                    load.idle.count(1) * load.stored.block_size for load in self._board.active
+                ),
+            }
+
+    # -- the crew
+
+    def _work(self, demand_only: bool) -> None:
+        wake = self._wake_demand if demand_only else self._wake_any
+        while True:
+            with self._lock:
+                job = self._take(demand_only)
+                while job is None and not self._stopping:
+                    wake.wait()
+                    job = self._take(demand_only)
+                if self._stopping:
+                    return
+            try:
+                if isinstance(job, Job):
+                    self._fly(job)
+                elif job is not None:
+                    job()
+            except Exception:
+                _log.exception("a flight ended in an unforeseen error")
+
+    def _take(self, demand_only: bool) -> Job | Callable[[], None] | None:
+        job = self._board.take(demand_only, time.monotonic())
+        if job is not None and self._board.urgent:
+            self._wake_any.notify()
+        return job
+
+    def _fly(self, job: Job) -> None:
+        load, started = job.load, time.monotonic()
+        left: Iterable[int] = ()
+        error: FusecacheError | None = None
+        try:
+            if job.verify:
+                left = flight.verify(load, job.blocks, self)
+            else:
+                with self._lock:
+                    self.stats.flights += 1
+                left = flight.fetch(
+                    load,
+                    job.blocks,
+                    self._origins[load.source],
+                    self,
+                    deadline=started + self._settings.deadline,
+                    cancelled=lambda: self._stopping or load.gone is not None,
+                )
+        except NotFoundError as exc:
+            error = VersionChangedError(f"{load.version.key} was deleted at the origin: open it again")
+            error.__cause__ = exc
+        except FusecacheError as exc:
+            error = exc
+        finally:
+            self._landed(job, started, left, error)
+
+    def _landed(self, job: Job, started: float, left: Iterable[int], error: FusecacheError | None) -> None:
+        load = job.load
+        failed: list[Waiter] = []
+        gone = False
+        with self._lock:
+            load.jobs -= 1
+            if error is None:
+                load.failures = 0
+                self._call_for(load, load.give_back(left))
+                if load.read and load.opens and load.stored.present(job.blocks[0]) and load.has_idle():
+                    self._want_all(load)  # it was set aside for want of space, or after failures
+            else:
+                self.stats.flights_failed += 1
+                failed, gone = self._failed(job, started, error)
+            if load.stored.complete or (gone and load in self._board.active):
+                self._board.retire(load)
+            closing = self._closable(load)
+            complete = load.stored.complete
+        self._settle(failed, error)
+        if complete:
+            self._library.completed(load.version)
+        if gone:
+            self._library.gone(load.version)
+        if closing:
+            load.stored.close()
+
+    def _failed(self, job: Job, started: float, error: FusecacheError) -> tuple[list[Waiter], bool]:
+        """Under the lock: who has to be told, and whether this version is gone."""
+        load = job.load
+        unlanded = [block for block in job.blocks if not load.stored.present(block)]
+        wanted = load.give_back(block for block in unlanded if not self._board.is_put_off(load, block))
+        if isinstance(error, VersionChangedError):
+            gone = load.gone is None
+            load.gone = error
+            victims = {waiter for waiters in load.waiting.values() for waiter in waiters}
+            for waiter in victims:
+                self._forget(waiter)
+            return list(victims), gone
+        if isinstance(error, StoreError | CancelledReadError):
+            # the store is passed over from now on (its health says so): fly again for those who wait
+            self._call_for(load, wanted)
+            return [], False
+        load.failures += 1
+        load.resting_until = time.monotonic() + _REST * min(load.failures, 12)
+        if load.failures in (1, 10) or load.failures % 100 == 0:
+            _log.warning("%s: %s", load.version.key, error)
+        if load.failures >= _GIVE_UP and not load.opens and load in self._board.active:
+            self._board.retire(load)
+        self._board.put_off(load.resting_until, load, range(0))
+        self._wake_clock.notify()
+        denied = not isinstance(error, OriginError) or isinstance(error, AccessDeniedError)
+        victims = {
+            waiter
+            for block in wanted
+            for waiter in load.waiting.get(block, ())
+            if denied or waiter.since <= started + 1.0
+        }
+        for waiter in victims:
+            self._forget(waiter)
+        self._call_for(load, [block for block in wanted if block in load.waiting])
+        return list(victims), False
+
+    # -- what flights tell
+
+    def land(self, load: ObjectLoad, block: int, piece: bytes | None) -> None:
+        """See flight.Tower."""
+        with self._lock:
+            length = load.bytes_of((block,))
+            if piece is not None:
+                self.stats.bytes_uncached += length
+            waiters = load.land(block, piece)
+            self._waiters.difference_update(waiters)
+        self._settle(waiters, None)
+
+    def put_off(self, load: ObjectLoad, blocks: range) -> None:
+        """See flight.Tower."""
+        with self._lock:
+            due = time.monotonic() + _LOOK_AGAIN
+            self._board.put_off(due, load, blocks)
+            self._wake_clock.notify()
+
+    def wanted(self, load: ObjectLoad, blocks: range) -> range:
+        """See flight.Tower."""
+        with self._lock:
+            stop = max((block + 1 for block in blocks if block in load.waiting), default=blocks.start)
+            if stop == blocks.start and load in self._board.active:
+                self._board.retire(load)  # no space, and nobody waits: what is read later is asked for then
+            return range(blocks.start, stop)
+
+    # -- under the lock
+
+    def _call_for(self, load: ObjectLoad, blocks: Iterable[int]) -> None:
+        if self._board.call_for(load, blocks):
+            self._wake_any.notify()
+            self._wake_demand.notify()
+
+    def _want_all(self, load: ObjectLoad) -> None:
+        if self._settings.prefetch and self._board.activate(load):
+            self._wake_any.notify_all()
+
+    def _forget(self, waiter: Waiter) -> None:
+        self._waiters.discard(waiter)
+        waiter.load.drop(waiter)
+
+    # -- without the lock
+
+    def _settle(self, waiters: Iterable[Waiter], error: FusecacheError | None) -> None:
+        for waiter in waiters:
+            waiter.error = error
+            try:
+                waiter.settled(waiter)
+            except Exception:
+                _log.exception("%s: a reader could not be answered", waiter.load.version.key)
+
+    def _begin(self, version: ObjectVersion, source: str) -> None:
+        try:
+            load = self._obtain(version, source)
+        except FusecacheError as error:
+            _log.warning("%s is not fetched ahead: %s", version.key, error)
+            return
+        with self._lock:
+            load.read = True
+            if self._board.activate(load):
+                self._wake_any.notify_all()
+            complete = load.stored.complete
+        if complete:
+            self._library.completed(version)
+        self.release(load)
+
+    def _plan(self, version: ObjectVersion, source: str) -> None:
+        """Queue the shards behind this one, within the budget."""
+        folder, _, name = version.key.rpartition("/")
+        versions = {
+            other.key.rpartition("/")[2]: other
+            for other in self._library.siblings(version)
+            if other.key.rpartition("/")[0] == folder
+        }
+        order: list[str] = []
+        index = plan.index_for(name, list(versions))
+        if index is not None and versions[index].size <= plan.INDEX_LIMIT:
+            try:
+                load = self.open(versions[index], source)
+                try:
+                    order = plan.index_order(self.read(load, 0, versions[index].size))
+                finally:
+                    self.release(load)
+            except FusecacheError as error:
+                _log.warning("%s can't be read, shards are fetched by name: %s", index, error)
+        budget = self._settings.budget
+        with self._lock:
+            queued = {other.id for other, _ in self._board.ahead}
+            for other in plan.following(name, list(versions), order):
+                budget -= versions[other].size
+                if budget < 0:
+                    break
+                if versions[other].id not in queued:
+                    self._board.ahead.append((versions[other], source))
+            self._wake_any.notify_all()
+
+    def _clock(self) -> None:
+        """Expire waiters, and look again at what was put off."""
+        while True:
+            with self._lock:
+                if self._stopping:
+                    return
+                now = time.monotonic()
+                for load, blocks in self._board.due(now):
+                    self._call_for(load, load.give_back(blocks))
+                    self._wake_any.notify()
+                expired = [waiter for waiter in self._waiters if waiter.deadline <= now]
+                for waiter in expired:
+                    self._forget(waiter)
+                if not expired:
+                    pause = 0.5 if self._waiters else None
+                    due = self._board.next_due
+                    if due is not None:
+                        pause = max(0.001, min(due - now, pause or due - now))
+                    self._wake_clock.wait(pause)
+                    continue
+            for waiter in expired:
+                text = f"{waiter.load.version.key}: not within the deadline of {self._settings.deadline:g} s"
+                self._settle([waiter], UnavailableError(text))

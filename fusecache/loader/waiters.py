@@ -1,0 +1,43 @@
+"""A read that waits for blocks. Plain data: the loader's lock guards all of it until it is settled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from fusecache.errors import FusecacheError
+
+if TYPE_CHECKING:
+    from fusecache.loader.load import ObjectLoad
+
+
+class Waiter:
+    """The bytes [offset, offset + length) of one object, wanted until `deadline` (a time.monotonic()).
+
+    `settled` is called exactly once, from any thread and without a lock: when the bytes are there (`error` is
+    None), or when they can't be had. It is not called after a successful cancel. `pieces` holds the blocks
+    that could not be stored; all others are in the store.
+    """
+
+    __slots__ = ("deadline", "error", "length", "load", "missing", "offset", "pieces", "settled", "since")
+
+    def __init__(
+        self,
+        load: ObjectLoad,
+        offset: int,
+        length: int,
+        *,
+        missing: Sequence[int],
+        since: float,
+        deadline: float,
+        settled: Callable[[Waiter], None],
+    ) -> None:
+        self.load = load
+        self.offset = offset
+        self.length = length
+        self.missing = set(missing)
+        self.since = since
+        self.deadline = deadline
+        self.settled = settled
+        self.error: FusecacheError | None = None
+        self.pieces: dict[int, bytes] = {}

@@ -1,0 +1,61 @@
+"""Which shards come next."""
+
+from __future__ import annotations
+
+import json
+
+from fusecache.loader.plan import following, index_for, index_order, is_shard, natural_key
+
+NAMES = [f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
+
+
+def test_shards_follow_by_name_and_then_round_about() -> None:
+    assert following(NAMES[1], [*NAMES, "config.json", "tokenizer.json"]) == [NAMES[2], NAMES[0]]
+
+
+def test_names_are_ordered_by_their_numbers() -> None:
+    names = [f"part-{n}.bin" for n in (1, 2, 10, 11)]
+    assert following("part-2.bin", names) == ["part-10.bin", "part-11.bin", "part-1.bin"]
+    assert natural_key("part-2") < natural_key("part-10")
+
+
+def test_the_index_decides_the_order() -> None:
+    text = json.dumps({"weight_map": {"a": NAMES[2], "b": NAMES[0], "c": NAMES[2], "d": NAMES[1]}})
+    order = index_order(text.encode())
+    assert order == [NAMES[2], NAMES[0], NAMES[1]]
+    assert following(NAMES[2], NAMES, order) == [NAMES[0], NAMES[1]]
+
+
+def test_an_index_that_names_files_that_are_not_there() -> None:
+    assert following(NAMES[0], NAMES[:2], ["../../etc/passwd", *NAMES]) == [NAMES[1]]
+
+
+def test_an_index_that_does_not_name_the_file_is_passed_over() -> None:
+    assert following(NAMES[0], NAMES, ["other.safetensors"]) == NAMES[1:]
+
+
+def test_what_is_no_index() -> None:
+    for text in (
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"weight_map": 3}',
+        b'{"weight_map": {"a": [1]}}',
+        b"\xff",
+        b"[" * 10**6,
+    ):
+        assert index_order(text) == []
+
+
+def test_only_shards_have_followers() -> None:
+    assert following("config.json", ["config.json", *NAMES]) == []
+    assert is_shard("x.GGUF")
+    assert not is_shard("x.json")
+
+
+def test_the_index_of_the_same_kind_is_found() -> None:
+    siblings = [*NAMES, "model.safetensors.index.json", "pytorch_model.bin.index.json"]
+    assert index_for(NAMES[0], siblings) == "model.safetensors.index.json"
+    assert index_for("pytorch_model-1.bin", siblings) == "pytorch_model.bin.index.json"
+    assert index_for("config.json", siblings) is None
