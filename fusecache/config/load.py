@@ -25,7 +25,7 @@ from fusecache.config.model import (
     default_cache_dir,
     default_runtime_dir,
 )
-from fusecache.config.toml import Setting, read_toml
+from fusecache.config.toml import Setting, Table, read_toml
 from fusecache.errors import ConfigError
 
 ENV_PREFIX = "FUSECACHE_"
@@ -107,43 +107,40 @@ def load_mount_config(
     for setting in top:
         _check_top(setting)
     for table in tables:
-        for setting in table:
+        for setting in table.settings:
             _check_key(setting, setting.path[0], tuple(SourceConfig.model_fields))
     chosen = _choose(source, tables, config_file)
     settings = [*top]
     for setting in (*_from_env(env, chosen), *_from_options(given, chosen)):
         if setting.path[0] == "source":
-            chosen[int(setting.path[1])].append(Setting(setting.path[2:], setting.value, setting.where))
+            number = int(setting.path[1])
+            chosen[number] = chosen[number].added(Setting(setting.path[2:], setting.value, setting.where))
         else:
             settings.append(setting)
     return _build(settings, chosen, mountpoint, env)
 
 
-def _choose(source: str | None, tables: list[list[Setting]], file: Path | None) -> list[list[Setting]]:
+def _choose(source: str | None, tables: list[Table], file: Path | None) -> list[Table]:
     if source in (None, "", "none", "fusecache") and (tables or not source):
         if not tables:
             said = f"{file} names no source: add [[source]] with a url" if file else "no source: give a URL"
             raise ConfigError(said)
-        return [list(table) for table in tables]
+        return list(tables)
     assert source is not None
-    named = [table for table in tables if _value(table, "name") == source]
-    same = [table for table in tables if str(_value(table, "url") or "").rstrip("/") == source.rstrip("/")]
-    bare = [table for table in tables if _value(table, "url") is None and not _value(table, "name")]
+    named = [table for table in tables if table.value("name") == source]
+    same = [table for table in tables if str(table.value("url") or "").rstrip("/") == source.rstrip("/")]
+    bare = [table for table in tables if table.value("url") is None and not table.value("name")]
     root = Setting(("name",), "", "SOURCE")
     if named:
-        return [[*named[0], root]]
+        return [named[0].added(root)]
     if "://" not in source and not source.startswith("/"):
-        names = [str(_value(table, "name")) for table in tables if _value(table, "name")]
+        names = [str(table.value("name")) for table in tables if table.value("name")]
         raise ConfigError(
             f"{source}: not a URL like s3://bucket/prefix"
             + (f", nor a source in {file}{_nearest(source, names)}" if file else "")
         )
-    base = (same or bare or [[]])[0]
-    return [[*base, Setting(("url",), source, "SOURCE"), root]]
-
-
-def _value(table: Iterable[Setting], key: str) -> Any:
-    return next((setting.value for setting in table if setting.path == (key,)), None)
+    base = (same or bare or [Table("SOURCE")])[0]
+    return [base.added(Setting(("url",), source, "SOURCE"), root)]
 
 
 def _check_top(setting: Setting) -> None:
@@ -176,7 +173,7 @@ def _nearest(word: str, valid: Sequence[str]) -> str:
 # -- the environment
 
 
-def _from_env(env: Mapping[str, str], chosen: list[list[Setting]]) -> Iterable[Setting]:
+def _from_env(env: Mapping[str, str], chosen: list[Table]) -> Iterable[Setting]:
     for variable in sorted(env):
         if not variable.startswith(ENV_PREFIX):
             continue
@@ -194,7 +191,7 @@ def _from_env(env: Mapping[str, str], chosen: list[list[Setting]]) -> Iterable[S
         elif head == "sources" and rest:
             name, _, rest = rest.rpartition("__")
             for number, table in enumerate(chosen):
-                if str(_value(table, "name") or "").lower().replace("-", "_") == name:
+                if str(table.value("name") or "").lower().replace("-", "_") == name:
                     setting = Setting(
                         ("source", str(number), rest), _decoded(rest, value, variable), variable
                     )
@@ -221,7 +218,7 @@ def _decoded(key: str, value: str, variable: str) -> Any:
         raise ConfigError(f"{variable}: has to be a JSON object") from None
 
 
-def _only_one(chosen: list[list[Setting]], where: str) -> None:
+def _only_one(chosen: list[Table], where: str) -> None:
     if len(chosen) > 1:
         raise ConfigError(
             f"{where}: there are several sources: set it below each [[source]] of the config file"
@@ -239,7 +236,7 @@ def _split_options(options: Sequence[str]) -> Iterable[tuple[str, str | None]]:
                 yield name, value if equals else None
 
 
-def _from_options(given: Iterable[tuple[str, str | None]], chosen: list[list[Setting]]) -> Iterable[Setting]:
+def _from_options(given: Iterable[tuple[str, str | None]], chosen: list[Table]) -> Iterable[Setting]:
     for name, value in given:
         where = f"-o {name}"
         path: tuple[str, ...]
@@ -280,7 +277,7 @@ def _takes(annotation: Any, wanted: type) -> bool:
 
 
 def _build(
-    settings: list[Setting], tables: list[list[Setting]], mountpoint: str | Path, env: Mapping[str, str]
+    settings: list[Setting], tables: list[Table], mountpoint: str | Path, env: Mapping[str, str]
 ) -> MountConfig:
     where: dict[tuple[str, ...], str] = {("mountpoint",): "mountpoint"}
     values: dict[str, Any] = {
@@ -296,12 +293,11 @@ def _build(
         where[setting.path] = setting.where
     for number, table in enumerate(tables):
         source: dict[str, Any] = {}
-        for setting in table:
+        for setting in table.settings:
             source[setting.path[0]] = setting.value
             where["sources", str(number), setting.path[0]] = setting.where
         values["sources"].append(source)
-        if table:
-            where["sources", str(number)] = table[0].where.rpartition(", ")[0] or table[0].where
+        where["sources", str(number)] = table.where
     try:
         return MountConfig.model_validate(values)
     except ValidationError as error:

@@ -6,7 +6,7 @@ import logging
 import re
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,23 @@ class Setting:
     where: str
 
 
-def read_toml(file: Path) -> tuple[list[Setting], list[list[Setting]]]:
+@dataclass(frozen=True)
+class Table:
+    """The settings of one source, and where its table begins."""
+
+    where: str
+    settings: tuple[Setting, ...] = ()
+
+    def value(self, key: str) -> Any:
+        """What the table says about `key`, or None."""
+        return next((setting.value for setting in self.settings if setting.path == (key,)), None)
+
+    def added(self, *settings: Setting) -> Table:
+        """This table with more settings, which win over its own."""
+        return replace(self, settings=(*self.settings, *settings))
+
+
+def read_toml(file: Path) -> tuple[list[Setting], list[Table]]:
     """The mount's settings, and those of each source. Raises ConfigError naming file, line and key."""
     try:
         text = file.read_text("utf-8")
@@ -50,7 +66,9 @@ def read_toml(file: Path) -> tuple[list[Setting], list[list[Setting]]]:
         if key not in ("source", "sources")
         for setting in reader.settings((key,), value, nested=key == "tuning")
     ]
-    if any(s.path[-1] in ("secret_access_key", "session_token") for source in sources for s in source):
+    if any(
+        s.path[-1] in ("secret_access_key", "session_token") for source in sources for s in source.settings
+    ):
         _warn_if_readable(file)
     return top, sources
 
@@ -81,34 +99,37 @@ class _Reader:
         if value and "0o" not in line:
             raise ConfigError(f'{self.where(path)}: write the octal mode as 0o{value} or "0{value}"')
 
-    def sources(self, data: dict[str, Any]) -> list[list[Setting]]:
+    def sources(self, data: dict[str, Any]) -> list[Table]:
         found = []
         listed = data.get("source", [])
+        named = data.get("sources", {})
+        for key, value, wanted in (("source", listed, (dict, list)), ("sources", named, (dict,))):
+            if not isinstance(value, wanted):
+                raise ConfigError(
+                    f"{self.where((key,))}: write [[source]] or [sources.NAME] on a line of its own"
+                )
+        at: list[tuple[str, ...]] = [("source",)]
         if isinstance(listed, dict):
             listed = [listed]
-            at: list[tuple[str, ...]] = [("source",)]
         else:
             at = [("source", str(number)) for number in range(len(listed))]
-        named = data.get("sources", {})
-        if not isinstance(listed, list) or not isinstance(named, dict):
-            key = "sources" if isinstance(listed, list) else "source"
-            raise ConfigError(
-                f"{self.where((key,))}: write [[source]] or [sources.NAME] on a line of its own"
-            )
         for path, table in zip(at, listed, strict=True):
             found.append(self._table(path, table))
         for name, table in named.items():
             path = ("sources", name)
-            settings = self._table(path, table)
-            if any(setting.path == ("name",) for setting in settings):
+            made = self._table(path, table)
+            if made.value("name") is not None:
                 raise ConfigError(f"{self.where((*path, 'name'))}: [sources.{name}] already says the name")
-            found.append([Setting(("name",), name, self.where(path)), *settings])
+            found.append(made.added(Setting(("name",), name, self.where(path))))
         return found
 
-    def _table(self, path: tuple[str, ...], table: Any) -> list[Setting]:
+    def _table(self, path: tuple[str, ...], table: Any) -> Table:
         if not isinstance(table, dict):
             raise ConfigError(f"{self.where(path)}: has to be a table with a url")
-        return [Setting((key,), value, self.where((*path, key))) for key, value in table.items()]
+        where = self.where(path).rpartition(", ")[0]
+        return Table(
+            where, tuple(Setting((key,), value, self.where((*path, key))) for key, value in table.items())
+        )
 
 
 def _prefixes(path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:

@@ -1,0 +1,129 @@
+"""The arrows between the rooms, by the imports in the source (of functions and type checking, too)."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 24_000
+"""Bytes of a module: a longer one holds more than one thing."""
+
+GROUND = {"types", "errors", "blocks", "config", ""}
+ALLOWED: dict[str, set[str]] = {
+    "types": {""},
+    "errors": {""},
+    "blocks": {""},
+    "config": {"errors", ""},
+    "mounts": GROUND,
+    "control": GROUND | {"mounts"},
+    "telemetry": GROUND,
+    "store": GROUND,
+    "origin": GROUND,
+    "catalog": GROUND,
+    "loader": GROUND | {"store", "origin", "catalog"},
+    "cli": GROUND | {"mounts", "control", "telemetry", "store", "origin", "catalog", "loader", "cli"},
+    "mount": GROUND | {"mounts", "control", "telemetry", "store", "origin", "catalog", "loader"},
+}
+"""Room -> rooms that it may import, besides itself. '' is the package itself, which holds the version only."""
+
+PURE = (
+    "fusecache/types.py",
+    "fusecache/errors.py",
+    "fusecache/blocks.py",
+    "fusecache/config",
+    "fusecache/store/format.py",
+    "fusecache/store/eviction.py",
+    "fusecache/loader/plan.py",
+    "mount/nodeids.py",
+    "mount/protocol.py",
+)
+IMPURE_LIBRARIES = {"trio", "fsspec", "pyfuse3", "obstore", "s3fs", "gcsfs"}
+
+
+def modules() -> Iterator[tuple[Path, str]]:
+    """(file, room) of every module; fusecache/mount is a link to mount/, read once."""
+    for file in sorted((ROOT / "fusecache").rglob("*.py")):
+        parts = file.relative_to(ROOT / "fusecache").parts
+        if parts[0] != "mount":
+            yield file, "" if parts == ("__init__.py",) else parts[0].removesuffix(".py")
+    for file in sorted((ROOT / "mount").rglob("*.py")):
+        yield file, "mount"
+
+
+def imported(file: Path) -> Iterator[str]:
+    """Absolute names of the modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            assert node.module is not None
+            if node.module == "fusecache":
+                yield from (f"fusecache.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            first = node.args[0] if node.args else None
+            if isinstance(first, ast.Constant) and isinstance(first.value, str):
+                yield first.value
+
+
+def room_of(name: str) -> str | None:
+    parts = name.split(".")
+    if parts[0] != "fusecache":
+        return None
+    return parts[1] if len(parts) > 1 else ""
+
+
+MODULES = list(modules())
+IDS = [str(file.relative_to(ROOT)) for file, _ in MODULES]
+
+
+@pytest.mark.parametrize(("file", "room"), MODULES, ids=IDS)
+def test_arrows_point_one_way(file: Path, room: str) -> None:
+    allowed = ALLOWED.get(room, set()) | {room}
+    wrong = {name for name in imported(file) if (to := room_of(name)) is not None and to not in allowed}
+    assert not wrong, f"{room or 'fusecache'} may not know {wrong}"
+    assert room in ALLOWED or room == "", f"{room} is a new room: say here whom it may know"
+
+
+@pytest.mark.parametrize(("file", "room"), MODULES, ids=IDS)
+def test_modules_are_small(file: Path, room: str) -> None:
+    assert file.stat().st_size < LIMIT
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_modules_know_no_io_library(name: str) -> None:
+    path = ROOT / name
+    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    assert files
+    assert all(file.exists() for file in files)
+    for file in files:
+        assert not {name.split(".")[0] for name in imported(file)} & IMPURE_LIBRARIES, file
+
+
+@pytest.mark.parametrize(("file", "room"), MODULES, ids=IDS)
+def test_object_storage_libraries_stay_in_origin(file: Path, room: str) -> None:
+    if room != "origin":
+        assert not {name.split(".")[0] for name in imported(file)} & (IMPURE_LIBRARIES - {"trio", "pyfuse3"})
+
+
+def test_the_links_of_the_packages() -> None:
+    link = ROOT / "fusecache" / "mount"
+    assert link.is_symlink()
+    assert link.resolve() == ROOT / "mount"
+    configured = (ROOT / "setup.cfg").read_text().split("packages =")[1].split("package_dir")[0].split()
+    found = {"fusecache", "fusecache.mount"} | {
+        ".".join(file.parent.relative_to(ROOT).parts)
+        for file in (ROOT / "fusecache").rglob("__init__.py")
+        if "mount" not in file.relative_to(ROOT).parts
+    }
+    found |= {
+        "fusecache." + ".".join(file.parent.relative_to(ROOT).parts)
+        for file in (ROOT / "mount").rglob("__init__.py")
+    }
+    assert set(configured) == found
