@@ -251,7 +251,11 @@ class FaultyServer:
         data = self.objects.get(path)
         if data is None:
             below = sorted({key[len(path) :].split("/")[0] for key in self.objects if key.startswith(path)})
-            if (path and not path.endswith("/")) or not below:
+            if path and not path.endswith("/"):
+                folder = any(key.startswith(f"{path}/") for key in self.objects)
+                to = [("Location", f"{request.path}/")] if folder else []
+                return _Answer(301 if folder else 404, to, 0, iter(()))
+            if not below:
                 return _Answer(404, [], 0, iter(()))
             folders = {name for name in below if any(k.startswith(f"{path}{name}/") for k in self.objects)}
             links = [name + ("/" if name in folders else "") for name in below]

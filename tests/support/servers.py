@@ -172,12 +172,19 @@ class GcsBucket:
 
     def put(self, key: str, data: bytes) -> str:
         """Create or overwrite an object; returns its generation."""
-        query = urllib.parse.urlencode({"uploadType": "media", "name": key})
+        # Not uploadType=media: with that one the emulator takes no empty objects.
+        name = json.dumps({"name": key}).encode()
+        body = b"".join(
+            (
+                b"--part\r\nContent-Type: application/json\r\n\r\n" + name,
+                b"\r\n--part\r\nContent-Type: application/octet-stream\r\n\r\n" + data + b"\r\n--part--",
+            )
+        )
         answer = _request(
-            f"{self.server.endpoint}/upload/storage/v1/b/{self.name}/o?{query}",
+            f"{self.server.endpoint}/upload/storage/v1/b/{self.name}/o?uploadType=multipart",
             "POST",
-            data,
-            {"Content-Type": "application/octet-stream"},
+            body,
+            {"Content-Type": "multipart/related; boundary=part"},
         )
         return str(json.loads(answer)["generation"])
 

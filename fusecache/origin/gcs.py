@@ -1,0 +1,236 @@
+"""Google Cloud Storage through gcsfs: lists, stats, holds the credentials, and can move the bytes, too.
+
+The etag of a version is the object's generation, and reads name it: they can't get another one. gcsfs brings the
+credentials, the endpoint (STORAGE_EMULATOR_HOST included) and the session; requests are made one by one, because its
+own requests retry on their own for minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import aiohttp
+import gcsfs
+import google.auth.exceptions
+
+from fusecache.config import SourceConfig, Tuning
+from fusecache.errors import AccessDeniedError, ConfigError, NotFoundError, OriginError
+from fusecache.origin import aio, failures
+from fusecache.origin.base import PAGE_KEYS, Page
+from fusecache.types import ObjectVersion
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+log = logging.getLogger(__name__)
+
+_FIELDS = "name,size,generation,timeCreated,updated"
+_TOKEN_LIFE = timedelta(minutes=5)
+
+
+class GcsBackend:
+    """See fusecache.origin.base.Backend."""
+
+    engine = "fsspec"
+
+    def __init__(self, config: SourceConfig, tuning: Tuning, bucket: str, prefix: str) -> None:
+        """`prefix` has no slash at its end. Raises ConfigError for unusable credentials."""
+        self._config = config
+        self._tuning = tuning
+        self.bucket = bucket
+        self.prefix = prefix + "/" if prefix else ""
+        self._fs = self._connect()
+        self.endpoint = str(self._fs._location).rstrip("/")
+        self.custom = "googleapis.com" not in self.endpoint
+        self.identity = f"gs://{bucket}" + (f"/{prefix}" if prefix else "")
+        if self.custom:
+            self.identity += "@" + self.endpoint.split("://")[-1].rpartition("@")[2]
+
+    def _connect(self) -> Any:
+        config = self._config
+        options = dict(config.storage_options)
+        if config.endpoint_url:
+            options["endpoint_url"] = config.endpoint_url
+        elsewhere = options.get("endpoint_url") or os.environ.get("STORAGE_EMULATOR_HOST")
+        if config.anonymous:
+            options["token"] = "anon"  # noqa: S105
+        elif config.credentials_file:
+            options["token"] = str(config.credentials_file)
+        elif elsewhere and not os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
+            # An emulator wants none, and looking for some asks a metadata server that may not answer.
+            options.setdefault("token", "anon")
+        elif os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
+            options.setdefault("token", "google_default")
+        options.setdefault("access", "read_only")
+        try:
+            return gcsfs.GCSFileSystem(skip_instance_cache=True, use_listings_cache=False, **options)
+        except (google.auth.exceptions.GoogleAuthError, ValueError, TypeError, OSError, KeyError) as error:
+            raise ConfigError(
+                f"gs://{self.bucket}: the Google credentials can't be used ({type(error).__name__}): "
+                "check credentials_file or GOOGLE_APPLICATION_CREDENTIALS"
+            ) from None
+
+    def refresh(self) -> None:
+        """See Backend."""
+        self._fs = self._connect()
+
+    def close(self) -> None:
+        """See Backend."""
+        session = self._fs._session
+        if session is not None:
+            aio.close_soon(self._fs.loop, session)
+
+    def where(self, key: str) -> str:
+        """URL of an object, for messages."""
+        return f"{self.identity}/{key}"
+
+    def page(self, token: str | None, timeout: float) -> Page:
+        """See Backend."""
+        query = {
+            "prefix": self.prefix,
+            "maxResults": str(PAGE_KEYS),
+            "fields": f"nextPageToken,items({_FIELDS})",
+        }
+        if token:
+            query["pageToken"] = token
+        answer = self._json(self.identity, "o", query, timeout)
+        objects = [self._version(item["name"][len(self.prefix) :], item) for item in answer.get("items", ())]
+        return Page(objects, answer.get("nextPageToken") or None)
+
+    def head(self, key: str, timeout: float) -> ObjectVersion:
+        """See Backend."""
+        query = {"fields": _FIELDS}
+        return self._version(key, self._json(self.where(key), self._object(key), query, timeout))
+
+    def missing(self, version: ObjectVersion, timeout: float) -> OriginError:
+        """What a 404 for this generation means: the object is gone, or another generation is there."""
+        try:
+            self.head(version.key, timeout)
+        except NotFoundError as error:
+            return error
+        except OriginError as error:
+            return error
+        return failures.changed(self.where(version.key))
+
+    def fetch(self, version: ObjectVersion, offset: int, length: int, timeout: float) -> Iterator[Buffer]:
+        """See Backend."""
+        where = self.where(version.key)
+        query = {"alt": "media"}
+        if version.etag:
+            query["generation"] = version.etag
+        ranged = {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
+        filesystem = self._fs
+        with _Translated(where):
+            answer = aio.call(
+                filesystem.loop,
+                self._open,
+                self._object(version.key),
+                query,
+                ranged,
+                timeout,
+                timeout=timeout + self._tuning.connect_timeout,
+            )
+        try:
+            if answer.status == 404:
+                raise self.missing(version, timeout)
+            if answer.status >= 300:
+                raise failures.from_status(where, answer.status, "", answer.headers.get("Retry-After"))
+            generation = answer.headers.get("x-goog-generation")
+            if version.etag and generation not in (None, version.etag):
+                raise failures.changed(where)
+            skip = aio.body_start(
+                where,
+                answer.status,
+                answer.headers.get("Content-Range"),
+                answer.content_length,
+                version.size,
+                offset,
+            )
+            parts = aio.stream(
+                filesystem.loop, where, answer.content.read, skip, length, timeout, _Translated
+            )
+            if generation is None and version.etag:
+                # An emulator that may not have looked at ours: look again before any byte is given out.
+                held = list(parts)
+                if self.head(version.key, timeout) != version:
+                    raise failures.changed(where)
+                yield from held
+            else:
+                yield from parts
+        finally:
+            filesystem.loop.call_soon_threadsafe(answer.close)
+
+    def _object(self, key: str) -> str:
+        return f"o/{quote(self.prefix + key, safe='')}"
+
+    async def _open(self, path: str, query: dict[str, str], headers: dict[str, str], timeout: float) -> Any:
+        filesystem = self._fs
+        await filesystem._set_session()
+        if filesystem.credentials.credentials is not None:
+            filesystem.credentials.apply(headers)
+        from yarl import URL
+
+        base = f"{self.endpoint}/storage/v1/b/{quote(self.bucket, safe='')}/{path}"
+        return await filesystem.session.get(
+            URL(base, encoded=True).update_query(filesystem._get_params(query)),
+            headers=headers,
+            timeout=aiohttp.ClientTimeout(
+                total=None, sock_connect=self._tuning.connect_timeout, sock_read=timeout
+            ),
+        )
+
+    def _json(self, where: str, path: str, query: dict[str, str], timeout: float) -> Any:
+        async def ask() -> tuple[int, str | None, bytes]:
+            async with await self._open(path, query, {}, timeout) as answer:
+                return answer.status, answer.headers.get("Retry-After"), await answer.read()
+
+        with _Translated(where):
+            status, after, body = aio.call(self._fs.loop, ask, timeout=timeout + self._tuning.connect_timeout)
+            if status >= 300:
+                if status == 404 and path == "o":
+                    raise failures.from_status(where, status, "NoSuchBucket")
+                raise failures.from_status(where, status, _reason(body), after)
+            return json.loads(body)
+
+    def _version(self, key: str, item: Any) -> ObjectVersion:
+        made = item.get("timeCreated") or item.get("updated")
+        nanoseconds = int(datetime.fromisoformat(made).timestamp() * 1000) * 1_000_000 if made else 0
+        return ObjectVersion(
+            self.identity, key, str(item.get("generation", "")), int(item.get("size", 0)), nanoseconds
+        )
+
+    # -- for the bulk engine
+
+    def signed(self) -> bool:
+        """Whether requests carry a token."""
+        return self._fs.credentials.credentials is not None
+
+    def token(self) -> dict[str, Any]:
+        """The token that gcsfs uses at this time, in obstore's form. Raises AccessDeniedError."""
+        with _Translated(self.identity):
+            holder = self._fs.credentials
+            holder.maybe_refresh()
+            return {"token": holder.credentials.token, "expires_at": datetime.now(UTC) + _TOKEN_LIFE}
+
+
+def _reason(body: bytes) -> str:
+    """The reason in an error answer of the JSON API, or nothing."""
+    try:
+        return str(json.loads(body)["error"]["errors"][0]["reason"])
+    except (ValueError, LookupError, TypeError):
+        return ""
+
+
+class _Translated(aio.Translated):
+    def translate(self, error: Exception) -> OriginError | None:
+        if isinstance(error, google.auth.exceptions.GoogleAuthError | gcsfs.retry.HttpError):
+            return AccessDeniedError(
+                f"{self.where}: the Google credentials can't be renewed ({type(error).__name__}): log in again"
+            )
+        return None

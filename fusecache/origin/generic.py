@@ -1,0 +1,181 @@
+"""Any other fsspec file system (memory://, hf://, sftp://, ...): find, info and cat_file, as they are.
+
+A version is the tag that the file system gives (ETag, checksum, revision), else a time, and the size. There are no
+conditional reads here: each piece is given out only after the file system says that the version is the same still.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+import fsspec.asyn
+
+from fusecache.config import SourceConfig
+from fusecache.errors import ConfigError, NotFoundError, OriginError
+from fusecache.origin import aio, failures
+from fusecache.origin.base import Page
+from fusecache.types import ObjectVersion
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+log = logging.getLogger(__name__)
+
+_PIECE = 4 << 20
+_TAGS = (
+    "ETag",
+    "etag",
+    "e_tag",
+    "generation",
+    "xet_hash",
+    "blob_id",
+    "sha256",
+    "sha",
+    "md5Hash",
+    "md5",
+    "checksum",
+)
+_TIMES = (
+    "mtime",
+    "modified",
+    "LastModified",
+    "last_modified",
+    "updated",
+    "last_commit",
+    "created",
+    "timeCreated",
+)
+
+
+class GenericBackend:
+    """See fusecache.origin.base.Backend."""
+
+    engine = "fsspec"
+
+    def __init__(self, config: SourceConfig) -> None:
+        """Raises ConfigError for a scheme without an installed file system, or options that it does not take."""
+        scheme = config.url.partition("://")[0]
+        self.identity = identity(config.url)
+        options = dict(config.storage_options)
+        if config.endpoint_url:
+            options.setdefault("endpoint_url", config.endpoint_url)
+        try:
+            made = fsspec.get_filesystem_class(scheme)
+            # Cached instances are shared with whoever uses fsspec in this process, and so would be a refresh.
+            self._fs = made(skip_instance_cache=True, use_listings_cache=False, **options)
+            self._root = str(made._strip_protocol(config.url)).rstrip("/")
+        except ImportError as error:
+            missing = getattr(error, "name", None) or str(error)
+            raise ConfigError(f"{self.identity}: {scheme}:// needs a package: {missing}") from None
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"{self.identity}: {scheme}:// can't be opened ({type(error).__name__}): check storage_options"
+            ) from None
+
+    def page(self, token: str | None, timeout: float) -> Page:
+        """See Backend: all in one page."""
+        self._fs.invalidate_cache()
+        with aio.Translated(self.identity):
+            found = self._run("find", self._root, detail=True, withdirs=False)
+            if not found and not self._exists():
+                raise NotFoundError(f"{self.identity}: does not exist: check the URL")
+        objects = []
+        for path, info in found.items():
+            name = str(path)
+            if info.get("type", "file") != "file" or not name.startswith(self._root):
+                continue
+            objects.append(self._version(name[len(self._root) :].lstrip("/"), info))
+        return Page(objects)
+
+    def _exists(self) -> bool:
+        try:
+            return bool(self._run("exists", self._root)) or self._root in ("", "/")
+        except FileNotFoundError:
+            return False
+
+    def head(self, key: str, timeout: float) -> ObjectVersion:
+        """See Backend."""
+        where = f"{self.identity}/{key}"
+        with aio.Translated(where):
+            self._fs.invalidate_cache()
+            info = self._run("info", self._path(key), timeout=timeout)
+        if info.get("type", "file") != "file":
+            raise NotFoundError(f"{where}: is not a file")
+        return self._version(key, info)
+
+    def fetch(self, version: ObjectVersion, offset: int, length: int, timeout: float) -> Iterator[Buffer]:
+        """See Backend."""
+        where = f"{self.identity}/{version.key}"
+        while length > 0:
+            size = min(length, _PIECE)
+            with aio.Translated(where):
+                data = self._run(
+                    "cat_file", self._path(version.key), start=offset, end=offset + size, timeout=timeout
+                )
+            if self.head(version.key, timeout) != version:
+                raise failures.changed(where)
+            if not data:
+                raise failures.truncated(where)
+            data = memoryview(data)[:size]
+            offset += len(data)
+            length -= len(data)
+            yield data
+
+    def refresh(self) -> None:
+        """See Backend: file systems renew their credentials by themselves."""
+
+    def close(self) -> None:
+        """See Backend."""
+
+    def _run(self, name: str, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
+        method = getattr(self._fs, name)
+        if timeout is not None and isinstance(self._fs, fsspec.asyn.AsyncFileSystem):
+            coroutine = getattr(self._fs, f"_{name}", None)
+            if coroutine is not None and inspect.iscoroutinefunction(coroutine):
+                return fsspec.asyn.sync(self._fs.loop, coroutine, *args, timeout=timeout, **kwargs)
+        return method(*args, **kwargs)
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key}"
+
+    def _version(self, key: str, info: Mapping[str, Any]) -> ObjectVersion:
+        size = info.get("size")
+        if size is None:
+            raise OriginError(
+                f"{self.identity}/{key}: its size is unknown: this file system can't be mounted"
+            )
+        time = next((info[name] for name in _TIMES if info.get(name)), None)
+        tag = next((str(info[name]) for name in _TAGS if info.get(name)), "")
+        lfs = info.get("lfs")
+        if not tag and isinstance(lfs, Mapping):
+            tag = str(lfs.get("sha256", ""))
+        mtime = _nanoseconds(time)
+        return ObjectVersion(self.identity, key, tag or (f"t{mtime}" if mtime else ""), int(size), mtime)
+
+
+def identity(url: str) -> str:
+    """The URL without user, password, query and fragment."""
+    scheme, _, rest = url.partition("://")
+    rest = rest.partition("?")[0].partition("#")[0]
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}".rstrip("/")
+
+
+def _nanoseconds(time: Any) -> int:
+    if isinstance(time, datetime):
+        aware = time if time.tzinfo else time.replace(tzinfo=UTC)
+        return round(aware.timestamp() * 1_000_000) * 1000
+    if isinstance(time, int | float):
+        return round(time * 1_000_000) * 1000  # as fine as a float and a datetime are
+    if isinstance(time, str):
+        try:
+            return _nanoseconds(datetime.fromisoformat(time))
+        except ValueError:
+            return 0
+    date = getattr(time, "date", None)
+    return _nanoseconds(date) if isinstance(date, datetime) else 0

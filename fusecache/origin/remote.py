@@ -1,0 +1,221 @@
+"""An origin: a backend with retries, adaptive concurrency, resumption and deadlines around it.
+
+`read` goes on where an attempt ended: bytes that came are never asked for again. Every attempt is conditional on the
+version, so that a range put together from several attempts is still of one version. A refused request (401, 403) is
+made again once with fresh credentials.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from fusecache.config import Tuning
+from fusecache.errors import (
+    AccessDeniedError,
+    CancelledReadError,
+    OriginError,
+    ThrottledError,
+    UnavailableError,
+)
+from fusecache.origin.base import Backend, OriginStats, never
+from fusecache.origin.failures import truncated
+from fusecache.origin.limiter import Limiter
+from fusecache.origin.retry import Backoff, gave_up
+from fusecache.types import ObjectVersion
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_LEAST_WAIT = 0.05
+"""Seconds that a last attempt gets, however close the deadline."""
+
+
+class RemoteOrigin:
+    """See fusecache.origin.base.Origin."""
+
+    def __init__(self, backend: Backend, tuning: Tuning) -> None:
+        self._backend = backend
+        self._tuning = tuning
+        self._limiter = Limiter(tuning.concurrency)
+        self._refresh_lock = threading.Lock()
+        self._refreshed = 0  # how often
+        self._closed = False
+        self.stats = OriginStats()
+        self.stats.concurrency = self._limiter.limit
+
+    @property
+    def identity(self) -> str:
+        """See Origin."""
+        return self._backend.identity
+
+    @property
+    def engine(self) -> str:
+        """See Origin."""
+        return self._backend.engine
+
+    def list(self) -> Iterator[ObjectVersion]:
+        """See Origin."""
+        token: str | None = None
+        while True:
+            page = self._retried(self.identity, partial(self._backend.page, token), lists=1)
+            yield from page.objects
+            if page.following is None:
+                return
+            token = page.following
+
+    def stat(self, key: str) -> ObjectVersion:
+        """See Origin."""
+        where = f"{self.identity}/{key}"
+        return self._retried(where, partial(self._backend.head, key))
+
+    def close(self) -> None:
+        """See Origin."""
+        self._closed = True
+        self._backend.close()
+
+    def _retried(self, where: str, attempt: Callable[[float], T], lists: int = 0) -> T:
+        deadline = time.monotonic() + self._tuning.deadline
+        backoff = Backoff(self._tuning.retry_initial, self._tuning.retry_max)
+        may_refresh = True
+        while True:
+            seen = self._refreshed
+            try:
+                with self._request(where, deadline, never, lists) as timeout:
+                    return attempt(timeout)
+            except OriginError as error:
+                may_refresh = self._next(error, seen, may_refresh, backoff, deadline, never)
+
+    def read(
+        self,
+        version: ObjectVersion,
+        offset: int,
+        length: int,
+        *,
+        deadline: float | None = None,
+        cancelled: Callable[[], bool] = never,
+    ) -> Iterator[Buffer]:
+        """See Origin."""
+        if offset < 0 or length < 0 or offset + length > version.size:
+            raise ValueError(f"[{offset}, {offset + length}) is not in an object of {version.size} bytes")
+        return self._read(version, offset, offset + length, deadline, cancelled)
+
+    def _read(
+        self,
+        version: ObjectVersion,
+        position: int,
+        end: int,
+        fixed: float | None,
+        cancelled: Callable[[], bool],
+    ) -> Iterator[Buffer]:
+        where = f"{version.origin}/{version.key}"
+        patience = self._tuning.deadline
+        deadline = time.monotonic() + patience if fixed is None else fixed
+        backoff = Backoff(self._tuning.retry_initial, self._tuning.retry_max)
+        may_refresh = True
+        while position < end:
+            seen = self._refreshed
+            try:
+                with self._request(where, deadline, cancelled) as timeout:
+                    chunks = self._backend.fetch(version, position, end - position, timeout)
+                    with contextlib.closing(_closable(chunks)):
+                        for chunk in chunks:
+                            size = memoryview(chunk).nbytes
+                            if size > end - position:
+                                chunk = memoryview(chunk).cast("B")[: end - position]
+                                size = end - position
+                            position += size
+                            self.stats.add(bytes=size)
+                            yield chunk
+                            backoff.reset()
+                            now = time.monotonic()
+                            if fixed is None:
+                                deadline = now + patience
+                            if position >= end:
+                                break
+                            if now > deadline:
+                                raise UnavailableError(f"{where}: not all bytes came before the deadline")
+                            if cancelled():
+                                raise CancelledReadError(f"{where}: the reader went away")
+                    if position < end:
+                        raise truncated(where)
+            except OriginError as error:
+                may_refresh = self._next(error, seen, may_refresh, backoff, deadline, cancelled)
+
+    @contextlib.contextmanager
+    def _request(
+        self, where: str, deadline: float, cancelled: Callable[[], bool], lists: int = 0
+    ) -> Iterator[float]:
+        """Hold a slot for one request, count it and learn from it; gives the longest wait for a byte."""
+        if self._closed:
+            raise UnavailableError(f"{where}: the origin is closed")
+        if cancelled():
+            raise CancelledReadError(f"{where}: the reader went away")
+        with self._limiter.slot(where, deadline, cancelled) as generation:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise UnavailableError(f"{where}: not all bytes came before the deadline")
+            self.stats.add(requests=1, lists=lists)
+            try:
+                yield max(_LEAST_WAIT, min(self._tuning.stall_timeout, left))
+            except OriginError as error:
+                throttled = isinstance(error, ThrottledError)
+                self.stats.add(errors=1, throttled=int(throttled))
+                if throttled:
+                    self._limiter.throttled(generation)
+                    self.stats.concurrency = self._limiter.limit
+                raise
+            self._limiter.succeeded()
+            self.stats.concurrency = self._limiter.limit
+
+    def _next(
+        self,
+        error: OriginError,
+        seen: int,
+        may_refresh: bool,
+        backoff: Backoff,
+        deadline: float,
+        cancelled: Callable[[], bool],
+    ) -> bool:
+        """Prepare the next attempt after `error`, or raise it; returns whether a refresh is still allowed."""
+        if isinstance(error, AccessDeniedError) and may_refresh:
+            self._refresh(seen)
+            self.stats.add(retries=1)
+            return False
+        if not error.temporary:
+            raise error
+        if time.monotonic() >= deadline:
+            raise gave_up(error) from error
+        log.debug("%s: trying again", error)
+        backoff.pause(error, deadline, cancelled)
+        self.stats.add(retries=1)
+        return may_refresh
+
+    def _refresh(self, seen: int) -> None:
+        """Refresh the credentials, unless another thread did since the request was made."""
+        with self._refresh_lock:
+            if self._refreshed == seen:
+                log.info("%s: access denied: getting the credentials anew", self.identity)
+                self._backend.refresh()
+                self._refreshed += 1
+
+
+class _closable:
+    """close() of an iterator that may have none."""
+
+    def __init__(self, iterator: object) -> None:
+        self._iterator = iterator
+
+    def close(self) -> None:
+        close = getattr(self._iterator, "close", None)
+        if close is not None:
+            close()

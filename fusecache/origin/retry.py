@@ -1,0 +1,50 @@
+"""Exponential backoff with full jitter that honours Retry-After and ends at a deadline."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+
+from fusecache.errors import CancelledReadError, OriginError, ThrottledError, UnavailableError
+
+_POLL = 0.1
+_never_set = threading.Event()
+
+
+class Backoff:
+    """The pauses between the attempts at one thing. Not shared between threads."""
+
+    def __init__(self, initial: float, longest: float) -> None:
+        self._initial = initial
+        self._longest = longest
+        self._attempts = 0
+
+    def reset(self) -> None:
+        """Bytes came: begin with short pauses again."""
+        self._attempts = 0
+
+    def pause(self, error: OriginError, deadline: float, cancelled: Callable[[], bool]) -> None:
+        """Wait before the next attempt.
+
+        Raises UnavailableError from `error` if that would be after the deadline, CancelledReadError.
+        """
+        bound = min(self._longest, self._initial * 2 ** min(self._attempts, 30))
+        self._attempts += 1
+        # Not from zero: a storm of clients would be back at once.
+        delay = random.uniform(bound / 2, bound)  # noqa: S311
+        if isinstance(error, ThrottledError) and error.retry_after is not None:
+            delay = max(delay, error.retry_after)
+        until = time.monotonic() + delay
+        if until >= deadline:
+            raise gave_up(error) from error
+        while (left := until - time.monotonic()) > 0:
+            if cancelled():
+                raise CancelledReadError("the reader went away")
+            _never_set.wait(min(left, _POLL))
+
+
+def gave_up(error: OriginError) -> UnavailableError:
+    """The error for a deadline that has come, with the last failure as the reason."""
+    return UnavailableError(f"{error}; tried until the deadline")

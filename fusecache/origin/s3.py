@@ -1,0 +1,282 @@
+"""S3 through s3fs: lists, stats, holds the credentials, and can move the bytes, too.
+
+Requests go through s3fs's client with its own retries off. Listings are asked for page by page, so that keys arrive
+as the server has them. Modification times are cut to seconds: HEAD has no finer ones, and a version must be the same
+however it was learned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import aiobotocore.session
+import botocore.exceptions
+import fsspec.asyn
+import s3fs
+
+from fusecache.config import SourceConfig, Tuning
+from fusecache.errors import AccessDeniedError, ConfigError, OriginError
+from fusecache.origin import aio, failures
+from fusecache.origin.base import PAGE_KEYS, Page
+from fusecache.types import ObjectVersion
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+log = logging.getLogger(__name__)
+
+_KEY_LIFE = timedelta(minutes=5)
+"""How long the bulk engine may use credentials before it asks botocore again, which renews them 10-15 minutes before
+they expire."""
+
+
+class S3Backend:
+    """See fusecache.origin.base.Backend."""
+
+    engine = "fsspec"
+
+    def __init__(self, config: SourceConfig, tuning: Tuning, bucket: str, prefix: str) -> None:
+        """`prefix` has no slash at its end. Raises ConfigError for a profile or file that is not there."""
+        self._config = config
+        self._tuning = tuning
+        self.bucket = bucket
+        self.prefix = prefix + "/" if prefix else ""
+        self._lock = threading.Lock()
+        self._fs = self._connect()
+        self.endpoint = str(self._fs.s3.meta.endpoint_url)
+        self.custom = "amazonaws.com" not in self.endpoint
+        self.identity = f"s3://{bucket}" + (f"/{prefix}" if prefix else "")
+        if self.custom:
+            self.identity += "@" + self.endpoint.split("://")[-1].rpartition("@")[2].rstrip("/")
+
+    def _connect(self) -> Any:
+        config = self._config
+        options = dict(config.storage_options)
+        client = dict(options.pop("client_kwargs", {}))
+        if config.region:
+            client["region_name"] = config.region
+        more = dict(options.pop("config_kwargs", {}))
+        more.setdefault("retries", {"total_max_attempts": 1, "mode": "standard"})
+        more.setdefault("connect_timeout", self._tuning.connect_timeout)
+        more.setdefault("read_timeout", self._tuning.stall_timeout)
+        more.setdefault("max_pool_connections", self._tuning.concurrency + 8)
+        if config.access_key_id and config.secret_access_key:
+            options["key"] = config.access_key_id.get_secret_value()
+            options["secret"] = config.secret_access_key.get_secret_value()
+        if config.session_token:
+            options["token"] = config.session_token.get_secret_value()
+        if config.endpoint_url:
+            options["endpoint_url"] = config.endpoint_url
+        if config.anonymous:
+            options["anon"] = True
+        try:
+            profile = config.profile or options.pop("profile", None)
+            session = aiobotocore.session.AioSession(profile=profile)
+            if config.credentials_file:
+                session.set_config_variable("credentials_file", str(config.credentials_file))
+            filesystem = s3fs.S3FileSystem(
+                session=session,
+                client_kwargs=client,
+                config_kwargs=more,
+                skip_instance_cache=True,
+                use_listings_cache=False,
+                **options,
+            )
+            filesystem.retries = 1
+            filesystem.connect()
+        except (botocore.exceptions.BotoCoreError, ValueError, TypeError) as error:
+            raise ConfigError(f"s3://{self.bucket}: {_one_line(error)}: check the S3 settings") from None
+        return filesystem
+
+    def refresh(self) -> None:
+        """See Backend: files, environment and instance roles are read again."""
+        filesystem = self._connect()
+        with self._lock:
+            old, self._fs = self._fs, filesystem
+        _close(old)
+
+    def close(self) -> None:
+        """See Backend."""
+        _close(self._fs)
+
+    def where(self, key: str) -> str:
+        """URL of an object, for messages."""
+        return f"{self.identity}/{key}"
+
+    def page(self, token: str | None, timeout: float) -> Page:
+        """See Backend."""
+        more = {"ContinuationToken": token} if token else {}
+        answer = self._call(
+            self.identity,
+            "list_objects_v2",
+            timeout,
+            Bucket=self.bucket,
+            Prefix=self.prefix,
+            MaxKeys=PAGE_KEYS,
+            **more,
+        )
+        objects = [
+            self._version(
+                item["Key"][len(self.prefix) :], item.get("ETag"), item["Size"], item.get("LastModified")
+            )
+            for item in answer.get("Contents", ())
+        ]
+        return Page(objects, answer.get("NextContinuationToken") if answer.get("IsTruncated") else None)
+
+    def head(self, key: str, timeout: float) -> ObjectVersion:
+        """See Backend."""
+        answer = self._call(
+            self.where(key), "head_object", timeout, Bucket=self.bucket, Key=self.prefix + key
+        )
+        return self._version(key, answer.get("ETag"), answer["ContentLength"], answer.get("LastModified"))
+
+    def fetch(self, version: ObjectVersion, offset: int, length: int, timeout: float) -> Iterator[Buffer]:
+        """See Backend."""
+        where = self.where(version.key)
+        condition = {"IfMatch": version.etag} if version.etag else {}
+        filesystem = self._fs
+        answer = self._call(
+            where,
+            "get_object",
+            timeout,
+            Bucket=self.bucket,
+            Key=self.prefix + version.key,
+            Range=f"bytes={offset}-{offset + length - 1}",
+            **condition,
+        )
+        body = answer["Body"]
+        try:
+            if version.etag and _etag(answer.get("ETag")) != version.etag:
+                raise failures.changed(where)
+            skip = aio.body_start(
+                where,
+                answer["ResponseMetadata"]["HTTPStatusCode"],
+                answer.get("ContentRange"),
+                answer.get("ContentLength"),
+                version.size,
+                offset,
+            )
+            yield from aio.stream(filesystem.loop, where, body.read, skip, length, timeout, _Translated)
+        finally:
+            # A body that was not read to its end takes its connection with it.
+            filesystem.loop.call_soon_threadsafe(body.close)
+
+    def _call(self, where: str, method: str, timeout: float, **arguments: Any) -> Any:
+        with _Translated(where):
+            return self._fs.call_s3(method, timeout=timeout + self._tuning.connect_timeout, **arguments)
+
+    def _version(self, key: str, etag: str | None, size: int, modified: datetime | None) -> ObjectVersion:
+        seconds = int(modified.timestamp()) if modified else 0
+        return ObjectVersion(self.identity, key, _etag(etag), int(size), seconds * 1_000_000_000)
+
+    # -- for the bulk engine
+
+    def region(self) -> str:
+        """Region of the bucket: as AWS says, or as it is configured."""
+        configured = str(self._fs.s3.meta.region_name or "us-east-1")
+        if self.custom or self._config.anonymous:
+            return configured if configured != "aws-global" else "us-east-1"
+        try:
+            answer = self._call(self.identity, "head_bucket", self._tuning.stall_timeout, Bucket=self.bucket)
+        except OriginError:
+            return configured  # not allowed to ask: the requests themselves will tell
+        return str(answer.get("BucketRegion") or configured)
+
+    def virtual_host(self) -> bool:
+        """Whether the bucket is to be part of the host name."""
+        chosen = (self._fs.s3.meta.config.s3 or {}).get("addressing_style")
+        return chosen == "virtual"
+
+    def signed(self) -> bool:
+        """Whether requests are signed."""
+        return not self._fs.anon
+
+    def keys(self) -> dict[str, Any]:
+        """The credentials that s3fs uses at this time, in obstore's form. Raises AccessDeniedError."""
+        filesystem = self._fs
+        until = datetime.now(UTC) + _KEY_LIFE
+        if filesystem.key:
+            return {
+                "access_key_id": filesystem.key,
+                "secret_access_key": filesystem.secret,
+                "token": filesystem.token,
+                "expires_at": until,
+            }
+
+        async def ask() -> Any:
+            found = await filesystem.session.get_credentials()
+            return await found.get_frozen_credentials() if found else None
+
+        with _Translated(self.identity):
+            found = fsspec.asyn.sync(filesystem.loop, ask, timeout=self._tuning.stall_timeout)
+        if found is None:
+            raise _no_credentials(self.identity)
+        return {
+            "access_key_id": found.access_key,
+            "secret_access_key": found.secret_key,
+            "token": found.token,
+            "expires_at": until,
+        }
+
+
+def _etag(text: str | None) -> str:
+    """In the form of the header, quotes included: some servers leave them out in listings."""
+    if not text:
+        return ""
+    return text if text.endswith('"') else f'"{text}"'
+
+
+def _close(filesystem: Any) -> None:
+    creator = getattr(filesystem, "_s3creator", None)
+    if creator is not None:
+        asyncio.run_coroutine_threadsafe(creator.__aexit__(None, None, None), filesystem.loop)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text[:200] if isinstance(error, botocore.exceptions.ProfileNotFound) else type(error).__name__
+
+
+def _no_credentials(where: str) -> AccessDeniedError:
+    return AccessDeniedError(
+        f"{where}: no AWS credentials found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or anonymous"
+    )
+
+
+class _Translated(aio.Translated):
+    """Turn what botocore raises, and s3fs makes of it, into errors of ours."""
+
+    def translate(self, error: Exception) -> OriginError | None:
+        where = self.where
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(
+            cause, botocore.exceptions.ClientError | botocore.exceptions.BotoCoreError
+        ):
+            cause = cause.__cause__
+        if isinstance(cause, botocore.exceptions.ClientError):
+            meta = cause.response.get("ResponseMetadata", {})
+            code = str(cause.response.get("Error", {}).get("Code", ""))
+            headers = {k.lower(): v for k, v in meta.get("HTTPHeaders", {}).items()}
+            status = int(meta.get("HTTPStatusCode") or (code if code.isdigit() else 0))
+            return failures.from_status(where, status, code, headers.get("retry-after"))
+        names = botocore.exceptions
+        if isinstance(cause, names.NoCredentialsError | names.PartialCredentialsError):
+            return _no_credentials(where)
+        if isinstance(cause, names.CredentialRetrievalError | names.TokenRetrievalError | names.SSOError):
+            return AccessDeniedError(
+                f"{where}: the AWS credentials can't be renewed ({type(cause).__name__}): log in again"
+            )
+        if isinstance(cause, names.ReadTimeoutError | names.ConnectTimeoutError):
+            return failures.timed_out(where)
+        if isinstance(cause, names.HTTPClientError | names.ResponseParserError | names.IncompleteReadError):
+            return failures.broken(where, type(cause).__name__)
+        if isinstance(cause, names.ParamValidationError):
+            return OriginError(f"{where}: S3 has no such name: check the URL")
+        if isinstance(cause, names.BotoCoreError):
+            return OriginError(f"{where}: S3 request failed ({type(cause).__name__}): check the S3 settings")
+        return None
