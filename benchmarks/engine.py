@@ -6,50 +6,59 @@ them as the store does, which is the least that a cold load has to do.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import xxhash
 
 from benchmarks.processes import python_module, run
 from benchmarks.tools import Bucket
 
+if TYPE_CHECKING:
+    from fusecache.origin import Origin
+    from fusecache.types import ObjectVersion
+
 BLOCK = 1 << 20
 
 
-def timed_engine(bucket: Bucket, engine: str, concurrency: int, range_mib: int, target: Path | None) -> float:
-    """Seconds that a fresh process takes for all objects; with `target`, written and hashed there."""
+@dataclass(frozen=True)
+class Taken:
+    """What a load took: seconds on the clock, and CPU seconds without the process's start."""
+
+    seconds: float
+    cpu: float
+
+
+def timed_engine(bucket: Bucket, engine: str, concurrency: int, range_mib: int, target: Path | None) -> Taken:
+    """What a fresh process takes for all objects; with `target`, written and hashed there."""
     folder = "" if target is None else str(target)
     arguments = (bucket.url, bucket.endpoint, engine, str(concurrency), str(range_mib), folder)
     printed = json.loads(run(python_module(__name__, *arguments), timeout=900, env=bucket.environment))
-    return float(printed["seconds"])
+    return Taken(float(printed["seconds"]), float(printed["cpu"]))
 
 
 def main(*arguments: str) -> None:
     """Entry point of the reading process."""
     url, endpoint, engine, concurrency, range_mib, folder = arguments
-    seconds, moved = read_all(url, endpoint, engine, int(concurrency), int(range_mib) << 20, folder)
-    print(json.dumps({"seconds": seconds, "bytes": moved}))
+    print(json.dumps(asdict(read_all(url, endpoint, engine, int(concurrency), int(range_mib) << 20, folder))))
 
 
-def read_all(
-    url: str, endpoint: str, engine: str, concurrency: int, size: int, folder: str
-) -> tuple[float, int]:
-    """Read everything in ranges of `size` bytes: seconds and bytes."""
+def read_all(url: str, endpoint: str, engine: str, concurrency: int, size: int, folder: str) -> Taken:
+    """Read everything in ranges of `size` bytes; raises OSError when bytes are missing."""
     from fusecache.config import SourceConfig, Tuning
+    from fusecache.origin import open_origin
 
-    open_origin = importlib.import_module("fusecache.origin").open_origin
     source = SourceConfig.model_validate({"url": url, "endpoint_url": endpoint, "engine": engine})
     tuning = Tuning.model_validate({"concurrency": concurrency, "range_size": size})
     origin = open_origin(source, tuning)
     try:
         versions = sorted(origin.list(), key=lambda version: version.key)
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         with ThreadPoolExecutor(concurrency) as pool:
             pieces = [
                 pool.submit(_read, origin, version, offset, min(size, version.size - offset), folder)
@@ -57,12 +66,14 @@ def read_all(
                 for offset in range(0, version.size, size)
             ]
             moved = sum(piece.result() for piece in pieces)
-        return time.perf_counter() - started, moved
+        if moved != sum(version.size for version in versions):
+            raise OSError(f"the engine read {moved} bytes")
+        return Taken(time.perf_counter() - started, time.process_time() - cpu)
     finally:
         origin.close()
 
 
-def _read(origin: Any, version: Any, offset: int, length: int, folder: str) -> int:
+def _read(origin: Origin, version: ObjectVersion, offset: int, length: int, folder: str) -> int:
     if not folder:
         return sum(memoryview(chunk).nbytes for chunk in origin.read(version, offset, length))
     descriptor = os.open(

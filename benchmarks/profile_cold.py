@@ -21,7 +21,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.engine import timed_engine
+from benchmarks.engine import Taken, timed_engine
 from benchmarks.measure import TICKS, median, usage_of
 from benchmarks.model import make_model
 from benchmarks.processes import BenchmarkError, clean_environment, end_cleanly_on_signals
@@ -54,8 +54,8 @@ def children_cpu() -> float:
 
 def machine_cpu() -> float:
     """CPU seconds that all CPUs were busy since boot."""
-    fields = [int(number) for number in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-    idle = fields[3] + fields[4]
+    fields = [int(number) for number in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8]]
+    idle = fields[3] + fields[4]  # and not the eighth, what the hypervisor took away
     return (sum(fields) - idle) / TICKS
 
 
@@ -71,7 +71,9 @@ def threads_of(*pids: int) -> dict[str, float]:
     return found
 
 
-def measure(bucket: Bucket, load: Callable[[], float], daemons: Callable[[], list[int]] = list) -> Cost:
+def measure(
+    bucket: Bucket, load: Callable[[], float | Taken], daemons: Callable[[], list[int]] = list
+) -> Cost:
     """Run one load and take everybody's CPU time around it."""
 
     def daemon_cpu() -> float:
@@ -80,9 +82,14 @@ def measure(bucket: Bucket, load: Callable[[], float], daemons: Callable[[], lis
     before = (usage_of(bucket.server_pid).cpu_seconds, children_cpu(), daemon_cpu(), machine_cpu())
     threads = threads_of(*daemons())
     children = before[1]
-    seconds = load()
+    took = load()
     machine = machine_cpu() - before[3]
     reader = children_cpu() - children
+    seconds = took.seconds if isinstance(took, Taken) else took
+    if isinstance(took, Taken):
+        # The start of a Python process costs a CPU second of its own.
+        machine -= reader - took.cpu
+        reader = took.cpu
     daemon = daemon_cpu() - before[2]
     server = usage_of(bucket.server_pid).cpu_seconds - before[0]
     spent = {name: used - threads.get(name, 0.0) for name, used in threads_of(*daemons()).items()}
