@@ -38,6 +38,7 @@ FOPEN_KEEP_CACHE = 1 << 1
 FOPEN_PASSTHROUGH = 1 << 7
 
 INIT_ASYNC_DIO = 1 << 15
+INIT_MAX_PAGES = 1 << 22
 INIT_EXT = 1 << 30
 INIT2_PASSTHROUGH = 1 << (37 - 32)
 INIT2_HAS_RESEND = 1 << (39 - 32)
@@ -70,9 +71,11 @@ _ENTRY_OUT = 128
 
 @dataclass(frozen=True)
 class Limits:
-    """What the channel asks for in INIT: requests in flight in the background, and bytes of a WRITE."""
+    """What the channel asks for in INIT: requests in flight in the background, pages of a READ, bytes of a
+    WRITE (which never comes: the least that the kernel allows)."""
 
     max_background: int
+    max_pages: int = 256
     max_write: int = 4096
 
 
@@ -103,6 +106,8 @@ def rewrite_init(reply: bytearray, limits: Limits, *, passthrough: bool) -> None
     _U32.pack_into(reply, 28, flags)
     struct.pack_into("<HH", reply, 32, limits.max_background, max(1, limits.max_background * 3 // 4))
     _U32.pack_into(reply, 36, limits.max_write)
+    if flags & INIT_MAX_PAGES:
+        struct.pack_into("<H", reply, 44, min(limits.max_pages, struct.unpack_from("<H", reply, 44)[0]))
     _U32.pack_into(reply, 48, flags2)
 
 

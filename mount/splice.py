@@ -7,7 +7,6 @@ do not count as memory of this process. One instance per thread.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -16,8 +15,11 @@ import threading
 from fusecache.mount.protocol import OUT_HEADER
 
 _F_SETPIPE_SZ = 1031
-_PAGES = 257
-"""Most pages of a reply: 1 MiB (fuse.max_pages_limit as delivered) and one for the header."""
+_PAGE = 4096
+_MOST_PAGES = 256
+"""Of a READ: 1 MiB, fuse.max_pages_limit as delivered."""
+_EXTRA = 2
+"""Slots of the pipe besides: the header, and one more page where the offset is not aligned."""
 
 
 class ShortReadError(OSError):
@@ -35,11 +37,18 @@ class Splicer:
     def _make(self) -> None:
         self._read, self._write = os.pipe2(os.O_CLOEXEC)
         self._room = 16
-        for pages in (2 * _PAGES - 2, _PAGES - 1, 64):
-            with contextlib.suppress(OSError):
-                # the kernel rounds up to a power of two of pages; beyond 256 it wants CAP_SYS_RESOURCE
-                self._room = fcntl.fcntl(self._write, _F_SETPIPE_SZ, pages * 4096) // 4096
+        for pages in (2 * _MOST_PAGES, _MOST_PAGES, _MOST_PAGES // 4):
+            try:
+                # a power of two; beyond fs.pipe-max-size (1 MiB as delivered) it takes CAP_SYS_RESOURCE
+                self._room = fcntl.fcntl(self._write, _F_SETPIPE_SZ, pages * _PAGE) // _PAGE
                 break
+            except OSError:
+                continue
+
+    @property
+    def most_pages(self) -> int:
+        """Pages of the largest reply that is not copied twice: what READs are best limited to."""
+        return min(_MOST_PAGES, self._room - _EXTRA)
 
     def close(self) -> None:
         """Close the pipe."""
@@ -58,7 +67,7 @@ class Splicer:
         Raises ShortReadError when the file does not give them (nothing was answered then), and OSError when
         the device does not take the reply: ENOENT if the request was interrupted.
         """
-        if length > (self._room - 2) * 4096:
+        if length > self.most_pages * _PAGE:
             self._copy(device, unique, source, offset, length)
             return
         header = OUT_HEADER.pack(OUT_HEADER.size + length, 0, unique)

@@ -40,12 +40,12 @@ def test_what_the_kernel_offers() -> None:
 
 def test_init_asks_for_passthrough_and_deep_queues() -> None:
     reply = init_reply()
-    protocol.rewrite_init(reply, protocol.Limits(128), passthrough=True)
+    protocol.rewrite_init(reply, protocol.Limits(128, 254), passthrough=True)
     fields = struct.unpack_from("<IIIIHHIIHHII", reply, 16)
     assert fields[3] == 1 << 22 | protocol.INIT_ASYNC_DIO | protocol.INIT_EXT
     assert fields[4:6] == (128, 96)
     assert fields[6] == 4096
-    assert fields[8] == 256
+    assert fields[8] == 254
     assert fields[10:] == (protocol.INIT2_PASSTHROUGH, 1)
 
 

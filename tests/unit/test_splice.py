@@ -29,14 +29,14 @@ def source(tmp_path: Path) -> Iterator[int]:
 @pytest.fixture
 def device() -> Iterator[tuple[int, int]]:
     read, write = os.pipe()
-    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4 << 20)
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 1 << 20)
     yield read, write
     os.close(read)
     os.close(write)
 
 
 @pytest.mark.parametrize(
-    ("offset", "length"), [(0, 1), (5, 4096), (4095, 130_000), (0, 1 << 20), (SIZE - 3, 3)]
+    ("offset", "length"), [(0, 1), (5, 4096), (4095, 130_000), (0, 900 << 10), (SIZE - 3, 3)]
 )
 def test_a_reply_is_a_header_and_the_bytes(
     source: int, device: tuple[int, int], offset: int, length: int
@@ -49,6 +49,23 @@ def test_a_reply_is_a_header_and_the_bytes(
         while len(data) < length:
             data += os.read(device[0], length - len(data))
         check(data, "d", 1, offset)
+    splicer.close()
+
+
+def test_a_reply_that_is_too_large_for_the_pipe_is_copied(source: int, device: tuple[int, int]) -> None:
+    splicer = Splicer()
+    length = splicer.most_pages * 4096 + 1
+    got = bytearray()
+
+    def drain() -> None:
+        while len(got) < 16 + length:
+            got.extend(os.read(device[0], 1 << 20))
+
+    reader = threading.Thread(target=drain)
+    reader.start()
+    splicer.reply(device[1], 7, source, 3, length)
+    reader.join(20)
+    check(got[16:], "d", 1, 3)
     splicer.close()
 
 
