@@ -1,0 +1,46 @@
+"""Which object keys become paths. SEMANTICS.md ("Keys and names") is the prose of this module.
+
+A key is a sequence of names joined by '/'. A key that ends in '/' marks a directory, also an empty one. Keys that no
+path can spell are left out of the tree, counted by reason, and reported once.
+"""
+
+from __future__ import annotations
+
+import enum
+
+NAME_MAX = 255
+"""Bytes of a name; what statfs reports and the kernel refuses to exceed (FUSE_NAME_MAX is larger)."""
+
+
+class Skip(enum.Enum):
+    """Why a key is not in the tree, in words for the log."""
+
+    EMPTY = "an empty name between slashes"
+    DOTS = "a '.' or '..' component"
+    NUL = "a NUL character"
+    LONG = f"a name of more than {NAME_MAX} bytes"
+    ENCODING = "characters that have no UTF-8 form"
+    SHADOWED = "the same path as a directory, which wins"
+    MARKER = "a directory marker with content, shown as a directory"
+
+
+def name_problem(name: str) -> Skip | None:
+    """What keeps one component of a key from being a name in a directory."""
+    if not name:
+        return Skip.EMPTY
+    if name in (".", ".."):
+        return Skip.DOTS
+    if "\0" in name:
+        return Skip.NUL
+    if name.isascii():
+        return Skip.LONG if len(name) > NAME_MAX else None
+    try:
+        encoded = encode_name(name)
+    except UnicodeEncodeError:
+        return Skip.ENCODING
+    return Skip.LONG if len(encoded) > NAME_MAX else None
+
+
+def encode_name(name: str) -> bytes:
+    """The bytes the kernel sees. Raises UnicodeEncodeError for lone surrogates that stand for no byte."""
+    return name.encode("utf-8", "surrogateescape")

@@ -1,0 +1,92 @@
+"""The last listing of a source on disk, so that a mount made during an outage of the origin has its tree.
+
+Format 1: gzip of JSON lines. The first is {"format": "fusecache-listing", "version": 1, "identity": ..., "origin": ...,
+"objects": n, "listed_at": seconds since the epoch}; each other one is an array of up to 1000 [key, etag, size,
+mtime_ns]. The file is named by the hash of the source's identity and replaced whole; a file that is torn, foreign or
+of another format counts as absent. Blocking: for worker threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import logging
+import os
+import threading
+import time
+import zlib
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+
+import xxhash
+
+from fusecache.types import ObjectVersion
+
+_log = logging.getLogger(__name__)
+
+FORMAT = "fusecache-listing"
+VERSION = 1
+_LINE = 1000
+
+
+def saved_path(directory: Path, identity: str) -> Path:
+    """Where the listing of this source is kept."""
+    return directory / f"{xxhash.xxh3_128_hexdigest(identity.encode())}.listing.gz"
+
+
+def save(directory: Path, identity: str, versions: Sequence[ObjectVersion]) -> None:
+    """Replace the saved listing. Raises OSError."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = saved_path(directory, identity)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    origin = versions[0].origin if versions else identity
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "identity": identity,
+        "origin": origin,
+        "objects": len(versions),
+        "listed_at": time.time(),
+    }
+    try:
+        with gzip.open(temporary, "wt", compresslevel=1, encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(header) + "\n")
+            for rows in _rows(versions):
+                file.write(json.dumps(rows) + "\n")
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _rows(versions: Iterable[ObjectVersion]) -> Iterable[list[tuple[str, str, int, int]]]:
+    rest = iter(versions)
+    while rows := [(each.key, each.etag, each.size, each.mtime_ns) for each in islice(rest, _LINE)]:
+        yield rows
+
+
+def load(directory: Path, identity: str) -> list[ObjectVersion] | None:
+    """The saved listing of this source, or None where there is none that can be used."""
+    path = saved_path(directory, identity)
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            header = json.loads(file.readline())
+            if (header["format"], header["version"], header["identity"]) != (FORMAT, VERSION, identity):
+                return None
+            origin = str(header["origin"])
+            versions = [
+                ObjectVersion(origin, str(key), str(etag), int(size), int(mtime_ns))
+                for line in file
+                for key, etag, size, mtime_ns in json.loads(line)
+            ]
+            if len(versions) != header["objects"]:
+                raise ValueError("objects are missing")
+    except FileNotFoundError:
+        return None
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, RecursionError) as error:
+        _log.warning("the saved listing %s can't be used: %s", path.name, error)
+        return None
+    return versions

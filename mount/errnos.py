@@ -1,0 +1,31 @@
+"""The only table from domain errors to errno.
+
+Nothing that may pass by itself is reported as an answer about the file: an outage is EIO, never ENOENT.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from fusecache.errors import (
+    AccessDeniedError,
+    CancelledReadError,
+    NotFoundError,
+    OriginError,
+    StoreError,
+    VersionChangedError,
+)
+
+_TABLE: tuple[tuple[type[BaseException], int], ...] = (
+    (NotFoundError, errno.ENOENT),
+    (AccessDeniedError, errno.EACCES),
+    (VersionChangedError, errno.ESTALE),
+    (OriginError, errno.EIO),
+    (CancelledReadError, errno.EINTR),
+    (StoreError, errno.EIO),
+)
+
+
+def errno_of(error: BaseException) -> int:
+    """The errno that a system call fails with because of `error`; EIO for whatever is not in the table."""
+    return next((number for kind, number in _TABLE if isinstance(error, kind)), errno.EIO)
