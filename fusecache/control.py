@@ -190,7 +190,7 @@ def _deadline(request: dict[str, Any]) -> float:
     return float(wanted)
 
 
-def call(path: Path, op: str, *, timeout: float = DEFAULT_DEADLINE, **args: Any) -> Any:
+def call(path: Path, op: str, /, *, timeout: float = DEFAULT_DEADLINE, **args: Any) -> Any:
     """Ask the daemon that listens at `path`; blocks for at most `timeout` seconds. Raises
     DaemonUnreachableError when nobody answers in time, ControlError when the daemon says no."""
     until = time.monotonic() + timeout

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import threading
+import time
+from typing import Any
 
 import click
 
+from fusecache import mounts
 from fusecache.cli import target
 from fusecache.cli.output import progress
 from fusecache.config import format_size
+from fusecache.errors import ControlError
 
 _POLL = 0.25
 """Seconds between two questions for the progress: smooth enough to look at."""
+_STALLED = 90.0
+"""Seconds without a byte after which the command gives up: longer than a read's default deadline."""
 
 
 @click.command("fetch")
@@ -27,14 +33,27 @@ def fetch_command(paths: tuple[str, ...], no_wait: bool) -> int:
         answer = target.ask(mount, "fetch", path=below)
         if no_wait:
             continue
-        pause = threading.Event()
-        with progress(f"fetching {path}", unit="B") as bar:
-            while answer["done"] < answer["total"]:
-                bar.at(answer["done"], answer["total"])
-                pause.wait(_POLL)
-                answer = target.ask(mount, "fetch", path=below)
+        _follow(mount, path, below, answer)
         print(f"{path}: {format_size(answer['total'])} in the cache")
     return 0
+
+
+def _follow(mount: mounts.Mount, path: str, below: str, answer: dict[str, Any]) -> None:
+    """Show the progress until the end. Raises ControlError when there is none any more."""
+    pause = threading.Event()
+    moved, done = time.monotonic(), -1
+    with progress(f"fetching {path}", unit="B") as bar:
+        while answer["done"] < answer["total"]:
+            bar.at(answer["done"], answer["total"])
+            if answer["done"] != done:
+                moved, done = time.monotonic(), answer["done"]
+            elif time.monotonic() - moved > _STALLED:
+                raise ControlError(
+                    f"{path}: no progress at {format_size(done)} of {format_size(answer['total'])}: "
+                    f"fusecache status {mount.mountpoint} tells about space and errors"
+                )
+            pause.wait(_POLL)
+            answer = target.ask(mount, "fetch", path=below)
 
 
 @click.command("refresh")

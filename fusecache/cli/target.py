@@ -39,7 +39,7 @@ def only_mount(mountpoint: str | None) -> mounts.Mount:
     return found[0]
 
 
-def ask(mount: mounts.Mount, op: str, *, timeout: float = 30.0, **args: Any) -> Any:
+def ask(mount: mounts.Mount, op: str, /, *, timeout: float = 30.0, **args: Any) -> Any:
     """The answer of the mount's daemon. Raises ControlError naming the mountpoint."""
     socket: Path = mounts.find_socket(mount)
     try:
