@@ -150,14 +150,11 @@ class _Keys:
         if slash and not head:
             self.skip(Skip.EMPTY, version.key)
             return
-        group = self._directory(head, version.key)
-        if group is None:
-            return
         problem = name_problem(leaf)
-        if problem is None:
-            group[leaf] = version
-        else:
+        if problem is not None:
             self.skip(problem, version.key)
+        elif (group := self._directory(head, version.key)) is not None:
+            group[leaf] = version
 
     def _directory(self, path: str, key: str) -> dict[str, ObjectVersion] | None:
         group = self.directories.get(path)
