@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import aiobotocore.session
 import botocore.exceptions
+import botocore.parsers
 import fsspec.asyn
 import s3fs
+from botocore.parsers import ResponseParserError
 
 from fusecache.config import SourceConfig, Tuning
 from fusecache.errors import AccessDeniedError, ConfigError, OriginError
@@ -255,7 +257,7 @@ class _Translated(aio.Translated):
         where = self.where
         cause: BaseException | None = error
         while cause is not None and not isinstance(
-            cause, botocore.exceptions.ClientError | botocore.exceptions.BotoCoreError
+            cause, botocore.exceptions.ClientError | botocore.exceptions.BotoCoreError | ResponseParserError
         ):
             cause = cause.__cause__
         if isinstance(cause, botocore.exceptions.ClientError):
@@ -264,6 +266,8 @@ class _Translated(aio.Translated):
             headers = {k.lower(): v for k, v in meta.get("HTTPHeaders", {}).items()}
             status = int(meta.get("HTTPStatusCode") or (code if code.isdigit() else 0))
             return failures.from_status(where, status, code, headers.get("retry-after"))
+        if isinstance(error, botocore.parsers.ResponseParserError):
+            return failures.truncated(where)
         names = botocore.exceptions
         if isinstance(cause, names.NoCredentialsError | names.PartialCredentialsError):
             return _no_credentials(where)
@@ -273,7 +277,10 @@ class _Translated(aio.Translated):
             )
         if isinstance(cause, names.ReadTimeoutError | names.ConnectTimeoutError):
             return failures.timed_out(where)
-        if isinstance(cause, names.HTTPClientError | names.ResponseParserError | names.IncompleteReadError):
+        if isinstance(
+            cause,
+            names.ConnectionError | names.HTTPClientError | ResponseParserError | names.IncompleteReadError,
+        ):
             return failures.broken(where, type(cause).__name__)
         if isinstance(cause, names.ParamValidationError):
             return OriginError(f"{where}: S3 has no such name: check the URL")
