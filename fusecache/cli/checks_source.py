@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import email.utils
 import http.client
-import importlib
 import os
 import time
 from collections.abc import Mapping
-from typing import Any
 from urllib.parse import urlsplit
 
 from fusecache.cli.checks import Check
@@ -119,11 +117,12 @@ def _google(name: str, env: Mapping[str, str]) -> Check:
 
 def check_reachable(name: str, source: SourceConfig, tuning: Tuning) -> Check:
     """List the source as a mount would, until the first object."""
-    rooms: Any = importlib.import_module("fusecache.origin")
+    from fusecache.origin import open_origin
+
     patient = tuning.model_copy(update={"deadline": min(tuning.deadline, _DEADLINE)})
     started = time.monotonic()
     try:
-        origin = rooms.open_origin(source, patient)
+        origin = open_origin(source, patient)
         try:
             first = next(iter(origin.list()), None)
             seen = f"{origin.identity} ({origin.engine}) answered in {time.monotonic() - started:.2f} s"
