@@ -18,6 +18,7 @@ import hashlib
 import http.client
 import http.server
 import math
+import re
 import socket
 import struct
 import threading
@@ -292,7 +293,9 @@ class FaultyServer:
             answer.headers = [*rest, ("ETag", '"ffffffffffffffffffffffffffffffff"')]
         elif fault.kind == "shift":
             rest = [(k, v) for k, v in answer.headers if k.lower() != "content-range"]
-            answer.headers = [*rest, ("Content-Range", f"bytes 1-{answer.length}/{answer.length + 1}")]
+            true = next(v for k, v in answer.headers if k.lower() == "content-range")
+            first, last, size = map(int, re.findall(r"\d+", true))
+            answer.headers = [*rest, ("Content-Range", f"bytes {first + 1}-{last + 1}/{size}")]
         elif fault.kind == "whole":
             path = urllib.parse.unquote(request.path)
             data = self._whole(path) if self._whole else self.objects[path.lstrip("/")]
