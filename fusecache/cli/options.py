@@ -76,7 +76,7 @@ def reference() -> str:
         "is found by the libraries: `AWS_*` and `GOOGLE_*` variables, their files, instance roles.\n",
         _table(SourceConfig),
         f"## Words of mount(8)\n\nAccepted and without effect: {generic}, and all that begin with `x-`. `rw` is "
-        "refused: the file system is read-only.\n",
+        "refused: the file system is read-only; mount(8) itself adds it to lines without `ro`, so that is let be.\n",
         _EXAMPLE,
         "## Metrics\n\nWith `metrics_port`, at `http://127.0.0.1:PORT/metrics`:\n",
         _metrics(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from rich.text import Text
 
 from fusecache import mounts
 from fusecache.cli import target
-from fusecache.cli.output import complain, console, duration, print_json
+from fusecache.cli.output import complain, duration, print_json, print_table
 from fusecache.config import format_size
 from fusecache.errors import ControlError
 
@@ -55,18 +54,12 @@ def status_command(mountpoint: str | None, as_json: bool) -> int:
 
 def show(status: Mapping[str, Any]) -> None:
     """Print one status for people."""
-    out = console()
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True, style="bold")
     grid.add_column(overflow="fold")
     for title, text in rows(status):
         grid.add_row(title, Text(text))
-    if sys.stdout.isatty():
-        out.print(grid)
-        return
-    with out.capture() as captured:
-        out.print(grid)
-    print("\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n")))
+    print_table(grid)
 
 
 def rows(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -88,14 +88,17 @@ def load_mount_config(
     options: Sequence[str] = (),
     config_file: Path | None = None,
     env: Mapping[str, str] = os.environ,
+    *,
+    mount8: bool = False,
 ) -> MountConfig:
     """The settings of one mount.
 
     `source` is a URL, the name of a source in the file (which is then mounted alone), or None for all
     sources of the file. `options` are -o arguments, each "key=value,flag"; `config=FILE` among them names
-    the file too. Raises ConfigError.
+    the file too. `mount8`: the options come from mount(8), which writes `rw` where the user wrote neither rw
+    nor ro; otherwise `rw` is refused. Raises ConfigError.
     """
-    given = list(_split_options(options))
+    given = [item for item in _split_options(options) if not (mount8 and item == ("rw", None))]
     for name, value in given:
         if name == "config" and config_file is None:
             if not value:

@@ -89,6 +89,12 @@ def test_options_as_mount_writes_them() -> None:
     assert not load(options=("allow_other=false",)).allow_other
 
 
+def test_mount8_writes_rw_by_itself() -> None:
+    config = load_mount_config("s3://b", "/models", ["rw,allow_other"], env={}, mount8=True)
+    assert config.allow_other
+    assert "read-only" in complaint(options=("rw,allow_other",))
+
+
 def test_several_sources(tmp_path: Path) -> None:
     file = toml(
         tmp_path,
