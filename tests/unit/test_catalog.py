@@ -269,14 +269,14 @@ async def test_a_version_that_is_gone_is_asked_for_at_once() -> None:
     objects.delete("b")
     for entry in (changed, removed, same):
         await trio.to_thread.run_sync(catalog.changed, entry)
-    entry = await catalog.resolve(ROOT, b"a")
-    assert entry is not None
-    assert entry.version == new
+    now = await catalog.resolve(ROOT, b"a")
+    assert now is not None
+    assert now.version == new
     assert await catalog.resolve(ROOT, b"b") is None
     assert await catalog.resolve(ROOT, b"c") is same
     assert (objects.lists, objects.stats) == (1, 3)
     catalog.changed(changed)  # not in the tree any more: nothing to ask
-    assert await catalog.resolve(ROOT, b"a") is entry
+    assert await catalog.resolve(ROOT, b"a") is now
     assert objects.stats == 3
 
 
