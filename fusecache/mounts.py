@@ -123,13 +123,23 @@ def find_socket(mount: Mount, env: Mapping[str, str] = os.environ) -> Path:
     candidates = [
         default_runtime_dir(env),
         Path(f"/run/user/{mount.user}/fusecache"),
-        Path(f"/tmp/fusecache-{mount.user}"),  # noqa: S108  the server checks the peer, and we its owner
+        Path(f"/tmp/fusecache-{mount.user}"),  # noqa: S108  its owner is checked below
         Path("/run/fusecache"),
     ]
     if chosen := env.get("FUSECACHE_RUNTIME_DIR"):
         candidates.insert(0, Path(os.path.abspath(chosen)))
     sockets = [control_socket(directory, mount.mountpoint) for directory in candidates]
-    return next((socket for socket in sockets if socket.is_socket()), sockets[0])
+    trusted = (0, os.geteuid(), mount.user)
+    return next((socket for socket in sockets if _is_socket_of(socket, trusted)), sockets[0])
+
+
+def _is_socket_of(path: Path, owners: tuple[int, ...]) -> bool:
+    """Whether a socket of one of these users is there: in /tmp, anybody may have made the folder first."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISSOCK(found.st_mode) and found.st_uid in owners
 
 
 def private_directory(directory: Path) -> Path:

@@ -74,6 +74,26 @@ def test_find_socket_prefers_what_exists(tmp_path: Path) -> None:
     assert mounts.find_socket(mount, env) == wanted
 
 
+def test_a_socket_of_a_stranger_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mount = mounts.Mount(Path("/models"), "s3://models", "0:53", 1234)
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    monkeypatch.setattr(mounts, "default_runtime_dir", lambda _: ours)
+    for directory in (ours, theirs):
+        mounts.control_socket(directory, mount.mountpoint).parent.mkdir(parents=True)
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(mounts.control_socket(directory, mount.mountpoint)))
+    foreign = mounts.control_socket(theirs, mount.mountpoint)
+    real = Path.lstat
+
+    def lstat(path: Path) -> os.stat_result:
+        found = real(path)
+        return os.stat_result((*found[:4], 5678, *found[5:10])) if path == foreign else found
+
+    monkeypatch.setattr(Path, "lstat", lstat)
+    found = mounts.find_socket(mount, {"FUSECACHE_RUNTIME_DIR": str(theirs)})
+    assert found == mounts.control_socket(ours, mount.mountpoint)
+
+
 def test_the_runtime_folder_is_private(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
