@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -102,10 +103,13 @@ def upload(bucket: Bucket, source: Path) -> None:
 
 def _make_bucket(bucket: Bucket) -> bool:
     # The port answers before the filer behind it does.
-    with contextlib.suppress(OSError):
+    try:
         client(bucket).mkdir(bucket.bucket)
-        return True
-    return False
+    except OSError as error:
+        if isinstance(error, PermissionError) or error.errno == errno.EINVAL:
+            raise BenchmarkError(f"the bucket {bucket.bucket}: {error}") from None
+        return False
+    return True
 
 
 def version() -> str:
