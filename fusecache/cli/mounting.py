@@ -1,0 +1,123 @@
+"""`fusecache mount` and `fusecache umount`.
+
+The work is done by the programs of mount/, started as subprocesses: the configuration goes to them in a memory file
+that only they inherit.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from fusecache.cli.output import progress
+from fusecache.config import load_mount_config
+
+_PROGRAM = "fusecache.mount."
+_OWN_OPTIONS = frozenset({"nonempty"})
+"""Words of -o that are about the mounting, not about the mount."""
+_ALWAYS_THERE = frozenset({"rw", "dev", "suid"})
+"""Words that mount(8) and mount.fuse add by themselves: no wish of the user's, and never granted."""
+
+
+def is_mount_fuse_call(arguments: Sequence[str]) -> bool:
+    """Whether these are the arguments of mount.fuse, `SOURCE MOUNTPOINT -o OPTIONS`, in place of a command's name.
+    A source is a URL, a path, or a word that stands for the sources of a config file."""
+    if len(arguments) < 2 or arguments[0].startswith("-") or arguments[1].startswith("-"):
+        return False
+    source, mountpoint = arguments[:2]
+    if "://" in source or source.startswith("/"):
+        return True
+    return source in ("none", "fusecache") and mountpoint.startswith("/") and "-o" in arguments[2:]
+
+
+@click.command("mount")
+@click.argument("source", required=False)
+@click.argument("mountpoint")
+@click.option("-o", "options", multiple=True, metavar="KEY=VALUE,...", help="Options, see docs/OPTIONS.md.")
+@click.option(
+    "--config", type=click.Path(path_type=Path, dir_okay=False), help="TOML file with settings and sources."
+)
+@click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground, log to stderr.")
+@click.option("--mount8", is_flag=True, hidden=True, help="Called by mount(8), which adds words to -o.")
+def mount_command(
+    source: str | None,
+    mountpoint: str,
+    options: tuple[str, ...],
+    config: Path | None,
+    foreground: bool,
+    mount8: bool,
+) -> int:
+    """Mount SOURCE, like s3://bucket/prefix, on the directory MOUNTPOINT.
+
+    Ends when the mount answers, or says why it can't. Without SOURCE, all sources of the config file are
+    mounted, each in a folder of its name.
+    """
+    words = [word for text in options for word in text.split(",") if word]
+    own = _OWN_OPTIONS.intersection(words)
+    dropped = own | (_ALWAYS_THERE if mount8 else frozenset())
+    settings = load_mount_config(source, mountpoint, [w for w in words if w not in dropped], config)
+    flags = [f"--{word}" for word in sorted(own)]
+    with _private(settings.dump_private()) as fd:
+        command = _command("launch", "--config", str(fd), *flags)
+        if foreground:
+            os.set_inheritable(fd, True)
+            sys.stdout.flush()
+            os.execv(command[0], [*command, "--foreground"])  # noqa: S606  no process of ours in between
+        with progress(f"mounting {source or 'the sources'} on {mountpoint}"):
+            return _run(command, (fd,))
+
+
+@click.command("umount")
+@click.argument("mountpoint")
+@click.option("-l", "--lazy", is_flag=True, help="Unmount now; open files go on until they are closed.")
+@click.option(
+    "--timeout", type=click.FloatRange(0, 3600), default=10.0, show_default=True, help="Seconds to wait."
+)
+def umount_command(mountpoint: str, lazy: bool, timeout: float) -> int:
+    """Unmount MOUNTPOINT, also when its daemon is gone.
+
+    Ends when the daemon has ended.
+    """
+    flags = ["--lazy"] if lazy else []
+    with progress(f"unmounting {mountpoint}"):
+        return _run(_command("unmount", "--timeout", str(timeout), *flags, "--", mountpoint), ())
+
+
+def _command(module: str, *arguments: str) -> list[str]:
+    # -P: what lies in the current directory must not be imported
+    return [sys.executable, "-P", "-m", _PROGRAM + module, *arguments]
+
+
+@contextmanager
+def _private(data: bytes) -> Iterator[int]:
+    fd = os.memfd_create("fusecache-config", os.MFD_CLOEXEC)
+    try:
+        with os.fdopen(os.dup(fd), "wb") as file:
+            file.write(data)
+        os.lseek(fd, 0, os.SEEK_SET)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _run(command: list[str], descriptors: tuple[int, ...]) -> int:
+    """Run it; its message appears when the progress bar is not in the way. Ctrl-C reaches it by itself."""
+    with subprocess.Popen(command, pass_fds=descriptors, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        said = b""
+        while True:
+            try:
+                said += process.stderr.read()
+                code = process.wait()
+                break
+            except KeyboardInterrupt:
+                continue  # it cleans up, and says so
+    sys.stderr.write(said.decode("utf-8", "replace"))
+    sys.stderr.flush()
+    return code if code >= 0 else 128 - code

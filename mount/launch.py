@@ -1,0 +1,302 @@
+"""The work of the mount command: check the mountpoint, mount, start the keeper, wait until the mount answers.
+
+The command line runs `python -m fusecache.mount.launch --config FD [--foreground] [--nonempty]`, FD being a memfd
+with MountConfig.dump_private(): no secret is in an argument or the environment. A failure is one line on stderr and
+leaves nothing behind, neither a mount nor a process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from fusecache import mounts
+from fusecache.config import MountConfig
+from fusecache.errors import ConfigError, FusecacheError, MountError
+from fusecache.mount import keeper, mounting
+
+_ANSWER = 30.0
+"""Seconds in which a mount that is ready has to answer a statfs."""
+_LOOK = 3.0
+"""Seconds for a look at a mount that may be dead."""
+_END = 15.0
+"""Seconds that the keeper of an earlier mount, or of a failed one, gets to end."""
+_STOP_FOREGROUND = 8.0
+"""Below the 10 s after which docker stop kills."""
+_SEALS = 0x1 | 0x2 | 0x4 | 0x8
+
+
+def launch(
+    config: MountConfig,
+    foreground: bool,
+    *,
+    nonempty: bool = False,
+    daemon: Sequence[str] = keeper.DAEMON,
+    ready_deadline: float = 600.0,
+    stop_deadline: float = _STOP_FOREGROUND,
+) -> None:
+    """Mount; returns when the mount answers. With `foreground` this process becomes the keeper and does not return.
+    `daemon` is the command that serves, the deadlines are the keeper's. Raises MountError and ConfigError."""
+    mountpoint = check_mountpoint(config.mountpoint, nonempty=nonempty)
+    config = config.model_copy(update={"mountpoint": mountpoint})
+    _check_inside(config)
+    directory = mounts.mount_directory(config.runtime_dir, mountpoint)
+    _check_earlier(mountpoint, directory)
+    log = None if foreground else _open_log(config, directory)
+    mounted = mounting.mount(source_name(config), mountpoint, allow_other=config.allow_other)
+    descriptors = [mounted.device]
+    started = False
+    try:
+        clones = mounting.clone_device(mounted.device, config.threads - 1)
+        settings = keeper.Settings(
+            mountpoint=str(mountpoint),
+            connection=mounted.connection,
+            mount_id=mounts.mount_id(mountpoint),
+            runtime_dir=str(config.runtime_dir),
+            directory=str(directory),
+            privileged=mounted.privileged,
+            why=mounted.why,
+            log_file=str(config.log_file) if config.log_file else None,
+            log_format=config.log_format,
+            foreground=foreground,
+            ready_deadline=ready_deadline,
+            stop_deadline=stop_deadline,
+            daemon=list(daemon),
+        )
+        given = memfd("fusecache-settings", json.dumps(dataclasses.asdict(settings)).encode())
+        private = memfd("fusecache-config", config.dump_private())
+        descriptors += [*clones, given, private]
+        command = [sys.executable, "-P", "-m", "fusecache.mount.keeper", "--settings", str(given)]
+        command += ["--device", str(mounted.device), "--config", str(private)]
+        command += ["--clones", ",".join(map(str, clones))]
+        if foreground:
+            _become(command, descriptors)
+        _start(command, descriptors, log, mountpoint)
+        started = True
+    finally:
+        if not started:
+            with contextlib.suppress(OSError):
+                if mounting.is_mounted(mountpoint, mounted.connection):
+                    mounting.unmount(mountpoint, lazy=True)
+        for fd in descriptors:
+            os.close(fd)
+        if log is not None:
+            os.close(log)
+
+
+def source_name(config: MountConfig) -> str:
+    """What the mount table shows: the URL, which holds no password (SourceConfig sees to it), or "fusecache" for
+    several sources. Not the program's name of another mount: engines change their behaviour for some."""
+    return config.sources[0].url if len(config.sources) == 1 else "fusecache"
+
+
+def memfd(name: str, data: bytes) -> int:
+    """A sealed memory file: readable by who inherits it, and nobody can change it."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with os.fdopen(os.dup(fd), "wb") as file:
+        file.write(data)
+    os.lseek(fd, 0, os.SEEK_SET)
+    fcntl.fcntl(fd, 1033, _SEALS)  # F_ADD_SEALS
+    return fd
+
+
+# -- checks
+
+
+def check_mountpoint(path: Path, *, nonempty: bool = False) -> Path:
+    """The real path of a directory that can be mounted on. Raises MountError that says how to mend it."""
+    found = mounts.find_mount(path)
+    if found is not None:
+        number = _look(found.mountpoint)
+        if number == errno.ENOTCONN:
+            raise MountError(
+                f"{path} is a stale mount, its daemon is gone: fusecache umount {path}, then mount again"
+            )
+        if number is None:
+            raise MountError(
+                f"{path} is a fusecache mount that does not answer: fusecache umount --lazy {path}, then mount again"
+            )
+        raise MountError(
+            f"{path} is already a fusecache mount of {found.source}: fusecache umount {path} first"
+        )
+    real = mounts.real_mountpoint(path)
+    try:
+        with os.scandir(real) as entries:
+            first = next(entries, None)
+    except FileNotFoundError:
+        raise MountError(f"{path} does not exist: mkdir -p {path}") from None
+    except NotADirectoryError:
+        raise MountError(f"{path} is not a directory") from None
+    except PermissionError:
+        raise MountError(f"{path}: permission denied: choose a directory of yours") from None
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            raise MountError(
+                f"{path} is a stale mount of another FUSE file system: umount -l {path}"
+            ) from None
+        raise MountError(f"{path}: {error.strerror}") from None
+    if first is not None and not nonempty:
+        raise MountError(
+            f"{path} is not empty (it holds {first.name!r}): choose an empty directory, or -o nonempty to hide it"
+        )
+    return real
+
+
+def _look(mountpoint: Path) -> int | None:
+    """The errno of a statfs, 0 for none; None when there is no answer."""
+    found: list[int] = []
+
+    def look() -> None:
+        try:
+            os.statvfs(mountpoint)
+            found.append(0)
+        except OSError as error:
+            found.append(error.errno or errno.EIO)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(_LOOK)
+    return found[0] if found else None
+
+
+def _check_inside(config: MountConfig) -> None:
+    for name in ("cache_dir", "runtime_dir", "log_file"):
+        path = getattr(config, name)
+        if path is not None and Path(os.path.realpath(path)).is_relative_to(config.mountpoint):
+            raise ConfigError(f"{name} {path} is inside the mountpoint: choose another")
+
+
+def _check_earlier(mountpoint: Path, directory: Path) -> None:
+    """An earlier mount here may be unmounted already, and live on until its files are closed."""
+    pid = keeper.keeper_of(directory)
+    if pid is not None and not wait_for_end(pid, _END):
+        raise MountError(
+            f"{mountpoint}: files of the earlier mount are still open (its keeper is process {pid}): close them, "
+            f"or kill {pid} and mount again"
+        )
+
+
+def wait_for_end(pid: int, timeout: float) -> bool:
+    """Wait at most `timeout` seconds for a process that need not be a child; whether it has ended."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(int(timeout * 1000)))
+    finally:
+        os.close(fd)
+
+
+def _open_log(config: MountConfig, directory: Path) -> int:
+    path = config.log_file or directory / mounts.LOG_NAME
+    try:
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise ConfigError(f"log_file {path}: {error.strerror}") from None
+
+
+# -- the keeper
+
+
+def _become(command: list[str], descriptors: list[int]) -> NoReturn:
+    for fd in descriptors:
+        os.set_inheritable(fd, True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(command[0], command)  # noqa: S606  the first process of a container has to stay the first
+
+
+def _start(command: list[str], descriptors: list[int], log: int | None, mountpoint: Path) -> None:
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    try:
+        process = subprocess.Popen(
+            [*command, "--report", str(writing)],
+            pass_fds=[*descriptors, writing],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            cwd="/",
+        )
+    finally:
+        os.close(writing)
+    try:
+        with os.fdopen(reading, "rb") as report:
+            _hear(report.readline)
+        _wait_for_answer(mountpoint)
+    except BaseException:
+        # The keeper unmounts when it ends, whatever the reason: wait, so that a second try finds all clean.
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_END)
+        raise
+    process.returncode = 0  # it lives on: no warning that nobody waited for it
+
+
+def _hear(readline: Callable[[], bytes]) -> None:
+    """The keeper has deadlines of its own: its report, or its end, comes."""
+    line = readline()
+    try:
+        message = json.loads(line)
+    except ValueError:
+        raise MountError("the keeper ended before the mount was ready: see the log") from None
+    if message.get("ready") is not True:
+        raise MountError(str(message.get("error")))
+
+
+def _wait_for_answer(mountpoint: Path) -> None:
+    until = time.monotonic() + _ANSWER
+    while (number := _look(mountpoint)) is None and time.monotonic() < until:
+        pass
+    if number is None:
+        raise MountError(f"{mountpoint} does not answer within {_ANSWER:g} s: see the log")
+    if number not in (0, errno.EACCES):
+        raise MountError(f"{mountpoint}: {os.strerror(number)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Mount what the memfd tells; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="fusecache-launch")
+    parser.add_argument("--config", type=int, required=True)
+    parser.add_argument("--foreground", action="store_true")
+    parser.add_argument("--nonempty", action="store_true")
+    given = parser.parse_args(arguments)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(143))
+    try:
+        with os.fdopen(given.config, "rb") as file:
+            file.seek(0)
+            config = MountConfig.load_private(file.read())
+        launch(config, given.foreground, nonempty=given.nonempty)
+    except KeyboardInterrupt:
+        print("fusecache: interrupted", file=sys.stderr)
+        return 130
+    except FusecacheError as error:
+        print(f"fusecache: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:
+        print(f"fusecache: mount: {error.filename or ''} {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
