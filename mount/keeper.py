@@ -251,10 +251,10 @@ class Keeper:
         if not self._established:
             self._fail(self._reason or f"the daemon ended with {what} before it was ready: see its log")
             return
-        self._restarts += 1
         if code == EXIT_UPGRADE and self._ready:
             self._start()
             return
+        self._restarts += 1
         now = time.monotonic()
         if len(self._crashes) == MOST_RESTARTS and now - self._crashes[0] < RESTART_WINDOW:
             self._fail(f"the daemon ended {MOST_RESTARTS + 1} times within {RESTART_WINDOW:g} s: giving up")
@@ -399,6 +399,31 @@ def keeper_of(directory: Path) -> int | None:
     return None
 
 
+def find_keeper(connection: int) -> int | None:
+    """The pid of the process that keeps a connection, from the process list: whatever its runtime directory is."""
+    for name in os.listdir("/proc"):
+        if not name.isdecimal():
+            continue
+        try:
+            with open(f"/proc/{name}/cmdline", "rb") as file:
+                words = file.read().split(b"\0")
+        except OSError:
+            continue
+        if b"fusecache.mount.keeper" in words and b"--connection" in words:
+            number = words[words.index(b"--connection") + 1]
+            if number == str(connection).encode() and not _is_zombie(name):
+                return int(name)
+    return None
+
+
+def _is_zombie(pid: str) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] == b"Z"
+    except OSError:
+        return True
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the keeper. All arguments are numbers of inherited descriptors."""
     parser = argparse.ArgumentParser(prog="fusecache-keeper")
@@ -406,6 +431,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--clones", default="")
     parser.add_argument("--report", type=int)
+    parser.add_argument("--connection", help="not used: shows in the process list whose keeper this is")
     given = parser.parse_args(arguments)
     with os.fdopen(given.settings, "rb") as file:
         file.seek(0)

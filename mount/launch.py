@@ -82,7 +82,7 @@ def launch(
         descriptors += [*clones, given, private]
         command = [sys.executable, "-P", "-m", "fusecache.mount.keeper", "--settings", str(given)]
         command += ["--device", str(mounted.device), "--config", str(private)]
-        command += ["--clones", ",".join(map(str, clones))]
+        command += ["--clones", ",".join(map(str, clones)), "--connection", str(mounted.connection)]
         if foreground:
             _become(command, descriptors)
         _start(command, descriptors, log, mountpoint)

@@ -98,7 +98,7 @@ def _dispatch(arguments: list[str]) -> int:
     if importlib.util.find_spec("fusecache.cli.mounting"):
         mounting: Any = importlib.import_module("fusecache.cli.mounting")
         if mounting.is_mount_fuse_call(arguments):
-            arguments.insert(0, "mount")
+            arguments[:0] = ["mount", "--mount8"]
     result = cli.main(arguments, prog_name="fusecache", standalone_mode=False)
     return result if isinstance(result, int) else 0
 
