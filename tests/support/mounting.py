@@ -7,7 +7,7 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,6 +92,10 @@ def mounted(
             raise AssertionError(f"the mount stayed: {done.stdout}{done.stderr}")
 
 
-def errno_name(error: OSError) -> str:
-    """EROFS, for an assertion that reads well."""
-    return errno.errorcode.get(error.errno or 0, str(error.errno))
+def failing(call: Callable[[], object]) -> str:
+    """The name of the errno that a call fails with, like EROFS."""
+    try:
+        result = call()
+    except OSError as error:
+        return errno.errorcode.get(error.errno or 0, str(error.errno))
+    raise AssertionError(f"it did not fail, but returned {result!r}")
