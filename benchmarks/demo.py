@@ -38,7 +38,6 @@ from benchmarks.tools.fusecache import Fusecache, status, store_files
 from benchmarks.tools.seaweedfs import s3_server, upload
 
 PREFIX = "fusecache-demo."
-TIERS = {"store": "local store", "peer": "peers", "origin": "S3"}
 ROUNDS = 3
 COPIES = 3  # of the model at the worst moment: the source, the server's objects, the cache
 
@@ -94,14 +93,23 @@ class Load:
 
 
 def bytes_by_source(before: Mapping[str, Any], after: Mapping[str, Any], read: int) -> str:
-    """Where `read` bytes came from, by two answers of `fusecache status`; the kernel counts what is left."""
-    moved = {tier: max(0, int(after["bytes"][tier]) - int(before["bytes"][tier])) for tier in TIERS}
-    parts = [f"{_share(moved[tier], read)} {name}" for tier, name in TIERS.items() if moved[tier]]
-    left = read - sum(moved.values())
-    # Headers and read-ahead past a tensor are counted by the daemon and not by the reader: allow for them.
-    if left > read // 100:
-        parts.append(f"{_share(left, read)} local store, by the kernel")
-    return ", ".join(parts) or "nowhere"
+    """Where `read` bytes came from, by two answers of `fusecache status`.
+
+    A byte that was fetched counts as fetched, also when its reader got it by way of the store; what neither
+    was fetched nor went through the daemon was read by the kernel.
+    """
+    moved = {
+        tier: int(after["bytes"][tier]) - int(before["bytes"][tier]) for tier in ("origin", "peer", "store")
+    }
+    left = read
+    parts = []
+    for tier, name in (("origin", "S3"), ("peer", "peers"), ("store", "local store")):
+        part = min(left, max(0, moved[tier]))
+        left -= part
+        parts.append((part, name))
+    parts.append((left, "local store, by the kernel"))
+    # A loader skips parts of the headers, which the daemon fetches all the same: allow for them.
+    return ", ".join(f"{round(100 * part / read)}% {name}" for part, name in parts if part > read // 100)
 
 
 @dataclass(frozen=True)
@@ -111,10 +119,6 @@ class Result:
     loads: Sequence[Load]
     mode: str
     why: str
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{min(100, round(100 * part / max(whole, 1)))}%"
 
 
 def opens_by_mode(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

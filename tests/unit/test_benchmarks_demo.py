@@ -61,7 +61,12 @@ def _status(store: int, peer: int, origin: int, passthrough: int = 0, daemon: in
 def test_sources_of_the_bytes() -> None:
     nothing = _status(10, 0, 20)
     assert bytes_by_source(nothing, _status(10, 0, 1020), 1000) == "100% S3"
-    assert bytes_by_source(nothing, _status(260, 0, 770), 1000) == "25% local store, 75% S3"
+    assert bytes_by_source(nothing, _status(260, 0, 770), 1000) == "75% S3, 25% local store"
+    assert bytes_by_source(nothing, _status(900, 100, 520), 1000) == "50% S3, 10% peers, 40% local store"
+    assert (
+        bytes_by_source(nothing, _status(410, 0, 20), 1000)
+        == "40% local store, 60% local store, by the kernel"
+    )
     assert bytes_by_source(nothing, nothing, 1000) == "100% local store, by the kernel"
     assert bytes_by_source(nothing, _status(10, 0, 1220), 1000) == "100% S3"
 
