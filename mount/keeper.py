@@ -63,6 +63,8 @@ class Settings:
     foreground: bool = False
     ready_deadline: float = 600.0
     stop_deadline: float = 8.0
+    backoff: float = 1.0
+    """Factor of the pauses before restarts."""
     daemon: list[str] = field(default_factory=lambda: list(DAEMON))
 
 
@@ -261,7 +263,7 @@ class Keeper:
             return
         recent = sum(now - then < RESTART_WINDOW for then in self._crashes)
         self._crashes.append(now)
-        pause = _BACKOFF[min(recent, len(_BACKOFF) - 1)]
+        pause = _BACKOFF[min(recent, len(_BACKOFF) - 1)] * self._settings.backoff
         self._log("error", f"the daemon ended with {what}: starting it again", pause=pause, said=self._reason)
         self._start_at = now + pause
 

@@ -48,9 +48,10 @@ def launch(
     daemon: Sequence[str] = keeper.DAEMON,
     ready_deadline: float = 600.0,
     stop_deadline: float = _STOP_FOREGROUND,
+    backoff: float = 1.0,
 ) -> None:
     """Mount; returns when the mount answers. With `foreground` this process becomes the keeper and does not return.
-    `daemon` is the command that serves, the deadlines are the keeper's. Raises MountError and ConfigError."""
+    `daemon` is the command that serves; deadlines and backoff are the keeper's. Raises MountError and ConfigError."""
     mountpoint = check_mountpoint(config.mountpoint, nonempty=nonempty)
     config = config.model_copy(update={"mountpoint": mountpoint})
     _check_inside(config)
@@ -75,6 +76,7 @@ def launch(
             foreground=foreground,
             ready_deadline=ready_deadline,
             stop_deadline=stop_deadline,
+            backoff=backoff,
             daemon=list(daemon),
         )
         given = memfd("fusecache-settings", json.dumps(dataclasses.asdict(settings)).encode())

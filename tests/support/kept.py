@@ -1,0 +1,124 @@
+"""Mounts that are launched from the test process, with a daemon of the test's choice."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fusecache.config import MountConfig, SourceConfig
+from fusecache.mount import keeper, launch, mounting
+
+STANDIN = Path(__file__).with_name("standin.py")
+_END = 20.0
+
+
+def ended(pid: int) -> bool:
+    """Wait until a process, child or not, has ended."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(_END * 1000))
+    finally:
+        os.close(fd)
+
+
+@dataclass
+class Kept:
+    """A mountpoint below `work`, and what the stand-in daemons there were told."""
+
+    work: Path
+    connections: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.mountpoint.mkdir()
+        self.mode("serve")
+
+    @property
+    def mountpoint(self) -> Path:
+        return self.work / "mnt"
+
+    @property
+    def directory(self) -> Path:
+        """The runtime directory of this mount."""
+        (found,) = (self.work / "run").iterdir()
+        return found
+
+    def mode(self, mode: str) -> None:
+        """How the next daemon behaves: see standin.py."""
+        (self.work / "mode").write_text(mode)
+
+    def config(self, **changes: Any) -> MountConfig:
+        secret = {"access_key_id": "AKIDEXAMPLE", "secret_access_key": "mostly-secret"}
+        return MountConfig.model_validate(
+            {
+                "sources": (SourceConfig.model_validate({"url": "s3://bucket/prefix", **secret}),),
+                "mountpoint": self.mountpoint,
+                "cache_dir": self.work / "cache",
+                "runtime_dir": self.work / "run",
+                **changes,
+            }
+        )
+
+    def launch(self, config: MountConfig | None = None, **given: Any) -> int:
+        """Mount; returns the pid of the keeper."""
+        command = (sys.executable, str(STANDIN), str(self.work))
+        given = {"ready_deadline": 20.0, "stop_deadline": 5.0, "backoff": 0.01} | given
+        launch.launch(config or self.config(), False, daemon=command, **given)
+        connection = self.connection
+        assert connection is not None
+        self.connections.append(connection)
+        pid = keeper.find_keeper(connection)
+        assert pid is not None
+        return pid
+
+    @property
+    def connection(self) -> int | None:
+        device = mounting.device_of(self.mountpoint)
+        return None if device is None else int(device.partition(":")[2])
+
+    @property
+    def told(self) -> list[dict[str, Any]]:
+        """What each daemon was told, with its "pid"."""
+        return [json.loads(line) for line in (self.work / "told").read_text().splitlines()]
+
+    def kill(self, pid: int, number: int = signal.SIGKILL) -> None:
+        """Send a signal and wait for the end."""
+        os.kill(pid, number)
+        assert ended(pid)
+
+    def log(self) -> str:
+        return (self.directory / "log").read_text()
+
+    def clean(self) -> None:
+        """Whatever happened: no mount, no keeper, nobody who waits."""
+        if self.connection is not None:
+            self.connections.append(self.connection)
+        for connection in self.connections:
+            mounting.abort(connection)
+            pid = keeper.find_keeper(connection)
+            if pid is not None:
+                self.kill(pid)
+        while self.connection is not None:
+            mounting.unmount(self.mountpoint, lazy=True, force=True)
+
+
+@contextlib.contextmanager
+def kept(work: Path) -> Iterator[Kept]:
+    """A Kept that is cleaned up at the end."""
+    made = Kept(work)
+    try:
+        yield made
+    finally:
+        made.clean()
