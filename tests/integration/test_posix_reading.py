@@ -193,3 +193,31 @@ def test_an_interrupted_or_abandoned_reader_leaves_nothing_behind(mount: RealMou
     reader.stdout.close()
     reader.wait(30)
     assert (mount.path / "23.bin").read_bytes() == content("23.bin", 1, 0, _SIZE)
+
+
+@pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
+@pytest.mark.parametrize("engine", ["io_uring", "libaio", "mmap", "psync"])
+@pytest.mark.parametrize("direct", [0, 1])
+def test_fio_verifies_what_it_wrote_at_the_origin(engine: str, direct: int, tmp_path: Path) -> None:
+    if engine == "mmap" and direct:
+        pytest.skip("a mapping has no O_DIRECT")
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    job = ["--name=job", "--size=8MiB", "--bs=64KiB", "--verify=crc32c", "--allrandrepeat=1", "--minimal"]
+
+    def fio(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["fio", *job, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    wrote = fio(f"--filename={origin / 'data'}", "--rw=write", "--ioengine=psync", "--do_verify=0")
+    assert wrote.returncode == 0, wrote.stderr
+    with mounted(f"file://{origin}", tmp_path) as mount:
+        for _ in range(2):  # cold, then warm
+            read = fio(
+                f"--filename={mount.path / 'data'}", "--rw=read", "--verify_only", "--readonly",
+                f"--ioengine={engine}", f"--direct={direct}", "--iodepth=32",
+            )  # fmt: skip
+            if "engine" in read.stderr and "not" in read.stderr:
+                pytest.skip(f"this fio or kernel has no {engine}")
+            assert read.returncode == 0, read.stdout + read.stderr
