@@ -270,8 +270,7 @@ class Keeper:
     def _too_late(self) -> None:
         """A deadline has passed: of the start, or for open files to be closed."""
         if self._stopping:
-            self._log("warning", "files are still open: their next reads fail")
-            mounting.abort(self._settings.connection)
+            self._log("warning", "files are still open, or the daemon is stuck: reads fail from now on")
         else:
             self._reason = f"the daemon was not ready within {self._settings.ready_deadline:g} s"
             self._log("error", f"{self._reason}: killing it")
@@ -320,10 +319,9 @@ class Keeper:
         self._exit = 1
 
     def _end(self) -> None:
-        """Nobody may wait for this mount any more: unmounted first, so that no new user comes, then aborted."""
+        """Nobody may wait for this mount any more: unmounted first, so that no new user comes, then aborted, which
+        the kernel does when the last descriptor is closed. (Not by its number: it may be another mount's by now.)"""
         self._unmount()
-        if self._exit != 0:
-            mounting.abort(self._settings.connection)
         self._kill()
         self._bury()
         for fd in (self._device, *self._clones):

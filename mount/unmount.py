@@ -26,7 +26,8 @@ from fusecache.mount.launch import wait_for_end
 _GRACE = 1.0
 """Seconds in which a mount that is busy is tried again: a scanner or a shell completion lets go by itself."""
 _PAUSE = 0.05
-_KILL = 5.0
+_KILL = 15.0
+"""Seconds after SIGTERM: above the deadline at which the keeper kills its daemon."""
 _MOST_NAMED = 5
 
 
@@ -44,12 +45,14 @@ def unmount(path: str, *, lazy: bool, timeout: float) -> None:
     if lazy:
         with contextlib.suppress(ControlError):
             control.call(mounts.find_socket(mount), "drain", timeout=max(0.1, timeout))
-        _unmount(mount.mountpoint, lazy=True)
-        if list(holders(mount.mountpoint, mount.device)):
-            return  # it ends when they do
-    else:
-        _unmount_when_free(mount, min(_GRACE, timeout))
-    _wait(pid, mount.mountpoint, connection, until)
+        used = any(holders(mount.mountpoint, mount.device))
+        _unmount(mount.mountpoint)
+        if not used:
+            # not an error in the end: somebody whom this user can't see has a file open
+            wait_for_end(pid, max(0.0, until - time.monotonic()))
+        return
+    _unmount_when_free(mount, min(_GRACE, timeout))
+    _wait(pid, mount.mountpoint, until)
 
 
 def _why_not(path: str) -> str:
@@ -88,9 +91,9 @@ def _unmount_stale(mountpoint: Path, connection: int, *, lazy: bool) -> None:
         raise _explained(error, mountpoint, device) from None
 
 
-def _unmount(mountpoint: Path, *, lazy: bool) -> None:
+def _unmount(mountpoint: Path) -> None:
     try:
-        mounting.unmount(mountpoint, lazy=lazy)
+        mounting.unmount(mountpoint, lazy=True)
     except OSError as error:
         raise _explained(error, mountpoint, "") from None
 
@@ -110,11 +113,10 @@ def _explained(error: OSError, mountpoint: Path, device: str) -> MountError:
     return MountError(f"{mountpoint}: {error.strerror}")
 
 
-def _wait(pid: int, mountpoint: Path, connection: int, until: float) -> None:
+def _wait(pid: int, mountpoint: Path, until: float) -> None:
     if wait_for_end(pid, max(0.0, until - time.monotonic())):
         return
-    # Unmounted, and still there: it is stuck. SIGTERM has it kill the daemon after its own deadline.
-    mounting.abort(connection)
+    # Unmounted without an open file, and still there: it is stuck. After SIGTERM it kills the daemon in the end.
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
     if not wait_for_end(pid, _KILL):

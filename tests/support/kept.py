@@ -39,15 +39,13 @@ class Kept:
     """A mountpoint below `work`, and what the stand-in daemons there were told."""
 
     work: Path
+    mountpoint: Path = field(init=False)
     connections: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.mountpoint = self.work / "mnt"
         self.mountpoint.mkdir()
         self.mode("serve")
-
-    @property
-    def mountpoint(self) -> Path:
-        return self.work / "mnt"
 
     @property
     def directory(self) -> Path:

@@ -62,9 +62,9 @@ def main() -> int:
     given = parser.parse_args()
     keeper = socket.socket(fileno=given.keeper)
     told = json.loads(keeper.recv(1 << 20))
+    mode = (given.directory / "mode").read_text()
     with (given.directory / "told").open("a") as file:
         file.write(json.dumps({**told, "pid": os.getpid()}) + "\n")
-    mode = (given.directory / "mode").read_text()
     with os.fdopen(given.config) as file:
         assert json.load(file)["sources"]
     signal.signal(signal.SIGUSR1, lambda *_: os._exit(75))
