@@ -82,7 +82,7 @@ def random_reads(files: Sequence[Path], count: int, timeout: float = READ_TIMEOU
     command = [
         program("fio"), "--name=random", f"--filename={names}", "--readonly", "--rw=randread", "--bs=4k",
         "--ioengine=psync", "--direct=0", "--norandommap", "--file_service_type=random", "--invalidate=0",
-        "--randseed=7", f"--number_ios={count}", "--output-format=json",
+        "--randseed=7", f"--number_ios={count}", f"--io_size={count * 4096}", "--output-format=json",
     ]  # fmt: skip
     job = json.loads(run(command, timeout=timeout))["jobs"][0]
     if job["read"]["total_ios"] < count:
