@@ -30,8 +30,13 @@ def _backend(config: SourceConfig, tuning: Tuning) -> Backend:
             from fusecache.origin.s3 import S3Backend
 
             s3 = S3Backend(config, tuning, bucket, prefix)
-            if config.engine == "fsspec":
+            if config.engine == "fsspec" or (config.engine == "auto" and not s3.plain()):
                 return s3
+            if config.engine == "auto":
+                from fusecache.origin.native import NativeBackend, suits
+
+                if suits(s3.endpoint):
+                    return NativeBackend(s3, tuning)
             backend = s3
         else:
             from fusecache.origin.gcs import GcsBackend

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 import aiohttp
@@ -38,6 +38,7 @@ class GcsBackend:
     """See fusecache.origin.base.Backend."""
 
     engine = "fsspec"
+    scheme: Literal["gs"] = "gs"
 
     def __init__(self, config: SourceConfig, tuning: Tuning, bucket: str, prefix: str) -> None:
         """`prefix` has no slash at its end. Raises ConfigError for unusable credentials."""

@@ -87,12 +87,14 @@ class RemoteOrigin:
         deadline = time.monotonic() + self._tuning.deadline
         backoff = Backoff(self._tuning.retry_initial, self._tuning.retry_max)
         may_refresh = True
+        last: OriginError | None = None
         while True:
             seen = self._refreshed
             try:
-                with self._request(where, deadline, never, lists) as timeout:
+                with self._request(where, deadline, never, last, lists) as timeout:
                     return attempt(timeout)
             except OriginError as error:
+                last = error
                 may_refresh = self._next(error, seen, may_refresh, backoff, deadline, never)
 
     def read(
@@ -122,10 +124,11 @@ class RemoteOrigin:
         deadline = time.monotonic() + patience if fixed is None else fixed
         backoff = Backoff(self._tuning.retry_initial, self._tuning.retry_max)
         may_refresh = True
+        last: OriginError | None = None
         while position < end:
             seen = self._refreshed
             try:
-                with self._request(where, deadline, cancelled) as timeout:
+                with self._request(where, deadline, cancelled, last) as timeout:
                     chunks = self._backend.fetch(version, position, end - position, timeout)
                     with contextlib.closing(_closable(chunks)):
                         for chunk in chunks:
@@ -149,13 +152,22 @@ class RemoteOrigin:
                     if position < end:
                         raise truncated(where)
             except OriginError as error:
+                last = error
                 may_refresh = self._next(error, seen, may_refresh, backoff, deadline, cancelled)
 
     @contextlib.contextmanager
     def _request(
-        self, where: str, deadline: float, cancelled: Callable[[], bool], lists: int = 0
+        self,
+        where: str,
+        deadline: float,
+        cancelled: Callable[[], bool],
+        last: OriginError | None,
+        lists: int = 0,
     ) -> Iterator[float]:
-        """Hold a slot for one request, count it and learn from it; gives the longest wait for a byte."""
+        """Hold a slot for one request, count it and learn from it; gives the longest wait for a byte.
+
+        `last` is the failure that this request is to mend.
+        """
         if self._closed:
             raise UnavailableError(f"{where}: the origin is closed")
         if cancelled():
@@ -163,6 +175,8 @@ class RemoteOrigin:
         with self._limiter.slot(where, deadline, cancelled) as generation:
             left = deadline - time.monotonic()
             if left <= 0:
+                if last is not None:
+                    raise gave_up(last) from last
                 raise UnavailableError(f"{where}: not all bytes came before the deadline")
             self.stats.add(requests=1, lists=lists)
             try:

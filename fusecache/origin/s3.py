@@ -12,7 +12,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import aiobotocore.session
 import botocore.exceptions
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_KEY_LIFE = timedelta(minutes=5)
+KEY_LIFE = timedelta(minutes=5)
 """How long the bulk engine may use credentials before it asks botocore again, which renews them 10-15 minutes before
 they expire."""
 
@@ -41,6 +41,7 @@ class S3Backend:
     """See fusecache.origin.base.Backend."""
 
     engine = "fsspec"
+    scheme: Literal["s3"] = "s3"
 
     def __init__(self, config: SourceConfig, tuning: Tuning, bucket: str, prefix: str) -> None:
         """`prefix` has no slash at its end. Raises ConfigError for a profile or file that is not there."""
@@ -153,7 +154,7 @@ class S3Backend:
         )
         body = answer["Body"]
         try:
-            if version.etag and _etag(answer.get("ETag")) != version.etag:
+            if version.etag and normal_etag(answer.get("ETag")) != version.etag:
                 raise failures.changed(where)
             skip = aio.body_start(
                 where,
@@ -174,7 +175,7 @@ class S3Backend:
 
     def _version(self, key: str, etag: str | None, size: int, modified: datetime | None) -> ObjectVersion:
         seconds = int(modified.timestamp()) if modified else 0
-        return ObjectVersion(self.identity, key, _etag(etag), int(size), seconds * 1_000_000_000)
+        return ObjectVersion(self.identity, key, normal_etag(etag), int(size), seconds * 1_000_000_000)
 
     # -- for the bulk engine
 
@@ -194,6 +195,17 @@ class S3Backend:
         chosen = (self._fs.s3.meta.config.s3 or {}).get("addressing_style")
         return chosen == "virtual"
 
+    def plain(self) -> bool:
+        """Whether nothing is asked of requests that only s3fs knows how to do."""
+        options = self._config.storage_options
+        return not (
+            options.get("s3_additional_kwargs") or options.get("config_kwargs", {}).get("signature_version")
+        )
+
+    def request_headers(self) -> dict[str, str]:
+        """Headers that each request for an object has to have."""
+        return {"x-amz-request-payer": "requester"} if self._fs.requester_pays else {}
+
     def signed(self) -> bool:
         """Whether requests are signed."""
         return not self._fs.anon
@@ -201,7 +213,7 @@ class S3Backend:
     def keys(self) -> dict[str, Any]:
         """The credentials that s3fs uses at this time, in obstore's form. Raises AccessDeniedError."""
         filesystem = self._fs
-        until = datetime.now(UTC) + _KEY_LIFE
+        until = datetime.now(UTC) + KEY_LIFE
         if filesystem.key:
             return {
                 "access_key_id": filesystem.key,
@@ -226,7 +238,7 @@ class S3Backend:
         }
 
 
-def _etag(text: str | None) -> str:
+def normal_etag(text: str | None) -> str:
     """In the form of the header, quotes included: some servers leave them out in listings."""
     if not text:
         return ""

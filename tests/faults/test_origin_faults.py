@@ -28,6 +28,7 @@ from tests.support.servers import S3Bucket, S3Server, free_port
 
 SIZE = 3_000_000
 ENGINES = ("auto", "obstore", "fsspec", "http")
+_prefixes = itertools.count(1)
 
 
 @dataclass
@@ -45,17 +46,22 @@ class Shaky:
 def shaky(request: pytest.FixtureRequest) -> Iterator[Shaky]:
     engine = str(request.param)
     data = content("a", 1, 0, SIZE)
-    put: Callable[[str, bytes], object]
-    delete: Callable[[str], object]
     if engine == "http":
         faulty: FaultyServer = request.getfixturevalue("faulty_http")
-        put, delete = faulty.objects.__setitem__, faulty.objects.pop
+        put, delete = faulty.objects.__setitem__, faulty.objects.pop  # type: ignore[assignment]
         config = SourceConfig(url=faulty.url + "/")
     else:
         faulty = request.getfixturevalue("faulty_s3")
-        bucket: S3Bucket = request.getfixturevalue("s3_server").bucket()
-        put, delete = bucket.put, bucket.delete
-        config = s3_config(bucket, engine=engine, endpoint_url=faulty.url)
+        bucket: S3Bucket = request.getfixturevalue("shared_bucket")
+        prefix = f"faults-{next(_prefixes)}"
+
+        def put(key: str, data: bytes) -> object:
+            return bucket.put(f"{prefix}/{key}", data)
+
+        def delete(key: str) -> object:
+            return bucket.delete(f"{prefix}/{key}")
+
+        config = s3_config(bucket, prefix, engine=engine, endpoint_url=faulty.url)
     put("a", data)
     with opened(config) as origin:
         version = origin.stat("a")

@@ -27,8 +27,10 @@ KINDS = (
     "memory",
     "file",
     "http",
+    "seaweedfs-auto",
     "seaweedfs-obstore",
     "seaweedfs-fsspec",
+    "moto-auto",
     "moto-obstore",
     "moto-fsspec",
     "gcs-obstore",
@@ -50,8 +52,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     elif kind == "gcs":
         manager = gcs_place(request.getfixturevalue("gcs_server").bucket(), engine)
     else:
-        name = {"seaweedfs": "s3_server", "moto": "moto_server"}[kind]
-        manager = s3_place(request.getfixturevalue(name).bucket(), engine)
+        shared = kind == "seaweedfs"
+        bucket = request.getfixturevalue("shared_bucket" if shared else "moto_server")
+        manager = s3_place(bucket if shared else bucket.bucket(), engine)
     with manager as made:
         yield made
 

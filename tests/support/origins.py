@@ -64,11 +64,12 @@ def s3_config(bucket: S3Bucket, prefix: str = "", **more: Any) -> SourceConfig:
 @contextlib.contextmanager
 def s3_place(bucket: S3Bucket, engine: str) -> Iterator[Place]:
     """A prefix of a bucket."""
-    with opened(s3_config(bucket, "some/prefix", engine=engine)) as origin:
+    prefix = f"some/prefix {next(_numbers)}"
+    with opened(s3_config(bucket, prefix, engine=engine)) as origin:
         yield Place(
             origin,
-            lambda key, data: bucket.put(f"some/prefix/{key}", data),
-            lambda key: bucket.delete(f"some/prefix/{key}"),
+            lambda key, data: bucket.put(f"{prefix}/{key}", data),
+            lambda key: bucket.delete(f"{prefix}/{key}"),
         )
 
 

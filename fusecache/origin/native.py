@@ -1,0 +1,298 @@
+"""The bulk engine for S3 over plain HTTP: the kernel copies a body straight into a buffer that is used again and again.
+
+Measured here against SeaweedFS on the loopback, 16 MiB ranges written to tmpfs, CPU seconds of this process per GB:
+0.40-0.60, where obstore needs 0.70-1.20 (it copies each byte twice more) and s5cmd about 1.0. Over TLS Python's
+recv_into goes record by record under the GIL: there obstore is the engine.
+
+A chunk is received with one recv(MSG_WAITALL): no wake-up of Python per packet. SO_RCVTIMEO bounds it, because a
+timeout that Python keeps costs a poll() per recv and takes the flag's meaning away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import re
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import botocore.auth
+import botocore.awsrequest
+import botocore.credentials
+
+from fusecache.config import Tuning
+from fusecache.errors import OriginError
+from fusecache.origin import aio, failures
+from fusecache.origin.base import Page
+from fusecache.origin.s3 import KEY_LIFE, S3Backend, normal_etag
+from fusecache.types import ObjectVersion
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_CHUNK = 1 << 20
+_IDLE = 15.0
+"""Seconds that an unused connection is kept: servers and balancers close them after 20-60."""
+
+_ERROR_BODY = 64 * 1024
+_CODE = re.compile(rb"<Code>([A-Za-z0-9_.]+)</Code>")
+
+
+def suits(endpoint: str) -> bool:
+    """Whether this engine can and should talk to the endpoint: plain HTTP, and no proxy on the way."""
+    parts = urlsplit(endpoint)
+    host = parts.hostname or ""
+    return parts.scheme == "http" and ("http" not in getproxies() or bool(proxy_bypass(host)))
+
+
+class _Connection:
+    """A kept connection and its buffer; used by one request at a time."""
+
+    def __init__(self, host: str, port: int, timeout: float) -> None:
+        self.sock = socket.create_connection((host, port), timeout)
+        self.sock.settimeout(None)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.http = http.client.HTTPConnection(host, port)
+        self.http.sock = self.sock
+        self.buffer = memoryview(bytearray(_CHUNK))
+        self.used = False  # an answer came over it
+        self.since = time.monotonic()
+
+    def limit(self, timeout: float) -> None:
+        """Let every wait for bytes end after `timeout` seconds."""
+        seconds = int(timeout)
+        value = struct.pack("ll", seconds, max(1, int((timeout - seconds) * 1_000_000)))
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.http.close()
+        with contextlib.suppress(OSError):
+            self.sock.close()
+
+
+class NativeBackend:
+    """See fusecache.origin.base.Backend. Its lock guards the idle connections and the keys; it is a leaf."""
+
+    engine = "native"
+
+    def __init__(self, backend: S3Backend, tuning: Tuning) -> None:
+        self._backend = backend
+        self._tuning = tuning
+        self.identity = backend.identity
+        parts = urlsplit(backend.endpoint)
+        self._host = parts.hostname or ""
+        self._port = parts.port or 80
+        self._netloc = parts.netloc.rpartition("@")[2]
+        self._base = parts.path.rstrip("/")
+        if backend.virtual_host():
+            self._netloc = f"{backend.bucket}.{self._netloc}"
+            self._host = f"{backend.bucket}.{self._host}"
+        else:
+            self._base += f"/{quote(backend.bucket)}"
+        self._lock = threading.Lock()
+        self._idle: list[_Connection] = []
+        self._keys: Any = None
+        self._keys_until = 0.0
+        self._region: str | None = None
+
+    def page(self, token: str | None, timeout: float) -> Page:
+        """See Backend."""
+        return self._backend.page(token, timeout)
+
+    def head(self, key: str, timeout: float) -> ObjectVersion:
+        """See Backend."""
+        return self._backend.head(key, timeout)
+
+    def fetch(self, version: ObjectVersion, offset: int, length: int, timeout: float) -> Iterator[Buffer]:
+        """See Backend. A chunk is valid until the next is asked for."""
+        where = self._backend.where(version.key)
+        watch = _Translated(where)
+        with watch:
+            connection, answer = self._send(version, offset, length, timeout)
+        whole = False
+        try:
+            with watch:
+                if answer.status >= 300:
+                    body = answer.read(_ERROR_BODY)
+                    whole = answer.isclosed()
+                    code = _CODE.search(body)
+                    raise failures.from_status(
+                        where,
+                        answer.status,
+                        code[1].decode() if code else "",
+                        answer.getheader("Retry-After"),
+                    )
+            if version.etag and normal_etag(answer.getheader("ETag")) != version.etag:
+                raise failures.changed(where)
+            skip = aio.body_start(
+                where,
+                answer.status,
+                answer.getheader("Content-Range"),
+                answer.length,
+                version.size,
+                offset,
+            )
+            left = answer.length
+            with watch:
+                receive = _receiver(connection, answer)
+            while length > 0:
+                with watch:
+                    got = receive(min(_CHUNK, skip + length))
+                if not got:
+                    raise failures.truncated(where)
+                if left is not None:
+                    left -= got
+                used = min(skip, got)
+                skip -= used
+                if used < got:
+                    length -= got - used
+                    yield connection.buffer[used:got]
+            whole = left == 0
+        finally:
+            keep = whole and not answer.will_close
+            answer.close()
+            self._put_back(connection, keep)
+
+    def _send(
+        self, version: ObjectVersion, offset: int, length: int, timeout: float
+    ) -> tuple[_Connection, http.client.HTTPResponse]:
+        path = f"{self._base}/{quote(self._backend.prefix + version.key, safe='/~')}"
+        headers = {"Range": f"bytes={offset}-{offset + length - 1}", **self._backend.request_headers()}
+        if version.etag:
+            headers["If-Match"] = version.etag
+        signed = self._signed(path, headers)
+        while True:
+            connection = self._take()
+            reused = connection.used
+            began = time.monotonic()
+            try:
+                connection.limit(timeout)
+                connection.http.putrequest("GET", path, skip_host=True, skip_accept_encoding=True)
+                for name, value in signed.items():
+                    connection.http.putheader(name, value)
+                connection.http.endheaders()
+                answer = connection.http.getresponse()
+            except (OSError, http.client.HTTPException) as error:
+                connection.close()
+                if time.monotonic() - began >= timeout * 0.95:
+                    raise TimeoutError from error
+                if not reused:
+                    raise
+                # The server closed it while it was idle: that says nothing of this request.
+                continue
+            except BaseException:
+                connection.close()
+                raise
+            connection.used = True
+            return connection, answer
+
+    def _signed(self, path: str, headers: dict[str, str]) -> dict[str, str]:
+        headers = {"Host": self._netloc, **headers}
+        if not self._backend.signed():
+            return headers
+        request = botocore.awsrequest.AWSRequest(
+            "GET",
+            f"http://{self._netloc}{path}",
+            headers={**headers, "X-Amz-Content-SHA256": "UNSIGNED-PAYLOAD"},
+        )
+        keys = self._credentials()
+        botocore.auth.S3SigV4Auth(keys, "s3", self._region).add_auth(request)
+        return dict(request.headers.items())
+
+    def _credentials(self) -> Any:
+        with self._lock:
+            if self._keys is not None and time.monotonic() < self._keys_until:
+                return self._keys
+        # Two threads may both ask: that is harmless, and the lock is not held while botocore waits.
+        found = self._backend.keys()
+        region = self._region or self._backend.region()
+        keys = botocore.credentials.Credentials(
+            found["access_key_id"], found["secret_access_key"], found["token"]
+        )
+        with self._lock:
+            self._keys, self._region = keys, region
+            self._keys_until = time.monotonic() + KEY_LIFE.total_seconds()
+        return keys
+
+    def _take(self) -> _Connection:
+        now = time.monotonic()
+        stale = []
+        found = None
+        with self._lock:
+            while self._idle and found is None:
+                connection = self._idle.pop()
+                if now - connection.since < _IDLE:
+                    found = connection
+                else:
+                    stale.append(connection)
+        for connection in stale:
+            connection.close()
+        return found or _Connection(self._host, self._port, self._tuning.connect_timeout)
+
+    def _put_back(self, connection: _Connection, keep: bool) -> None:
+        if keep:
+            connection.since = time.monotonic()
+            with self._lock:
+                if len(self._idle) < self._tuning.concurrency:
+                    self._idle.append(connection)
+                    return
+        connection.close()
+
+    def refresh(self) -> None:
+        """See Backend."""
+        self._backend.refresh()
+        with self._lock:
+            self._keys = None
+
+    def close(self) -> None:
+        """See Backend."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+        self._backend.close()
+
+
+def _receiver(connection: _Connection, answer: http.client.HTTPResponse) -> Any:
+    """A function that fills the connection's buffer with up to n bytes of the body; 0 at its end."""
+    if answer.length is None or answer.chunked:
+
+        def decoded(most: int) -> int:
+            return answer.readinto(connection.buffer[:most]) or 0
+
+        return decoded
+    # What was read along with the header is in its reader; after that the socket is ours.
+    begun = answer.fp.peek()
+    sock = connection.sock
+    end = answer.length
+
+    def direct(most: int) -> int:
+        nonlocal begun, end
+        most = min(most, end)
+        if begun:
+            got = min(len(begun), most)
+            connection.buffer[:got] = begun[:got]
+            begun = begun[got:]
+        else:
+            got = sock.recv_into(connection.buffer, most, socket.MSG_WAITALL) if most else 0
+        end -= got
+        return got
+
+    return direct
+
+
+class _Translated(aio.Translated):
+    def translate(self, error: Exception) -> OriginError | None:
+        if isinstance(error, BlockingIOError):  # SO_RCVTIMEO
+            return failures.timed_out(self.where)
+        if isinstance(error, http.client.HTTPException):
+            return failures.broken(self.where, type(error).__name__)
+        return None
