@@ -89,9 +89,9 @@ def _die_with_parent() -> None:
 
 @contextlib.contextmanager
 def running(
-    arguments: Sequence[str], log: Path, env: Mapping[str, str] | None = None
+    arguments: Sequence[str], log: Path, env: Mapping[str, str] | None = None, *, grace: float = 10
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A server for the length of the block, output in `log`; TERM at the end, KILL after 10 seconds.
+    """A server for the length of the block, output in `log`; TERM at the end, KILL after `grace` seconds.
 
     It has its own session, that ctrl-C reaches this program first and things end in their order.
     """
@@ -108,7 +108,7 @@ def running(
     try:
         yield process
     finally:
-        stop(process)
+        stop(process, grace)
 
 
 def stop(process: subprocess.Popen[bytes], grace: float = 10) -> None:

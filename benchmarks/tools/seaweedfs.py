@@ -63,7 +63,8 @@ def _server(data: Path, config: Path, log: Path, bucket: str) -> Iterator[Bucket
         "-master.volumeSizeLimitMB=4096", "-volume.max=100", "-s3.iam=false",
     ]  # fmt: skip
     try:
-        with running(command, log) as process:
+        # It takes its full 10 seconds to end in order, for data that is deleted right after.
+        with running(command, log, grace=0.2) as process:
             there = Bucket(f"http://127.0.0.1:{s3}", ACCESS_KEY, SECRET_KEY, bucket, "model", process.pid)
 
             def ready() -> bool:
