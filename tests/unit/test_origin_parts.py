@@ -1,0 +1,213 @@
+"""The parts of an origin that need no server: limiter, backoff, judging of failures, range checks."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fusecache.config import SourceConfig, Tuning
+from fusecache.errors import (
+    AccessDeniedError,
+    CancelledReadError,
+    ConfigError,
+    NotFoundError,
+    OriginError,
+    TemporaryOriginError,
+    ThrottledError,
+    UnavailableError,
+    VersionChangedError,
+)
+from fusecache.origin import is_temporary, open_origin
+from fusecache.origin.aio import body_start
+from fusecache.origin.base import never
+from fusecache.origin.failures import from_os_error, from_status, retry_after
+from fusecache.origin.limiter import Limiter
+from fusecache.origin.retry import Backoff
+from fusecache.origin.s3 import normal_etag
+
+
+def later() -> float:
+    return time.monotonic() + 5
+
+
+def test_the_limit_halves_once_per_round_and_grows_by_one_per_round() -> None:
+    limiter = Limiter(16)
+    with limiter.slot("x", later(), never) as first, limiter.slot("x", later(), never) as second:
+        limiter.throttled(first)
+        limiter.throttled(second)  # sent before the halving: no news
+        assert limiter.limit == 8
+    with limiter.slot("x", later(), never) as third:
+        limiter.throttled(third)
+    assert limiter.limit == 4
+    for _ in range(5):
+        limiter.succeeded()
+    assert limiter.limit == 5
+    for _ in range(1000):
+        limiter.succeeded()
+    assert limiter.limit == 16
+    for _ in range(10):
+        with limiter.slot("x", later(), never) as generation:
+            limiter.throttled(generation)
+    assert limiter.limit == 1
+
+
+def test_a_full_limiter_ends_waiting_at_the_deadline_or_cancellation() -> None:
+    limiter = Limiter(1)
+    with limiter.slot("x", later(), never):
+        with pytest.raises(UnavailableError, match="overloaded"), limiter.slot("x", 0.0, never):
+            pass
+        with pytest.raises(CancelledReadError), limiter.slot("x", later(), lambda: True):
+            pass
+
+
+def test_a_freed_slot_wakes_a_waiter() -> None:
+    limiter = Limiter(1)
+    entered = threading.Event()
+
+    def wait() -> None:
+        with limiter.slot("x", later(), never):
+            entered.set()
+
+    with limiter.slot("x", later(), never):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert not entered.is_set()
+    assert entered.wait(5)
+    thread.join(5)
+
+
+def test_retry_after_beyond_the_deadline_gives_up_at_once() -> None:
+    error = ThrottledError("slow down", retry_after=60)
+    with pytest.raises(UnavailableError) as caught:
+        Backoff(0.001, 0.01).pause(error, later(), never)
+    assert caught.value.__cause__ is error
+    with pytest.raises(CancelledReadError):
+        Backoff(1, 1).pause(TemporaryOriginError("x"), later(), lambda: True)
+
+
+def test_pauses_grow_and_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds: list[float] = []
+
+    def record(low: float, high: float) -> float:
+        bounds.append(high)
+        return 0.0
+
+    monkeypatch.setattr("fusecache.origin.retry.random.uniform", record)
+    backoff = Backoff(0.1, 0.5)
+    for _ in range(5):
+        backoff.pause(TemporaryOriginError("x"), later(), never)
+    backoff.reset()
+    backoff.pause(TemporaryOriginError("x"), later(), never)
+    assert bounds == pytest.approx([0.1, 0.2, 0.4, 0.5, 0.5, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        (404, "NoSuchKey", NotFoundError),
+        (404, "NoSuchBucket", NotFoundError),
+        (410, "", NotFoundError),
+        (401, "", AccessDeniedError),
+        (403, "InvalidAccessKeyId", AccessDeniedError),
+        (400, "ExpiredToken", AccessDeniedError),
+        (403, "RequestTimeTooSkewed", AccessDeniedError),
+        (412, "PreconditionFailed", VersionChangedError),
+        (416, "InvalidRange", VersionChangedError),
+        (429, "", ThrottledError),
+        (503, "SlowDown", ThrottledError),
+        (400, "RequestLimitExceeded", ThrottledError),
+        (400, "RequestTimeout", TemporaryOriginError),
+        (408, "", TemporaryOriginError),
+        (500, "InternalError", TemporaryOriginError),
+        (504, "", TemporaryOriginError),
+        (301, "PermanentRedirect", OriginError),
+        (400, "AuthorizationHeaderMalformed", OriginError),
+        (501, "", OriginError),
+        (405, "", OriginError),
+    ],
+)
+def test_statuses_are_judged_in_one_place(status: int, code: str, kind: type[OriginError]) -> None:
+    error = from_status("s3://b/k", status, code)
+    assert type(error) is kind
+    assert str(error).startswith("s3://b/k: ")
+    assert "\n" not in str(error)
+    assert is_temporary(error) == issubclass(kind, TemporaryOriginError)
+
+
+def test_what_a_server_writes_does_not_get_into_a_message() -> None:
+    assert "AWS4-HMAC" not in str(from_status("x", 403, "<AWS4-HMAC-SHA256 Credential=secret>"))
+    assert "secret" not in str(from_os_error("x", OSError("Authorization: secret")))
+
+
+def test_retry_after_is_seconds_or_a_date() -> None:
+    assert retry_after("3") == 3
+    assert retry_after("-1") == 0
+    assert retry_after(None) is retry_after("soon") is None
+    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+
+
+def test_range_answers_are_checked() -> None:
+    assert body_start("x", 206, "bytes 10-19/100", 10, 100, 10) == 0
+    assert body_start("x", 206, "bytes 0-19/100", 20, 100, 10) == 10
+    assert body_start("x", 206, "bytes 10-19/*", 10, 100, 10) == 0
+    assert body_start("x", 200, "bytes 10-19/100", 10, 100, 10) == 0
+    assert body_start("x", 200, None, 100, 100, 10) == 10
+    assert body_start("x", 200, None, None, 100, 10) == 10
+    with pytest.raises(VersionChangedError):
+        body_start("x", 206, "bytes 10-19/99", 10, 100, 10)
+    with pytest.raises(VersionChangedError):
+        body_start("x", 200, None, 99, 100, 10)
+    with pytest.raises(TemporaryOriginError):
+        body_start("x", 206, "bytes 11-20/100", 10, 100, 10)
+    with pytest.raises(TemporaryOriginError):
+        body_start("x", 206, None, 10, 100, 10)
+
+
+def test_etags_have_their_quotes() -> None:
+    assert normal_etag('"a"') == normal_etag("a") == '"a"'
+    assert normal_etag(None) == normal_etag("") == ""
+    assert normal_etag('W/"a"') == 'W/"a"'
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"url": "nosuchthing://x/y"}, "nosuchthing"),
+        ({"url": "https://x/y", "engine": "obstore"}, "engine=obstore"),
+        ({"url": "file://relative/path"}, "absolute path"),
+        ({"url": "s3://b", "profile": "no-such-profile"}, "no-such-profile"),
+        ({"url": "s3://b", "storage_options": {"client_kwargs": {"no_such": 1}}}, "S3 settings"),
+        ({"url": "gs://b", "credentials_file": "/nonexistent.json"}, "credentials"),
+        ({"url": "memory://x", "storage_options": {"loop": 1, "asynchronous": 3}}, ""),
+    ],
+)
+def test_what_can_never_work_is_said_at_once(config: dict[str, object], words: str) -> None:
+    if not words:
+        open_origin(SourceConfig.model_validate(config), Tuning()).close()
+        return
+    with pytest.raises(ConfigError, match=words):
+        open_origin(SourceConfig.model_validate(config), Tuning())
+
+
+def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for name in ("nothing", "file"):
+        with pytest.raises(NotFoundError):
+            list(open_origin(SourceConfig(url=f"file://{tmp_path}/{name}"), Tuning()).list())
+    with pytest.raises(NotFoundError):
+        list(open_origin(SourceConfig(url="memory://no/such/place"), Tuning()).list())
+
+
+def test_links_to_files_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "root" / "sub").mkdir(parents=True)
+    (tmp_path / "blob").write_bytes(b"blob")
+    (tmp_path / "root" / "model").symlink_to("../blob")
+    (tmp_path / "root" / "broken").symlink_to("nothing")
+    (tmp_path / "root" / "loop").symlink_to(".")
+    origin = open_origin(SourceConfig(url=f"file://{tmp_path}/root"), Tuning())
+    (version,) = origin.list()
+    assert version.key == "model"
+    assert b"".join(map(bytes, origin.read(version, 0, 4))) == b"blob"
