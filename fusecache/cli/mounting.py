@@ -37,8 +37,7 @@ def is_mount_fuse_call(arguments: Sequence[str]) -> bool:
 
 
 @click.command("mount")
-@click.argument("source", required=False)
-@click.argument("mountpoint")
+@click.argument("places", nargs=-1, required=True, metavar="[SOURCE] MOUNTPOINT")
 @click.option("-o", "options", multiple=True, metavar="KEY=VALUE,...", help="Options, see docs/OPTIONS.md.")
 @click.option(
     "--config", type=click.Path(path_type=Path, dir_okay=False), help="TOML file with settings and sources."
@@ -46,8 +45,7 @@ def is_mount_fuse_call(arguments: Sequence[str]) -> bool:
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground, log to stderr.")
 @click.option("--mount8", is_flag=True, hidden=True, help="Called by mount(8), which adds words to -o.")
 def mount_command(
-    source: str | None,
-    mountpoint: str,
+    places: tuple[str, ...],
     options: tuple[str, ...],
     config: Path | None,
     foreground: bool,
@@ -58,6 +56,9 @@ def mount_command(
     Ends when the mount answers, or says why it can't. Without SOURCE, all sources of the config file are
     mounted, each in a folder of its name.
     """
+    if len(places) > 2:
+        raise click.UsageError(f"one SOURCE and one MOUNTPOINT, not {len(places)} arguments")
+    source, mountpoint = places if len(places) == 2 else (None, places[0])
     words = [word for text in options for word in text.split(",") if word]
     own = _OWN_OPTIONS.intersection(words)
     dropped = own | (_ALWAYS_THERE if mount8 else frozenset())
