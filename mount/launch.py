@@ -123,7 +123,7 @@ def check_mountpoint(path: Path, *, nonempty: bool = False) -> Path:
     """The real path of a directory that can be mounted on. Raises MountError that says how to mend it."""
     found = mounts.find_mount(path)
     if found is not None:
-        number = _look(found.mountpoint)
+        number = look(found.mountpoint)
         if number == errno.ENOTCONN:
             raise MountError(
                 f"{path} is a stale mount, its daemon is gone: fusecache umount {path}, then mount again"
@@ -158,18 +158,18 @@ def check_mountpoint(path: Path, *, nonempty: bool = False) -> Path:
     return real
 
 
-def _look(mountpoint: Path) -> int | None:
+def look(mountpoint: Path) -> int | None:
     """The errno of a statfs, 0 for none; None when there is no answer."""
     found: list[int] = []
 
-    def look() -> None:
+    def ask() -> None:
         try:
             os.statvfs(mountpoint)
             found.append(0)
         except OSError as error:
             found.append(error.errno or errno.EIO)
 
-    thread = threading.Thread(target=look, daemon=True)
+    thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_LOOK)
     return found[0] if found else None
@@ -180,6 +180,13 @@ def _check_inside(config: MountConfig) -> None:
         path = getattr(config, name)
         if path is not None and Path(os.path.realpath(path)).is_relative_to(config.mountpoint):
             raise ConfigError(f"{name} {path} is inside the mountpoint: choose another")
+    for source in config.sources:
+        if source.url.startswith("file://"):
+            path = Path(os.path.realpath(source.url.removeprefix("file://")))
+            if path.is_relative_to(config.mountpoint) or config.mountpoint.is_relative_to(path):
+                raise ConfigError(
+                    f"{source.url} and the mountpoint lie in each other: listing it would wait for itself"
+                )
 
 
 def _check_earlier(mountpoint: Path, directory: Path) -> None:
@@ -266,7 +273,7 @@ def _hear(readline: Callable[[], bytes]) -> None:
 
 def _wait_for_answer(mountpoint: Path) -> None:
     until = time.monotonic() + _ANSWER
-    while (number := _look(mountpoint)) is None and time.monotonic() < until:
+    while (number := look(mountpoint)) is None and time.monotonic() < until:
         pass
     if number is None:
         raise MountError(f"{mountpoint} does not answer within {_ANSWER:g} s: see the log")

@@ -21,7 +21,7 @@ from threading import Event
 from fusecache import control, mounts
 from fusecache.errors import ControlError, FusecacheError, MountError
 from fusecache.mount import keeper, mounting
-from fusecache.mount.launch import wait_for_end
+from fusecache.mount.launch import look, wait_for_end
 
 _GRACE = 1.0
 """Seconds in which a mount that is busy is tried again: a scanner or a shell completion lets go by itself."""
@@ -40,7 +40,7 @@ def unmount(path: str, *, lazy: bool, timeout: float) -> None:
     connection = int(mount.device.partition(":")[2])
     pid = keeper.find_keeper(connection)
     if pid is None:
-        _unmount_stale(mount.mountpoint, connection, lazy=lazy)
+        _unmount_unkept(mount, connection, lazy=lazy)
         return
     if lazy:
         with contextlib.suppress(ControlError):
@@ -81,14 +81,16 @@ def _unmount_when_free(mount: mounts.Mount, grace: float) -> None:
             raise _explained(error, mount.mountpoint, mount.device) from None
 
 
-def _unmount_stale(mountpoint: Path, connection: int, *, lazy: bool) -> None:
-    """No keeper: what is open fails from now on, as it did before, and nobody waits."""
-    mounting.abort(connection)
-    device = mounting.device_of(mountpoint) or ""
+def _unmount_unkept(mount: mounts.Mount, connection: int, *, lazy: bool) -> None:
+    """No keeper to be seen. It may live in another container, where the mount goes on: abort nothing that answers."""
+    number = look(mount.mountpoint)
+    dead = number == errno.ENOTCONN or (number is None and lazy)
+    if dead:
+        mounting.abort(connection)
     try:
-        mounting.unmount(mountpoint, lazy=lazy, force=os.geteuid() == 0)
+        mounting.unmount(mount.mountpoint, lazy=lazy, force=dead and os.geteuid() == 0)
     except OSError as error:
-        raise _explained(error, mountpoint, device) from None
+        raise _explained(error, mount.mountpoint, mount.device) from None
 
 
 def _unmount(mountpoint: Path) -> None:

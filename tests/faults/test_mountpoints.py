@@ -104,6 +104,13 @@ def test_own_files_inside_the_mountpoint(mount: Kept, key: str) -> None:
     assert mount.connection is None
 
 
+@pytest.mark.parametrize("where", ["", "mnt", "mnt/below"])
+def test_a_source_that_would_wait_for_itself(mount: Kept, where: str) -> None:
+    source = {"url": f"file://{mount.work}/{where}"}
+    refused(mount, "lie in each other", ConfigError, sources=[source])
+    assert mount.connection is None
+
+
 def test_log_file_in_a_missing_directory(mount: Kept) -> None:
     refused(mount, "log_file .*No such file", ConfigError, log_file=mount.work / "no" / "log")
     assert mount.connection is None
