@@ -84,15 +84,16 @@ def test_twenty_times_503_is_survived_and_slows_down(shaky: Shaky) -> None:
     assert shaky.faulty.count("RANGE") == 21
 
 
-@pytest.mark.parametrize("status", [429, 500, 502, 504, 408])
-def test_a_failing_server_is_asked_again(shaky: Shaky, status: int) -> None:
-    shaky.faulty.add("status", status=status, times=3)
+def test_a_failing_server_is_asked_again(shaky: Shaky) -> None:
+    for status in (429, 500, 502, 504, 408):
+        shaky.faulty.add("status", status=status)
     check(read(shaky.origin, shaky.version), "a", 1)
-    assert shaky.origin.stats.errors == 3
+    assert shaky.origin.stats.errors == 5
+    assert shaky.origin.stats.throttled == 1
 
 
 @pytest.mark.parametrize("kind", ["stall", "truncate", "reset"])
-@pytest.mark.parametrize("after", [None, 0, 2_500_000])
+@pytest.mark.parametrize("after", [None, 2_500_000])
 def test_a_broken_answer_is_resumed(shaky: Shaky, kind: Any, after: int | None) -> None:
     shaky.faulty.add(kind, after=after)
     data = read(shaky.origin, shaky.version)
