@@ -69,6 +69,8 @@ class Usage:
 
     cpu_seconds: float
     rss_peak: int
+    system_seconds: float
+    """Of the CPU seconds, those inside the kernel: copies, page faults, system calls."""
 
 
 def usage_of(pid: int) -> Usage:
@@ -77,4 +79,4 @@ def usage_of(pid: int) -> Usage:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     status = Path(f"/proc/{pid}/status").read_text().splitlines()
     peak = next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:")), 0)
-    return Usage((int(fields[11]) + int(fields[12])) / TICKS, peak)
+    return Usage((int(fields[11]) + int(fields[12])) / TICKS, peak, int(fields[12]) / TICKS)

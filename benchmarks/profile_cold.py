@@ -41,6 +41,8 @@ class Cost:
     reader: float
     """Of the downloader, or of the programs that read the mount."""
     daemon: float = 0.0
+    daemon_kernel: float = 0.0
+    """Of the daemon's, those inside the kernel."""
     machine: float = 0.0
     """Of everything on this machine, the kernel's threads included."""
     threads: dict[str, float] = field(default_factory=dict)
@@ -76,25 +78,24 @@ def measure(
 ) -> Cost:
     """Run one load and take everybody's CPU time around it."""
 
-    def daemon_cpu() -> float:
-        return sum(usage_of(pid).cpu_seconds for pid in daemons())
-
-    before = (usage_of(bucket.server_pid).cpu_seconds, children_cpu(), daemon_cpu(), machine_cpu())
+    server, children, machine = usage_of(bucket.server_pid).cpu_seconds, children_cpu(), machine_cpu()
+    used = [usage_of(pid) for pid in daemons()]
     threads = threads_of(*daemons())
-    children = before[1]
     took = load()
-    machine = machine_cpu() - before[3]
+    machine = machine_cpu() - machine
     reader = children_cpu() - children
     seconds = took.seconds if isinstance(took, Taken) else took
     if isinstance(took, Taken):
         # The start of a Python process costs a CPU second of its own.
         machine -= reader - took.cpu
         reader = took.cpu
-    daemon = daemon_cpu() - before[2]
-    server = usage_of(bucket.server_pid).cpu_seconds - before[0]
-    spent = {name: used - threads.get(name, 0.0) for name, used in threads_of(*daemons()).items()}
+    server = usage_of(bucket.server_pid).cpu_seconds - server
+    now = [usage_of(pid) for pid in daemons()]
+    daemon = sum(usage.cpu_seconds for usage in now) - sum(usage.cpu_seconds for usage in used)
+    kernel = sum(usage.system_seconds for usage in now) - sum(usage.system_seconds for usage in used)
+    spent = {name: total - threads.get(name, 0.0) for name, total in threads_of(*daemons()).items()}
     busiest = dict(sorted(spent.items(), key=lambda item: -item[1])[:8])
-    return Cost(seconds, server, reader, daemon, machine, busiest)
+    return Cost(seconds, server, reader, daemon, kernel, machine, busiest)
 
 
 @contextlib.contextmanager
@@ -120,14 +121,14 @@ def through_mount(
 def table_of(costs: dict[str, list[Cost]], size: int) -> Table:
     """Medians per contestant."""
     table = Table(title=f"cold load of {size / 1e9:.2f} GB, medians")
-    for name in ("", "GB/s", "seconds", "CPU s: all", "server", "daemon", "reader"):
+    for name in ("", "GB/s", "seconds", "CPU s: all", "server", "daemon", "in kernel", "reader"):
         table.add_column(name, justify="left" if not name else "right")
     for name, rounds in costs.items():
         if rounds:
             seconds = median(cost.seconds for cost in rounds)
             cells = [
                 median(getattr(cost, part) for cost in rounds)
-                for part in ("machine", "server", "daemon", "reader")
+                for part in ("machine", "server", "daemon", "daemon_kernel", "reader")
             ]
             table.add_row(
                 name, f"{size / 1e9 / seconds:.2f}", f"{seconds:.2f}", *(f"{cell:.2f}" for cell in cells)
