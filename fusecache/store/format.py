@@ -1,11 +1,11 @@
 """The on-disk format of the store: every byte that outlives a process is laid out here, and nowhere else.
 
-    <cache>/format            "fusecache store 1\\nblock_size 1048576\\n"
-    <cache>/lock              flock'ed (LOCK_EX) around creation, replacement and eviction of an object's
-    files <cache>/ledger            space accounting of all processes, see LEDGER_* <cache>/index/
-    diskcache (SQLite), JSON values: a mirror for a fast start, rebuilt from the files <cache>/data/<2
-    hex>/<object id>.data     sparse, exactly the object's size <cache>/data/<2 hex>/<object id>.blocks
-    header, one xxh3_64 per block (0: absent), identity as JSON
+    <cache>/format    "fusecache store 1\\nblock_size 1048576\\n"
+    <cache>/lock      flock'ed (LOCK_EX) around creation, replacement and eviction of an object's files
+    <cache>/ledger    space accounting of all processes, see LEDGER_*
+    <cache>/index/    diskcache (SQLite), JSON values: a mirror for a fast start, rebuilt from the files
+    <cache>/data/<2 hex>/<object id>.data      sparse, exactly the object's size
+    <cache>/data/<2 hex>/<object id>.blocks    header, one xxh3_64 per block (0: absent), identity as JSON
 
 Integers are little-endian. Files are read through shared mappings and written with pwrite, so that a full or
 failing disk is an OSError and never a SIGBUS. Pure: no I/O in this module.

@@ -174,6 +174,7 @@ class Scanner:
             self._health.failed(error)
             return 0
         if summary is None:
+            self._drop((object_id,))
             return 0
         if not self._busy(object_id):
             self._records.put(object_id, from_summary(summary))

@@ -59,11 +59,8 @@ class Store:
         self.directory = Path(directory)
         self.block_size = block_size
         self.verify_mode = verify
-        if limit <= 0 or free_floor < 0 or block_size <= 0 or block_size % format.PAGE:
-            raise ConfigError(
-                f"cache directory {directory}: cache_size must be above 0 "
-                f"and block_size a multiple of {format.PAGE}"
-            )
+        if limit <= 0 or free_floor < 0 or block_size <= 0:
+            raise ConfigError(f"cache directory {directory}: cache_size and block_size must be above 0")
         self._lock = threading.Lock()
         self._open: dict[ObjectId, StoredObject] = {}
         self._evictions = 0
