@@ -50,8 +50,7 @@ LEDGER_SLOT_SIZE = 32
 LEDGER_SIZE = (LEDGER_SLOTS + 1) * LEDGER_SLOT_SIZE
 # magic, version, slots, correction, whether the slots were ever counted against the files
 _LEDGER_HEADER = struct.Struct("<8sIIqI")
-_LEDGER_SLOT = struct.Struct("<QQQQ")
-_LEDGER_WORDS = struct.Struct(f"<{LEDGER_SIZE // 8}Q")
+_LEDGER_SLOT = struct.Struct("<QQQII")
 LEDGER_CORRECTION_OFFSET = 16
 LEDGER_COUNTED_OFFSET = 24
 
@@ -102,17 +101,20 @@ class State:
 @dataclass(frozen=True)
 class LedgerSlot:
     """What one process did to the directory, in bytes: committed and evicted since the ledger began (they
-    outlive the process) and reserved now (void as soon as nobody holds the slot's lock). `pid` is for people
-    only."""
+    outlive the process), reserved now, and `pending`: the part of committed whose checksums may not be set
+    yet (both void as soon as nobody holds the slot's lock). `pid` is for people, and 0 in a slot that was
+    never used."""
 
     committed: int = 0
     evicted: int = 0
     reserved: int = 0
+    pending: int = 0
     pid: int = 0
 
     def pack(self) -> bytes:
         """The 32 bytes of the slot."""
-        return _LEDGER_SLOT.pack(self.committed, self.evicted, self.reserved, self.pid)
+        pending = min(self.pending, 0xFFFFFFFF)
+        return _LEDGER_SLOT.pack(self.committed, self.evicted, self.reserved, pending, self.pid)
 
 
 def pack_format(block_size: int) -> bytes:
@@ -233,10 +235,25 @@ def pack_correction(correction: int) -> bytes:
     return struct.pack("<q", correction)
 
 
-def sum_slots(data: bytes | memoryview) -> tuple[int, int, int]:
-    """Bytes committed, evicted and reserved over all slots of a ledger."""
-    words = _LEDGER_WORDS.unpack_from(data)
-    return sum(words[4::4]), sum(words[5::4]), sum(words[6::4])
+def sum_slots(data: memoryview) -> LedgerSlot:
+    """The sums over all slots of a ledger that others may be writing to. Slots are taken in ascending order:
+    the first that was never used is the end."""
+    committed = evicted = reserved = pending = 0
+    for offset in range(LEDGER_SLOT_SIZE, LEDGER_SIZE, LEDGER_SLOT_SIZE):
+        slot = _LEDGER_SLOT.unpack_from(data, offset)
+        # twice the same: not read in the middle of a write, where bytes on their way from reserved to
+        # committed would be in neither
+        for _ in range(100):
+            last, slot = slot, _LEDGER_SLOT.unpack_from(data, offset)
+            if slot == last:
+                break
+        if not slot[4]:
+            break
+        committed += slot[0]
+        evicted += slot[1]
+        reserved += slot[2]
+        pending += slot[3]
+    return LedgerSlot(committed, evicted, reserved, pending)
 
 
 def ledger_slot_offset(slot: int) -> int:

@@ -13,8 +13,11 @@ committed, evicted, reserved) and reads all of them, so nothing is locked on the
 - reserve() publishes first and checks then: two processes may both find the directory full and back off, but
   never both pass. (Check first: A reads used, B reads used, A adds, B adds, and the limit is exceeded.)
 - A block is counted before it is marked present, and an eviction after its unlink: a crash in between leaves
-  the count too high, which costs an early eviction, never the limit. `recount` (by the background scan)
+  the count too high, which costs an early eviction, never the limit. A recount (by the background scan)
   mends it.
+- What is counted but maybe not marked yet is `pending`, which is cleared with the next write of the slot and
+  only loosens a recount's bounds. Files are made and removed, and counted so, under the directory's lock,
+  which a recount takes for its two tallies: so nothing is unlinked but not yet counted as evicted in them.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ class Tally:
     committed: int
     evicted: int
     reserved: int
+    pending: int
     correction: int
 
     @property
@@ -62,7 +66,8 @@ class Ledger:
             self._view = memoryview(self._map)
             self._index = self._take_slot(path)
             old = format.parse_slot(self._view, self._index)
-            self._slot = replace(old, reserved=0, pid=os.getpid())
+            self._committed, self._evicted, self._reserved, self._pending = old.committed, old.evicted, 0, 0
+            self._pid = os.getpid()
             self._write()
         except BaseException:
             os.close(self._fd)
@@ -99,7 +104,8 @@ class Ledger:
 
     def _write(self) -> None:
         if self._fd >= 0:
-            os.pwrite(self._fd, self._slot.pack(), format.ledger_slot_offset(self._index))
+            slot = format.LedgerSlot(self._committed, self._evicted, self._reserved, self._pending, self._pid)
+            os.pwrite(self._fd, slot.pack(), format.ledger_slot_offset(self._index))
 
     @property
     def counted(self) -> bool:
@@ -109,8 +115,10 @@ class Ledger:
     def tally(self) -> Tally:
         """The sums now. Reservations of dead processes count until `drop_dead`."""
         if self._fd < 0:
-            return Tally(0, 0, 0, 0)
-        return Tally(*format.sum_slots(self._view), format.ledger_correction(self._view))
+            return Tally(0, 0, 0, 0, 0)
+        sums = format.sum_slots(self._view)
+        correction = format.ledger_correction(self._view)
+        return Tally(sums.committed, sums.evicted, sums.reserved, sums.pending, correction)
 
     def used(self) -> int:
         """Bytes stored and reserved."""
@@ -122,10 +130,11 @@ class Ledger:
         dropped = False
         for index in range(format.LEDGER_SLOTS):
             slot = format.parse_slot(self._view, index)
-            if index == self._index or not slot.reserved or not locks.try_lock_bytes(self._fd, index):
+            void = slot.reserved or slot.pending
+            if index == self._index or not void or not locks.try_lock_bytes(self._fd, index):
                 continue
-            slot = format.parse_slot(self._view, index)
-            os.pwrite(self._fd, replace(slot, reserved=0).pack(), format.ledger_slot_offset(index))
+            slot = replace(format.parse_slot(self._view, index), reserved=0, pending=0)
+            os.pwrite(self._fd, slot.pack(), format.ledger_slot_offset(index))
             locks.unlock_bytes(self._fd, index)
             dropped = True
         return dropped
@@ -134,7 +143,7 @@ class Ledger:
         """Reserve `nbytes` and return 0, or reserve nothing and return by how many bytes `limit` is
         exceeded."""
         with self._lock:
-            self._slot = replace(self._slot, reserved=self._slot.reserved + nbytes)
+            self._reserved += nbytes
             self._write()
         excess = self.used() - limit
         if excess <= 0:
@@ -145,45 +154,57 @@ class Ledger:
     def unreserve(self, nbytes: int) -> None:
         """Give `nbytes` of this process's reservation back."""
         with self._lock:
-            self._slot = replace(self._slot, reserved=max(0, self._slot.reserved - nbytes))
+            self._reserved = max(0, self._reserved - nbytes)
             self._write()
 
     def commit(self, nbytes: int, reserved: int) -> None:
-        """Count `nbytes` as stored, of which `reserved` were reserved before."""
+        """Count `nbytes` as stored, of which `reserved` were reserved before; `marked(nbytes)` is to follow,
+        also when they could not be marked."""
         with self._lock:
-            old = self._slot
-            self._slot = replace(
-                old, committed=old.committed + nbytes, reserved=max(0, old.reserved - reserved)
-            )
+            self._committed += nbytes
+            self._pending += nbytes
+            self._reserved = max(0, self._reserved - reserved)
+            self._write()
+
+    def marked(self, nbytes: int) -> None:
+        """These bytes of a commit are marked in their file now. Written to the ledger with the next change, or
+        by `settle`."""
+        with self._lock:
+            self._pending -= nbytes
+
+    def settle(self) -> None:
+        """Write what `marked` told."""
+        with self._lock:
             self._write()
 
     def evict(self, nbytes: int) -> None:
         """Count `nbytes` as gone."""
         with self._lock:
-            self._slot = replace(self._slot, evicted=self._slot.evicted + nbytes)
+            self._evicted += nbytes
             self._write()
 
     def start_recount(self) -> Tally | None:
-        """To be called before the files are counted; None: another process is counting."""
+        """To be called before the files are counted, under the directory's lock; None: another process is
+        counting."""
         if not locks.try_lock_bytes(self._fd, _RECOUNT_BYTE):
             return None
         return self.tally()
 
     def finish_recount(self, before: Tally, counted: int | None) -> int:
-        """Correct the sums by what a walk over all files counted in bytes; returns the change (None: walk
-        given up).
+        """Correct the sums by what a walk over all files counted in bytes; returns the change. To be called
+        under the directory's lock, or with None: walk given up.
 
         Others commit and evict during the walk, and it may or may not have seen each of these. What was
         stored at the end is therefore at least `counted` - evicted since, and at most `counted` + committed
-        since + what was reserved at the start (a block counted but not yet marked is still reserved): the
-        sums are moved into these bounds, which meet when the directory was quiet.
+        since + what was pending at the start: the sums are moved into these bounds, which meet when the
+        directory was quiet.
         """
         try:
             if counted is None:
                 return 0
             now = self.tally()
             low = counted - (now.evicted - before.evicted)
-            high = counted + (now.committed - before.committed) + before.reserved
+            high = counted + (now.committed - before.committed) + before.pending
             raw = now.correction + now.committed - now.evicted
             change = min(max(raw, low), high) - raw
             if change:
@@ -199,7 +220,7 @@ class Ledger:
         with self._lock:
             if self._fd < 0:
                 return
-            self._slot = replace(self._slot, reserved=0)
+            self._reserved = self._pending = 0
             try:
                 self._write()
             except OSError as error:

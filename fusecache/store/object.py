@@ -200,9 +200,10 @@ class StoredObject:
             try:
                 alone = files.alone()
                 if alone:
-                    files.count_repair()
-                    files.clear_checksum(block)
-                    self._shared.ledger.evict(block_bytes(block, self._size, self.block_size))
+                    with self._shared.layout.exclusive():
+                        files.count_repair()
+                        files.clear_checksum(block)
+                        self._shared.ledger.evict(block_bytes(block, self._size, self.block_size))
                 else:
                     self._retire(files)
             except OSError as error:
@@ -295,8 +296,12 @@ class StoredObject:
                     files.set_clean(False)
                     self._dirty = True
                 fresh = files.sums[block] == 0
-                self._shared.ledger.commit(length if fresh else 0, consumed)
-                files.set_checksum(block, checksum)
+                counted = length if fresh else 0
+                self._shared.ledger.commit(counted, consumed)
+                try:
+                    files.set_checksum(block, checksum)
+                finally:
+                    self._shared.ledger.marked(counted)
             except OSError as error:
                 self._shared.health.failed(error)
                 raise StoreError(
@@ -411,7 +416,6 @@ class StoredObject:
             overhead = format.overhead(header)
             if not shared.space.reserve(overhead):
                 return False
-            counted = False
             try:
                 with shared.layout.exclusive() as locked:
                     if not locked:
@@ -420,16 +424,22 @@ class StoredObject:
                         return True
                     if not fs.discard_unused(shared.layout, self.version.id):
                         return False
-                    self._files = fs.create(shared.layout, self.version, header, shared.boot_id)
-                    self._dirty = self._created = True
+                    # counted before the files are there: a crash in between leaves the count too high
                     shared.ledger.commit(overhead, overhead)
-                    counted = True
+                    overhead, counted = 0, overhead
+                    try:
+                        self._files = fs.create(shared.layout, self.version, header, shared.boot_id)
+                    except OSError:
+                        shared.ledger.evict(counted)
+                        raise
+                    finally:
+                        shared.ledger.marked(counted)
+                    self._dirty = self._created = True
             except OSError as error:
                 shared.health.failed(error)
                 return False
             finally:
-                if not counted:
-                    shared.space.unreserve(overhead)
+                shared.space.unreserve(overhead)
         shared.created(self)
         return True
 
@@ -475,6 +485,8 @@ class StoredObject:
                 files.close()
 
     def _leave(self, files: ObjectFiles) -> None:
+        if self._dirty:
+            self._shared.ledger.settle()
         state = files.state
         marked = bytes(map(bool, files.sums))
         verified = bytes(self._verified)

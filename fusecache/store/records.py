@@ -55,6 +55,7 @@ class Records:
         self._records: dict[ObjectId, Record] = {}
         self._policy = S3Fifo()
         self._dirty: set[ObjectId] = set()
+        self._watched: ObjectId | None = None
 
     def load(
         self, records: Iterable[tuple[ObjectId, Record]], ghosts: Iterable[tuple[ObjectId, int]]
@@ -67,16 +68,36 @@ class Records:
                 if object_id not in self._records:
                     self._put(object_id, record)
 
+    def watch(self, object_id: ObjectId) -> None:
+        """The scan is about to read the files of an object; one at a time. See `put_watched`."""
+        with self._lock:
+            self._watched = object_id
+
+    def put_watched(self, object_id: ObjectId, record: Record) -> None:
+        """Add or update an object as its files were read after `watch`, unless it was changed since.
+
+        Without this: the scan reads a file, the object is filled and closed (or evicted) and recorded so, and
+        the scan overwrites that with what it read before.
+        """
+        with self._lock:
+            if self._watched == object_id:
+                self._change(object_id, record)
+
     def put(self, object_id: ObjectId, record: Record) -> None:
         """Add or update an object."""
         with self._lock:
-            if self._records.get(object_id) == record:
-                return
-            old = self._records.get(object_id)
-            self._put(object_id, record)
-            if old is not None and record.last_use_ns > old.last_use_ns and record.accesses:
-                self._policy.use(object_id)
-            self._dirty.add(object_id)
+            self._change(object_id, record)
+
+    def _change(self, object_id: ObjectId, record: Record) -> None:
+        if self._watched == object_id:
+            self._watched = None
+        old = self._records.get(object_id)
+        if old == record:
+            return
+        self._put(object_id, record)
+        if old is not None and record.last_use_ns > old.last_use_ns and record.accesses:
+            self._policy.use(object_id)
+        self._dirty.add(object_id)
 
     def _put(self, object_id: ObjectId, record: Record) -> None:
         self._records[object_id] = record
@@ -86,6 +107,8 @@ class Records:
     def drop(self, object_id: ObjectId, *, evicted: bool = False) -> None:
         """Forget an object whose files are gone."""
         with self._lock:
+            if self._watched == object_id:
+                self._watched = None
             if self._records.pop(object_id, None) is not None:
                 self._policy.remove(object_id, evicted=evicted)
                 self._dirty.add(object_id)

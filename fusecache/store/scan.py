@@ -110,13 +110,15 @@ class Scanner:
             self._order_dirty, self._order_saved = False, now
 
     def _recount(self) -> None:
-        before = self._ledger.start_recount()
+        with self._layout.exclusive() as locked:
+            before = self._ledger.start_recount() if locked else None
         counted: int | None = None
         try:
             counted = self.refresh(everything=True)
         finally:
             if before is not None:
-                change = self._ledger.finish_recount(before, counted)
+                with self._layout.exclusive() as locked:
+                    change = self._ledger.finish_recount(before, counted if locked else None)
                 if change:
                     _log.info(
                         "cache directory %s: recounted, off by %d bytes", self._layout.directory, change
@@ -165,6 +167,7 @@ class Scanner:
 
     def _look(self, object_id: ObjectId, whole: bool) -> int:
         """Take over what the files say; returns the bytes stored."""
+        self._records.watch(object_id)
         try:
             summary = fs.summarize(self._layout, object_id) if whole else None
             if summary is None:
@@ -177,7 +180,7 @@ class Scanner:
             self._drop((object_id,))
             return 0
         if not self._busy(object_id):
-            self._records.put(object_id, from_summary(summary))
+            self._records.put_watched(object_id, from_summary(summary))
         return summary.stored_bytes
 
     def _drop(self, gone: Iterable[ObjectId]) -> None:

@@ -81,14 +81,15 @@ def test_ledger_bytes_are_pinned() -> None:
     assert ledger == (b"FCLEDGER" + struct.pack("<IIqI", 1, 255, 0, 1)).ljust(8192, b"\0")
     assert format.valid_ledger(ledger)
     assert format.ledger_counted(ledger)
-    slot = format.LedgerSlot(100, 30, 7, 42)
-    assert slot.pack() == struct.pack("<QQQQ", 100, 30, 7, 42)
+    slot = format.LedgerSlot(100, 30, 7, 5, 42)
+    assert slot.pack() == struct.pack("<QQQII", 100, 30, 7, 5, 42)
     assert format.ledger_slot_offset(0) == 32
-    for index in (0, 254):
+    for index in (0, 1):
         offset = format.ledger_slot_offset(index)
         ledger[offset : offset + 32] = slot.pack()
         assert format.parse_slot(ledger, index) == slot
-    assert format.sum_slots(ledger) == (200, 60, 14)
+    assert format.ledger_slot_offset(254) == 8192 - 32
+    assert format.sum_slots(memoryview(ledger)) == format.LedgerSlot(200, 60, 14, 10, 0)
     assert format.pack_correction(-2) == b"\xfe" + b"\xff" * 7
     assert not format.valid_ledger(b"FCLEDGER")
     assert not format.valid_ledger(bytes(8192))
