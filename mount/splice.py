@@ -111,6 +111,11 @@ class ThreadSplicers:
         self._lock = threading.Lock()
         self._all: list[Splicer] = []
 
+    @property
+    def most_pages(self) -> int:
+        """See Splicer.most_pages: the same for all."""
+        return self.get().most_pages
+
     def get(self) -> Splicer:
         """That of this thread."""
         splicer: Splicer | None = getattr(self._local, "splicer", None)

@@ -1,0 +1,398 @@
+"""The device channel: threads between the kernel's FUSE device and pyfuse3.
+
+READs are answered here, from the store, with the GIL released; all other requests go to pyfuse3 through a
+SOCK_SEQPACKET pair, and a few of its replies are rewritten on the way back (INIT, OPEN, and st_ino wherever it
+appears). Passthrough READs never come here at all.
+
+Invariants. A reply goes to the descriptor that its request was read from: each clone of the device has its own
+table of requests under way. A READ is answered exactly once: by the thread that read it, by the thread that
+landed its last block, or, after an interrupt, by the one that took it off the loader's list (Loader.cancel says
+who won). No thread holds a lock while it reads, writes or splices.
+
+Before a restart or an upgrade nothing is drained: whatever was read and not answered is sent again by the kernel
+(FUSE_NOTIFY_RESEND) to the next daemon.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from fusecache.errors import FusecacheError
+from fusecache.loader import Loader, ObjectLoad, Waiter
+from fusecache.mount import protocol
+from fusecache.mount.errnos import errno_of
+from fusecache.mount.nodeids import is_passthrough
+from fusecache.mount.splice import ShortReadError, ThreadSplicers
+
+_log = logging.getLogger(__name__)
+
+_REQUEST_BYTES = 256 << 10
+"""Room for the largest request of a read-only mount (setxattr, to be refused)."""
+_PAIR_BYTES = 4 << 20
+_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
+_TRIES = 3
+
+
+class OpenFiles(Protocol):
+    """What the channel needs to know about open files. Thread-safe."""
+
+    def reading(self, nodeid: int) -> ObjectLoad:
+        """The load behind a nodeid that is open. Raises FusecacheError."""
+
+    def backing_id(self, nodeid: int) -> int:
+        """The passthrough backing of this nodeid, 0 for none."""
+
+    def release(self, nodeid: int) -> None:
+        """An OPEN that succeeded here never reached the kernel."""
+
+
+@dataclass
+class ReadStats:
+    """Bytes and requests answered by the daemon, one instance per thread; `fetched` had to wait for a fetch."""
+
+    reads: int = 0
+    bytes_store: int = 0
+    bytes_fetched: int = 0
+    errors: int = 0
+
+
+@dataclass
+class _Threads:
+    stats: list[ReadStats] = field(default_factory=list)
+    all: list[threading.Thread] = field(default_factory=list)
+
+
+class Channel:
+    """Serves `device` and its clones. `on_init(request, reply)` gets the INIT exchange, `on_end` is called once,
+    from a thread, when the file system is unmounted or its connection was aborted."""
+
+    def __init__(
+        self,
+        device: int,
+        clones: Sequence[int],
+        loader: Loader,
+        files: OpenFiles,
+        *,
+        limits: protocol.Limits,
+        passthrough: bool,
+        verify_always: bool = False,
+        on_init: Callable[[bytes, bytes], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        self._device = device
+        self._descriptors = [device, *clones]
+        self._loader = loader
+        self._files = files
+        self._passthrough = passthrough
+        self._verify_always = verify_always
+        self._on_init = on_init
+        self._on_end = on_end
+        self._pending: dict[int, tuple[int, int, int]] = {}
+        """unique -> descriptor, opcode, nodeid of what pyfuse3 has to answer. Single dict operations only."""
+        self._waiting: dict[int, tuple[int, Waiter | None]] = {}
+        """unique -> descriptor, waiter of READs that wait for the loader. Single dict operations only."""
+        self._init_request = b""
+        self._ready = threading.Event()
+        self._ended = threading.Event()
+        self._splicers = ThreadSplicers()
+        self._limits = replace(limits, max_pages=min(limits.max_pages, self._splicers.most_pages))
+        self._threads = _Threads()
+        self._stats_local = threading.local()
+        theirs, self._pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (theirs, self._pair):
+            for option in (_SO_SNDBUFFORCE, _SO_RCVBUFFORCE):
+                with contextlib.suppress(PermissionError):
+                    end.setsockopt(socket.SOL_SOCKET, option, _PAIR_BYTES)
+        theirs.setblocking(False)
+        self._theirs = theirs.detach()
+
+    @property
+    def pyfuse3_path(self) -> str:
+        """What to give pyfuse3.init() for a mountpoint: libfuse takes over the descriptor behind it."""
+        return f"/dev/fd/{self._theirs}"
+
+    # -- life
+
+    def start(self, threads: int, replay: bytes | None = None) -> None:
+        """Serve with `threads` receivers. `replay` is the INIT request of an earlier daemon on this device: it is
+        given to pyfuse3, and the kernel is asked to send again what that daemon left unanswered."""
+        self._thread("reply", self._reply_loop)
+        if replay is not None:
+            self._init_request = replay
+            self._pending[protocol.IN_HEADER.unpack_from(replay)[2]] = (-1, protocol.INIT, 0)
+            self._pair.send(replay)
+            if not self._ready.wait(30):
+                raise FusecacheError("pyfuse3 did not take over the connection")
+        for number in range(threads):
+            self._thread(
+                f"read-{number}", self._receive_loop, self._descriptors[number % len(self._descriptors)]
+            )
+        if replay is not None and protocol.can_resend(replay):
+            with contextlib.suppress(OSError):
+                os.write(self._device, protocol.resend())
+
+    def _thread(self, name: str, work: Callable[..., None], *args: object) -> None:
+        thread = threading.Thread(target=work, args=args, name=f"channel-{name}", daemon=True)
+        self._threads.all.append(thread)
+        thread.start()
+
+    def close(self, timeout: float = 5.0) -> None:
+        """After the end: join the threads, for at most `timeout` seconds."""
+        with contextlib.suppress(OSError):
+            self._pair.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads.all:
+            thread.join(timeout)
+        if not any(thread.is_alive() for thread in self._threads.all):
+            self._splicers.close()
+            self._pair.close()
+
+    @property
+    def stats(self) -> ReadStats:
+        """Sum over all threads."""
+        total = ReadStats()
+        for stats in list(self._threads.stats):
+            total.reads += stats.reads
+            total.bytes_store += stats.bytes_store
+            total.bytes_fetched += stats.bytes_fetched
+            total.errors += stats.errors
+        return total
+
+    @property
+    def waiting(self) -> int:
+        """READs that wait for the loader."""
+        return len(self._waiting)
+
+    def _stats(self) -> ReadStats:
+        stats: ReadStats | None = getattr(self._stats_local, "stats", None)
+        if stats is None:
+            stats = self._stats_local.stats = ReadStats()
+            self._threads.stats.append(stats)
+        return stats
+
+    def invalidate_entry(self, parent: int, name: bytes) -> None:
+        """Make the kernel look `name` up again. Blocks until the kernel has the directory's lock: never call it
+        while a request of that directory waits for the caller."""
+        try:
+            os.write(self._device, protocol.inval_entry(parent, name))
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENODEV):
+                _log.debug("notify: %s", error)
+
+    # -- kernel -> pyfuse3
+
+    def _receive_loop(self, descriptor: int) -> None:
+        buffer = bytearray(_REQUEST_BYTES)
+        view = memoryview(buffer)
+        header, read_in = protocol.IN_HEADER, protocol.READ_IN
+        while True:
+            try:
+                length = os.readv(descriptor, [buffer])
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
+                    continue
+                if error.errno != errno.ENODEV:
+                    _log.error("the FUSE device failed: %s", error.strerror)
+                self._end()
+                return
+            _, opcode, unique, nodeid, *_ = header.unpack_from(buffer)
+            if opcode == protocol.READ:
+                try:
+                    self._read(descriptor, unique, nodeid, *read_in.unpack_from(buffer, 40)[1:])
+                except Exception:
+                    _log.exception("a READ failed in an unforeseen way")
+                    self._fail(descriptor, unique, errno.EIO)
+                continue
+            if opcode == protocol.INTERRUPT:
+                self._interrupt(descriptor, unique, protocol.INTERRUPT_IN.unpack_from(buffer, 40)[0])
+                continue
+            if opcode == protocol.INIT:
+                self._init_request = bytes(view[:length])
+            if opcode not in protocol.UNANSWERED:
+                self._pending[unique] = (descriptor, opcode, nodeid)
+            try:
+                self._pair.send(view[:length])
+            except OSError:
+                self._end()
+                return
+
+    def _end(self) -> None:
+        if not self._ended.is_set():
+            self._ended.set()
+            self._on_end()
+
+    def _interrupt(self, descriptor: int, unique: int, target: int) -> None:
+        found = self._waiting.get(target)
+        if found is not None and found[1] is not None:
+            if self._loader.cancel(found[1]):
+                self._waiting.pop(target, None)
+                self._fail(found[0], target, errno.EINTR)
+        elif target not in self._pending:
+            # the READ is just being taken up or answered in another thread: ask again
+            self._write(descriptor, protocol.error_reply(unique, errno.EAGAIN))
+
+    # -- READ
+
+    def _read(self, descriptor: int, unique: int, nodeid: int, offset: int, size: int) -> None:
+        try:
+            load = self._files.reading(nodeid)
+            length = min(size, load.version.size - offset)
+            if length <= 0:
+                self._write(descriptor, protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size, 0, unique))
+                return
+            if load.read and load.stored.covered(offset, length) and not self._verify_always:
+                self._serve(load, descriptor, unique, offset, length, fetched=False)
+            else:
+                self._ask(load, descriptor, unique, offset, length, tries=_TRIES)
+        except FusecacheError as error:
+            self._fail(descriptor, unique, errno_of(error))
+
+    def _ask(
+        self, load: ObjectLoad, descriptor: int, unique: int, offset: int, length: int, tries: int
+    ) -> None:
+        """Ask the loader for the bytes and answer, now or when they are there."""
+        if self._verify_always:
+            self._verify(load, offset, length)
+        self._waiting[unique] = (descriptor, None)
+
+        def settled(waiter: Waiter) -> None:
+            self._waiting.pop(unique, None)
+            if waiter.error is not None:
+                self._fail(descriptor, unique, errno_of(waiter.error))
+            elif waiter.pieces:
+                data = self._loader.copy_out(load, offset, length, waiter.pieces)
+                if data is None:
+                    self._fail(descriptor, unique, errno.EIO)
+                else:
+                    self._send(descriptor, unique, data)
+            else:
+                self._serve(load, descriptor, unique, offset, length, fetched=True, tries=tries - 1)
+
+        try:
+            waiter = self._loader.request(load, offset, length, settled)
+        except BaseException:
+            self._waiting.pop(unique, None)
+            raise
+        if waiter is None:
+            self._waiting.pop(unique, None)
+            self._serve(load, descriptor, unique, offset, length, fetched=False, tries=tries - 1)
+        elif unique in self._waiting:
+            # settled() may have run in between, and then this entry would stay: put it only over the placeholder
+            self._waiting[unique] = (descriptor, waiter)
+            if not self._loader.waits(waiter):
+                self._waiting.pop(unique, None)
+
+    def _serve(
+        self,
+        load: ObjectLoad,
+        descriptor: int,
+        unique: int,
+        offset: int,
+        length: int,
+        *,
+        fetched: bool,
+        tries: int = _TRIES,
+    ) -> None:
+        stats = self._stats()
+        try:
+            self._splicers.get().reply(descriptor, unique, load.stored.fileno(), offset, length)
+        except ShortReadError as error:
+            _log.warning("%s: the cache did not give its bytes: %s", load.version.key, error.strerror)
+            self._again(load, descriptor, unique, offset, length, tries)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                _log.warning("the FUSE device refused a reply: %s", error)
+                self._fail(descriptor, unique, errno.EIO)
+            return
+        stats.reads += 1
+        if fetched:
+            stats.bytes_fetched += length
+        else:
+            stats.bytes_store += length
+
+    def _again(
+        self, load: ObjectLoad, descriptor: int, unique: int, offset: int, length: int, tries: int
+    ) -> None:
+        """A block that should be in the store can't be read: have it checked, and fetched anew."""
+        if tries <= 0:
+            self._fail(descriptor, unique, errno.EIO)
+            return
+        self._verify(load, offset, length)
+        try:
+            self._ask(load, descriptor, unique, offset, length, tries)
+        except FusecacheError as error:
+            self._fail(descriptor, unique, errno_of(error))
+
+    def _verify(self, load: ObjectLoad, offset: int, length: int) -> None:
+        size = load.stored.block_size
+        for block in range(offset // size, (offset + length - 1) // size + 1):
+            if load.stored.present(block):
+                self._loader.suspect(load, block)
+
+    def _send(self, descriptor: int, unique: int, data: bytes) -> None:
+        header = protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size + len(data), 0, unique)
+        with contextlib.suppress(OSError):
+            os.writev(descriptor, [header, data])
+        stats = self._stats()
+        stats.reads += 1
+        stats.bytes_fetched += len(data)
+
+    def _fail(self, descriptor: int, unique: int, number: int) -> None:
+        if number != errno.EINTR:
+            self._stats().errors += 1
+        self._write(descriptor, protocol.error_reply(unique, number))
+
+    def _write(self, descriptor: int, reply: bytes) -> None:
+        # ENOENT: the request was interrupted; ENODEV: unmounted
+        with contextlib.suppress(OSError):
+            os.write(descriptor, reply)
+
+    # -- pyfuse3 -> kernel
+
+    def _reply_loop(self) -> None:
+        buffer = bytearray(_PAIR_BYTES)
+        view = memoryview(buffer)
+        while True:
+            try:
+                length = self._pair.recv_into(buffer)
+            except OSError:
+                return
+            if length < protocol.OUT_HEADER.size:
+                return
+            try:
+                self._reply(bytearray(view[:length]))
+            except Exception:
+                _log.exception("a reply failed in an unforeseen way")
+
+    def _reply(self, reply: bytearray) -> None:
+        _, status, unique = protocol.OUT_HEADER.unpack_from(reply)
+        descriptor, opcode, nodeid = self._pending.pop(unique, (self._device, 0, 0))
+        if opcode == protocol.INIT:
+            asked = self._passthrough and protocol.wants_passthrough(self._init_request)
+            protocol.rewrite_init(reply, self._limits, passthrough=asked)
+            if descriptor >= 0:
+                os.write(descriptor, reply)
+                self._on_init(self._init_request, bytes(reply))
+            self._ready.set()
+            return
+        opened = opcode == protocol.OPEN and status == 0
+        if opened:
+            if is_passthrough(nodeid):
+                protocol.rewrite_open(reply, self._files.backing_id(nodeid))
+        elif opcode in (protocol.LOOKUP, protocol.GETATTR, protocol.READDIRPLUS):
+            protocol.rewrite_inode_numbers(reply, opcode)
+        try:
+            os.write(descriptor, reply)
+        except OSError as error:
+            if opened and error.errno == errno.ENOENT:
+                self._files.release(nodeid)  # interrupted: the kernel will not send RELEASE
+            elif error.errno not in (errno.ENOENT, errno.ENODEV):
+                _log.warning("the FUSE device refused a reply to request %d: %s", opcode, error.strerror)

@@ -1,0 +1,412 @@
+"""Open files: which nodeid is served how, and the passthrough backings of the kernel.
+
+A file has two nodeids (see nodeids.py). The base is served by the daemon, from the store or through the loader;
+the twin is opened with passthrough, when all of the file is in the store and verified. Which of them a path leads
+to is decided at LOOKUP. When the decision is out of date at OPEN, the answer is ESTALE, on which the VFS looks the
+path up again, once, and opens what it finds: so a file that became complete is served by passthrough from its
+next open on, without waiting for old handles, and without a notification.
+
+ESTALE must not come twice for one open(2). So the backing of the twin is prepared before the base is bounced; and
+an open that comes back to the base without a LOOKUP in between (through /proc/self/fd, say) is served as it is.
+
+Ownership: `_lock` guards the table; it is never held across I/O, so that the event loop may take it. `_opening`
+lets one thread at a time do the I/O of opening. Closing is left to the `chores` thread. Lock order: `_opening`,
+`_lock`. The channel's threads read the table without a lock (single dict operations).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import queue
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+
+from fusecache.catalog import Catalog, Entry
+from fusecache.errors import FusecacheError, StoreError, VersionChangedError
+from fusecache.loader import Loader, ObjectLoad
+from fusecache.mount import protocol
+from fusecache.mount.journal import Journal, OpenRecord
+from fusecache.mount.nodeids import inode_number, is_passthrough, passthrough_twin
+from fusecache.store import Store, StoredObject
+from fusecache.types import ObjectId, ObjectVersion
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_log = logging.getLogger(__name__)
+
+_BOUNCE = 2.0
+"""Seconds within which the VFS comes back after ESTALE."""
+
+
+@dataclass
+class Passthrough:
+    """Whether passthrough is in use, and why, or why not, in words for the user."""
+
+    active: bool
+    why: str
+
+    def refuse(self, why: str) -> None:
+        """Fall back to the daemon for all opens to come; says so once in the log."""
+        if self.active:
+            self.active = False
+            self.why = why
+            _log.warning("passthrough is off: %s; reads go through the daemon", why)
+
+
+@dataclass
+class OpenFile:
+    """A nodeid with opens, or a twin made ready for one that is about to come (`count` 0)."""
+
+    nodeid: int
+    version: ObjectVersion
+    source: str
+    load: ObjectLoad | None
+    stored: StoredObject | None
+    backing: int = 0
+    count: int = 0
+    since: float = 0.0
+
+
+@dataclass
+class OpenStats:
+    """Opens since the start of this daemon."""
+
+    passthrough: int = 0
+    daemon: int = 0
+    bounced: int = 0
+
+
+class Handles:
+    """The open files of one mount, on FUSE descriptor `device`. `start` and `close` own the chores thread."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        loader: Loader,
+        store: Store,
+        journal: Journal,
+        *,
+        device: int,
+        passthrough: Passthrough,
+    ) -> None:
+        self.passthrough = passthrough
+        self.stats = OpenStats()
+        self._catalog = catalog
+        self._loader = loader
+        self._store = store
+        self._journal = journal
+        self._device = device
+        self._files: dict[int, OpenFile] = {}
+        self._inherited: dict[int, OpenRecord] = dict(journal.inherited)
+        """Open in the kernel since before this daemon started, and not taken up yet."""
+        self._complete: dict[ObjectId, None] = {}
+        """Versions known to be whole and verified, so that LOOKUP leads to the twin. A hint: OPEN looks itself."""
+        self._refused: set[ObjectId] = set()
+        """Versions whose data file the kernel did not take for passthrough."""
+        self._bounced: dict[int, float] = {}
+        self._lock = threading.Lock()
+        self._opening = threading.Lock()
+        self._chores: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._do_chores, name="chores", daemon=True)
+        self._limiter = trio.CapacityLimiter(4)
+
+    # -- life
+
+    def start(self) -> None:
+        """Start the chores thread."""
+        self._thread.start()
+
+    def close(self, timeout: float = 5.0) -> None:
+        """End the chores and close what is open here; the kernel's handles go on by themselves."""
+        self._chores.put(None)
+        self._thread.join(timeout)
+        with self._lock:
+            files = list(self._files.values())
+            self._files.clear()
+        for file in files:
+            self._let_go(file)
+
+    def later(self, chore: Callable[[], None]) -> None:
+        """Have something done that may block, off the event loop and outside of all requests."""
+        self._chores.put(chore)
+
+    def _do_chores(self) -> None:
+        while (chore := self._chores.get()) is not None:
+            try:
+                chore()
+            except Exception:
+                _log.exception("a chore failed in an unforeseen way")
+
+    # -- what the operations ask
+
+    def use_passthrough(self, entry: Entry) -> bool:
+        """Whether LOOKUP leads to the twin."""
+        version = entry.version
+        if version is None or not self.passthrough.active or version.id not in self._complete:
+            return False
+        if version.id in self._refused:
+            return False
+        self._bounced.pop(entry.nodeid, None)
+        return True
+
+    async def open(self, nodeid: int, flags: int) -> None:
+        """Open a file, either twin. Raises VersionChangedError when the other twin is the right one now, or the
+        version is gone, and StoreError when not even an empty place in the cache can be had."""
+        await trio.to_thread.run_sync(self._open, nodeid, limiter=self._limiter)
+
+    def release(self, nodeid: int) -> None:
+        """One open less. Does not block."""
+        with self._lock:
+            file = self._files.get(nodeid)
+            if file is None:
+                record = self._inherited.get(nodeid)
+                if record is not None:
+                    record.count -= 1
+                    if record.count <= 0:
+                        del self._inherited[nodeid]
+                        if record.backing:
+                            self._chores.put(lambda: self._close_backing(record.backing))
+                self._chores.put(lambda: self._journal.released(nodeid))
+                return
+            file.count -= 1
+            last = file.count <= 0
+            if last:
+                del self._files[nodeid]
+        self._chores.put(lambda: self._journal.released(nodeid))
+        if last:
+            self._chores.put(lambda: self._let_go(file))
+
+    async def read(self, nodeid: int, offset: int, size: int) -> Buffer:
+        """Bytes for a READ that came through pyfuse3 after all."""
+
+        def work() -> bytes:
+            load = self.reading(nodeid)
+            length = max(0, min(size, load.version.size - offset))
+            return self._loader.read(load, offset, length) if length else b""
+
+        return await trio.to_thread.run_sync(work, abandon_on_cancel=True)
+
+    def cached_bytes(self, entry: Entry) -> int:
+        """Bytes of this file in the store, as far as this process knows without looking at the disk."""
+        if entry.version is None:
+            return 0
+        for nodeid in (entry.nodeid, passthrough_twin(entry.nodeid)):
+            file = self._files.get(nodeid)
+            if file is not None:
+                stored = file.stored or (file.load.stored if file.load else None)
+                if stored is not None:
+                    return stored.cached_bytes()
+        stored = self._store.open(entry.version)
+        try:
+            return stored.cached_bytes()
+        finally:
+            stored.close()
+
+    def usage(self) -> tuple[int, int]:
+        """Bytes used, and the limit, of the cache."""
+        usage = self._store.usage()
+        return usage.used, usage.limit
+
+    # -- what the channel asks
+
+    def reading(self, nodeid: int) -> ObjectLoad:
+        """See channel.OpenFiles. Takes up files that were opened through an earlier daemon."""
+        file = self._files.get(nodeid)
+        if file is not None and file.load is not None:
+            return file.load
+        with self._opening:
+            file = self._files.get(nodeid)
+            if file is None:
+                file = self._take_up(nodeid)
+            if file.load is None:
+                file.load = self._loader.open(file.version, file.source)
+            return file.load
+
+    def backing_id(self, nodeid: int) -> int:
+        """See channel.OpenFiles."""
+        file = self._files.get(nodeid)
+        return file.backing if file is not None else 0
+
+    def completed(self, version: ObjectVersion) -> None:
+        """The loader has all of this version."""
+        self._complete[version.id] = None
+
+    # -- opening, in a thread
+
+    def _open(self, nodeid: int) -> None:
+        with self._opening:
+            self._prune()
+            if is_passthrough(nodeid):
+                self._open_twin(nodeid)
+            else:
+                self._open_base(nodeid)
+
+    def _open_base(self, nodeid: int) -> None:
+        file = self._files.get(nodeid)
+        if file is None and nodeid in self._inherited:
+            file = self._take_up(nodeid)
+        if file is None:
+            version, source = self._find(nodeid)
+            load = self._loader.open(version, source)
+            file = OpenFile(nodeid, version, source, load, None)
+        load = file.load or self._loader.open(file.version, file.source)
+        file.load = load
+        fresh = file.count == 0 and nodeid not in self._files
+        try:
+            if load.gone is not None and not load.stored.complete:
+                raise load.gone
+            if self._bounce(file):
+                self.stats.bounced += 1
+                raise VersionChangedError(f"{file.version.key} is complete now: look it up again")
+        except FusecacheError:
+            if fresh:
+                self._loader.release(load)
+            raise
+        self._count(file)
+        self.stats.daemon += 1
+
+    def _bounce(self, file: OpenFile) -> bool:
+        """Whether this open of a base is to be repeated on the twin, which is ready for it then."""
+        assert file.load is not None
+        if not (self.passthrough.active and file.load.stored.complete and file.version.size):
+            return False
+        now = time.monotonic()
+        if now - self._bounced.pop(file.nodeid, -_BOUNCE) < _BOUNCE or file.version.id in self._refused:
+            return False
+        twin = passthrough_twin(file.nodeid)
+        if twin not in self._files and not self._prepare(twin, file.version, file.source):
+            return False
+        self._complete[file.version.id] = None
+        self._bounced[file.nodeid] = now
+        return True
+
+    def _open_twin(self, nodeid: int) -> None:
+        file = self._files.get(nodeid)
+        if file is None and nodeid in self._inherited:
+            file = self._take_up(nodeid)
+        if file is None:
+            version, source = self._find(nodeid)
+            file = self._prepare(nodeid, version, source)
+            if file is None:
+                self._complete.pop(version.id, None)
+                raise VersionChangedError(f"{version.key} is not complete any more: look it up again")
+        self._count(file)
+        self.stats.passthrough += 1
+        self._loader.follow(file.version, file.source)
+
+    def _prepare(self, nodeid: int, version: ObjectVersion, source: str) -> OpenFile | None:
+        """A twin with its backing, in the table with no opens; None: it can't be had."""
+        try:
+            stored = self._store.open(version)
+        except StoreError:
+            return None
+        try:
+            if not stored.complete or stored.retired:
+                stored.close()
+                return None
+            stored.touch()
+            backing = self._open_backing(stored)
+        except OSError as error:
+            stored.close()
+            if error.errno in (errno.EPERM, errno.ELOOP, errno.EOPNOTSUPP, errno.ENOTTY):
+                self.passthrough.refuse(f"the kernel refused it: {error.strerror}")
+            else:
+                _log.warning("%s: no passthrough for this file: %s", version.key, error.strerror)
+            self._refused.add(version.id)
+            return None
+        except StoreError:
+            stored.close()
+            return None
+        file = OpenFile(nodeid, version, source, None, stored, backing, since=time.monotonic())
+        with self._lock:
+            self._files[nodeid] = file
+        return file
+
+    def _count(self, file: OpenFile) -> None:
+        with self._lock:
+            file.count += 1
+            self._files[file.nodeid] = file
+        self._journal.opened(file.nodeid, file.version, file.source, file.backing)
+
+    def _find(self, nodeid: int) -> tuple[ObjectVersion, str]:
+        entry = self._catalog.get(inode_number(nodeid))
+        if entry is None or entry.version is None:
+            raise VersionChangedError("the file changed at the origin: look it up again")
+        return entry.version, entry.source
+
+    def _take_up(self, nodeid: int) -> OpenFile:
+        """A file that is open in the kernel since before this daemon started; `_opening` is held."""
+        with self._lock:
+            record = self._inherited.pop(nodeid, None)
+        if record is None:
+            version, source = self._find(nodeid)
+            record = OpenRecord(version, source, 0, 1)
+        stored = None
+        if is_passthrough(nodeid):
+            stored = self._store.open(record.version)
+        file = OpenFile(nodeid, record.version, record.source, None, stored, record.backing, record.count)
+        with self._lock:
+            self._files[nodeid] = file
+        return file
+
+    def _prune(self) -> None:
+        """Drop twins that were prepared and never opened."""
+        now = time.monotonic()
+        with self._lock:
+            stale = [
+                file
+                for file in self._files.values()
+                if file.count == 0 and is_passthrough(file.nodeid) and now - file.since > _BOUNCE
+            ]
+            for file in stale:
+                del self._files[file.nodeid]
+        for file in stale:
+            self._chores.put(lambda file=file: self._let_go(file))  # type: ignore[misc]
+        while len(self._bounced) > 10_000:
+            self._bounced.pop(next(iter(self._bounced)), None)
+
+    # -- closing, in the chores thread
+
+    def _let_go(self, file: OpenFile) -> None:
+        if file.backing:
+            self._close_backing(file.backing)
+        if file.stored is not None:
+            file.stored.close()
+        if file.load is not None:
+            self._loader.release(file.load)
+
+    def try_passthrough(self, directory: Path) -> str:
+        """Why the kernel does not take files of this directory for passthrough; '' if it does."""
+        try:
+            with tempfile.TemporaryFile(dir=directory) as file:
+                self._close_backing(self._register(file.fileno()))
+        except OSError as error:
+            if error.errno == errno.EPERM:
+                return "it needs CAP_SYS_ADMIN: run the mount as root (in a container: --cap-add SYS_ADMIN)"
+            if error.errno in (errno.ELOOP, errno.EOPNOTSUPP, errno.EINVAL):
+                return f"cache_dir {directory} lies on overlayfs or another stacked file system: move it to a disk"
+            return f"the kernel refused a file of cache_dir {directory}: {error.strerror}"
+        return ""
+
+    def _open_backing(self, stored: StoredObject) -> int:
+        return self._register(stored.fileno())
+
+    def _register(self, fd: int) -> int:
+        request = bytearray(protocol.BACKING_MAP.pack(fd, 0, 0))
+        return int(fcntl.ioctl(self._device, protocol.IOC_BACKING_OPEN, request))
+
+    def _close_backing(self, backing: int) -> None:
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(self._device, protocol.IOC_BACKING_CLOSE, struct.pack("<I", backing))
