@@ -11,6 +11,7 @@ Invariants, also across a kill -9 anywhere:
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import threading
@@ -19,12 +20,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusecache.blocks import block_bytes
+from fusecache.blocks import block_bytes, block_count, runs
 from fusecache.store import format, locks
 from fusecache.types import ObjectId, ObjectVersion
 
 LOCK_TIMEOUT = 2.0
 """Seconds to wait for the directory's lock, which is held for microseconds unless its holder was stopped."""
+
+
+_FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 class Layout:
@@ -85,6 +91,11 @@ class Summary:
     stored_bytes: int
     complete: bool
     state: format.State
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks, present or not."""
+        return block_count(self.version.size, self.block_size)
 
 
 class ObjectFiles:
@@ -283,6 +294,43 @@ def discard(layout: Layout, object_id: str) -> None:
     """Unlink an object's files, open or not. To be called under the directory's lock."""
     layout.blocks_path(object_id).unlink(missing_ok=True)
     layout.data_path(object_id).unlink(missing_ok=True)
+
+
+def trim(layout: Layout, object_id: str) -> None:
+    """Give back the space of bytes that were written but never marked (their writer was killed, or its fetch
+    failed): nothing counts them. Does nothing for an object that anybody has open, or that is complete, and
+    where the file system has no holes. Takes the directory's lock. Raises OSError."""
+    with contextlib.ExitStack() as stack:
+        if not stack.enter_context(layout.exclusive()):
+            return
+        try:
+            fd = os.open(layout.data_path(object_id), os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        stack.callback(os.close, fd)
+        summary = summarize(layout, object_id)
+        if (
+            summary is None
+            or not _untrimmed(summary, os.fstat(fd))
+            or not locks.try_flock(fd, exclusive=True)
+        ):
+            return
+        data = memoryview(layout.blocks_path(object_id).read_bytes())
+        sums = data[format.HEADER_SIZE : format.checksum_offset(summary.blocks)].cast("Q")
+        for run in runs((i for i, x in enumerate(sums) if not x), summary.blocks):
+            start, stop = run.start * summary.block_size, run.stop * summary.block_size
+            _libc.fallocate(fd, _FALLOC_KEEP_SIZE | _FALLOC_PUNCH_HOLE, start, stop - start)
+
+
+def _untrimmed(summary: Summary, stat: os.stat_result) -> bool:
+    return (
+        not summary.complete and stat.st_blocks * 512 > -(-summary.present_bytes // format.PAGE) * format.PAGE
+    )
+
+
+def may_trim(layout: Layout, summary: Summary) -> bool:
+    """Whether `trim` may find anything; opens nothing. Raises OSError."""
+    return _untrimmed(summary, os.stat(layout.data_path(summary.version.id)))
 
 
 def summarize(layout: Layout, object_id: str) -> Summary | None:

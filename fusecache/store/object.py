@@ -97,6 +97,8 @@ class StoredObject:
         """Every block is present. A plain attribute: it is read for each READ."""
         self._bad: set[int] = set()
         """Blocks of a retired object that still have a checksum and must not be tried again."""
+        self.wrote = False
+        """Bytes were written, maybe more than were committed."""
         self._dirty = False
         self._reserved = 0
         self._mapping: mmap.mmap | None = None
@@ -256,6 +258,7 @@ class StoredObject:
             raise StoreError(f"{self.version.key}: no space was reserved in the cache")
         view = memoryview(data).cast("B")
         retried = False
+        self.wrote = True
         try:
             fd = files.write_fd(self._shared.layout.data_path(self.version.id))
             done = 0

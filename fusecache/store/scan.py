@@ -2,8 +2,9 @@
 index.
 
 The walk adopts objects that the index does not know, forgets those without files, removes what a crash left
-behind and recounts the ledger. Later rounds look only into directories whose mtime changed, which is how
-objects that other processes made or evicted become known. Data files are not opened.
+behind, gives back what was written but never marked, and recounts the ledger. Later rounds look only into
+directories whose mtime changed, which is how objects that other processes made or evicted become known. Data
+files are not opened, but those with bytes to give back.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ class Scanner:
                 self.scanned.set()
             while not self._stop.wait(FLUSH_INTERVAL):
                 self._flush(index)
-                if self._ledger.counted:
+                # what a process that died was writing is found by a walk over everything only
+                if self._ledger.counted and not self._somebody_died():
                     self.refresh()
                 else:
                     self._recount()
@@ -94,6 +96,13 @@ class Scanner:
         finally:
             self.loaded.set()
             index.close()
+
+    def _somebody_died(self) -> bool:
+        try:
+            return self._ledger.drop_dead()
+        except OSError as error:
+            self._health.failed(error)
+            return False
 
     def _flush(self, index: Index, *, order: bool = False) -> None:
         changed, dropped = self._records.take_dirty()
@@ -140,7 +149,7 @@ class Scanner:
                     seen.add(entry.name)
                     mtime = os.stat(entry.path).st_mtime_ns
                     if everything or self._mtimes.get(entry.name) != mtime:
-                        part = self._folder(entry.name, known.get(entry.name, set()))
+                        part = self._folder(entry.name, known.get(entry.name, set()), trim=everything)
                         if part is None:
                             return None
                         self._mtimes[entry.name] = mtime
@@ -152,7 +161,7 @@ class Scanner:
                 self._drop(known[name])
         return total
 
-    def _folder(self, name: str, known: set[ObjectId]) -> int | None:
+    def _folder(self, name: str, known: set[ObjectId], *, trim: bool) -> int | None:
         names = set(os.listdir(self._layout.data / name))
         ids = {x.partition(".")[0] for x in names}
         total = 0
@@ -161,11 +170,11 @@ class Scanner:
                 return None
             if _OBJECT_ID.fullmatch(text):
                 whole = f"{text}.data" in names and f"{text}.blocks" in names and f"{text}.new" not in names
-                total += self._look(ObjectId(text), whole)
+                total += self._look(ObjectId(text), whole, trim)
         self._drop(known - ids)
         return total
 
-    def _look(self, object_id: ObjectId, whole: bool) -> int:
+    def _look(self, object_id: ObjectId, whole: bool, trim: bool) -> int:
         """Take over what the files say; returns the bytes stored."""
         self._records.watch(object_id)
         try:
@@ -173,6 +182,10 @@ class Scanner:
             if summary is None:
                 self._clean(object_id)
                 summary = fs.summarize(self._layout, object_id)
+            if trim and summary is not None and fs.may_trim(self._layout, summary):
+                fs.trim(self._layout, object_id)
+        except FileNotFoundError:
+            return 0  # evicted meanwhile
         except OSError as error:
             self._health.failed(error)
             return 0

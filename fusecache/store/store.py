@@ -126,6 +126,11 @@ class Store:
                 del self._open[object_id]
         self._record(stored)
         stored.release()
+        if stored.wrote and not stored.complete:
+            try:
+                fs.trim(self._layout, object_id)
+            except OSError as error:
+                self._health.failed(error)
         self._space.hope()
 
     def _record(self, stored: StoredObject) -> None:
