@@ -2,10 +2,11 @@
 
     python -m tests.faults.store_worker crash DIRECTORY VERIFY FIRST STEP LAST
     python -m tests.faults.store_worker churn DIRECTORY LIMIT FLOOR SEED ROUNDS
+    python -m tests.faults.store_worker hold DIRECTORY KEY
 
 `crash` forks a process per point: it kills itself at its n-th system call (before it, in the middle of a
 write, or after it), and then looks at what it left. `churn` fills and drops objects, one line on stdout per
-object.
+object. `hold` keeps a descriptor of an object's data file, as a passthrough handle does, until it is killed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from typing import Any
 import xxhash
 
 from fusecache.errors import StoreError
-from fusecache.store import Store, StoredObject
+from fusecache.store import Store, StoredObject, files
+from fusecache.store.files import Layout
 from fusecache.types import ObjectVersion
 
 BLOCK = 4096
@@ -216,11 +218,20 @@ def churn(directory: Path, limit: int, floor: int, seed: int, rounds: int) -> No
     print("done", flush=True)
 
 
+def hold(directory: Path, key: str) -> None:
+    """Hold what an object's first four blocks are in."""
+    held = files.attach(Layout(directory), version(key).id, version(key).size, BLOCK)
+    print("held" if held else "nothing", flush=True)
+    threading.Event().wait()
+
+
 def main(args: list[str]) -> None:
     """See the module's docstring."""
     directory = Path(args[1])
     if args[0] == "crash":
         crash(directory, args[2], *map(int, args[3:6]))
+    elif args[0] == "hold":
+        hold(directory, args[2])
     else:
         churn(directory, *map(int, args[2:6]))
 
