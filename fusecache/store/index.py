@@ -62,9 +62,23 @@ def to_json(record: Record) -> dict[str, Any]:
 def from_json(value: Any) -> Record | None:
     """Reverse of `to_json`; None for anything else."""
     try:
-        return Record(**{**value, "version": ObjectVersion(**value["version"])})
+        version = ObjectVersion(**value["version"])
+        record = Record(**{**value, "version": version})
     except (TypeError, KeyError):
         return None
+    texts = (version.origin, version.key, version.etag)
+    numbers = (
+        version.size,
+        version.mtime_ns,
+        record.block_size,
+        record.present_bytes,
+        record.stored_bytes,
+        record.last_use_ns,
+        record.accesses,
+    )
+    flags = (record.complete, record.pinned, record.main)
+    typed = ((str, texts), (int, numbers), (bool, flags))
+    return record if all(type(x) is kind for kind, values in typed for x in values) else None
 
 
 class Index:

@@ -188,6 +188,7 @@ class Ledger:
         counting."""
         if not locks.try_lock_bytes(self._fd, _RECOUNT_BYTE):
             return None
+        self.settle()
         return self.tally()
 
     def finish_recount(self, before: Tally, counted: int | None) -> int:

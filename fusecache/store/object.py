@@ -139,6 +139,11 @@ class StoredObject:
         files = self._files
         return 0 if files is None else files.present_bytes()
 
+    @property
+    def missing(self) -> int:
+        """How many blocks are not present."""
+        return self._missing
+
     # -- verification
 
     def verify(self, block: int) -> bool:

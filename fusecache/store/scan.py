@@ -119,19 +119,22 @@ class Scanner:
             self._order_dirty, self._order_saved = False, now
 
     def _recount(self) -> None:
-        with self._layout.exclusive() as locked:
-            before = self._ledger.start_recount() if locked else None
-        counted: int | None = None
         try:
-            counted = self.refresh(everything=True)
-        finally:
-            if before is not None:
-                with self._layout.exclusive() as locked:
-                    change = self._ledger.finish_recount(before, counted if locked else None)
-                if change:
-                    _log.info(
-                        "cache directory %s: recounted, off by %d bytes", self._layout.directory, change
-                    )
+            with self._layout.exclusive() as locked:
+                before = self._ledger.start_recount() if locked else None
+            counted: int | None = None
+            try:
+                counted = self.refresh(everything=True)
+            finally:
+                if before is not None:
+                    with self._layout.exclusive() as locked:
+                        change = self._ledger.finish_recount(before, counted if locked else None)
+                    if change:
+                        _log.info(
+                            "cache directory %s: recounted, off by %d bytes", self._layout.directory, change
+                        )
+        except OSError as error:
+            self._health.failed(error)
 
     def refresh(self, *, everything: bool = False) -> int | None:
         """Look at the directories that changed, or at all of them; returns the bytes stored in those looked

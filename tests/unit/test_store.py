@@ -479,6 +479,7 @@ def test_start_opens_no_object_and_waits_for_nothing(make: Any, monkeypatch: pyt
         return real_open(path, *args, **kwargs)
 
     monkeypatch.setattr(os, "open", spy)
+    monkeypatch.setattr(StoredObject, "_hash", lambda *_: pytest.fail("hashed at the start"))
     store = make(limit=1 << 50)
     at_start = [path for path, _ in opened]
     assert len(at_start) < 10
