@@ -36,7 +36,8 @@ _OBJECT_ID = re.compile(r"[0-9a-f]{32}")
 
 
 class Scanner:
-    """Runs in a thread from `start` to `stop`. `busy(id)` says whether this process has an object open.
+    """Runs in a thread from `start` to `stop`. `busy(id)` says whether this process has an object open,
+    `keep()` evicts what is over the bounds.
 
     `loaded` is set when the index was read, `scanned` after the
     walk.
@@ -49,6 +50,7 @@ class Scanner:
         health: Health,
         records: Records,
         busy: Callable[[ObjectId], bool],
+        keep: Callable[[], None],
     ) -> None:
         self.loaded = threading.Event()
         self.scanned = threading.Event()
@@ -57,6 +59,7 @@ class Scanner:
         self._health = health
         self._records = records
         self._busy = busy
+        self._keep = keep
         self._mtimes: dict[str, int] = {}
         self._refreshing = threading.Lock()
         self._stop = threading.Event()
@@ -83,6 +86,7 @@ class Scanner:
                 self._recount()
             finally:
                 self.scanned.set()
+            self._keep()
             while not self._stop.wait(FLUSH_INTERVAL):
                 self._flush(index)
                 # what a process that died was writing is found by a walk over everything only
@@ -90,6 +94,7 @@ class Scanner:
                     self.refresh()
                 else:
                     self._recount()
+                self._keep()
             self._flush(index, order=True)
         except Exception:
             _log.exception("cache directory %s: the background scan ended", self._layout.directory)

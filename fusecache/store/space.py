@@ -27,8 +27,8 @@ class Space:
     """Reservations in `directory`, at most `limit` bytes stored and at least `free_floor` bytes left on the
     disk.
 
-    `evict(n)` frees about n bytes, at least one object, and returns the bytes freed, 0 when nothing can go.
-    Thread-safe.
+    `evict(n, partly)` frees about n bytes, at least one object, and returns the bytes freed; unless `partly`,
+    nothing is evicted and 0 returned when n can't be reached. Thread-safe.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Space:
         *,
         limit: int,
         free_floor: int,
-        evict: Callable[[int], int],
+        evict: Callable[[int, bool], int],
         scanned: threading.Event,
     ) -> None:
         self.limit = limit
@@ -68,7 +68,7 @@ class Space:
         try:
             self._ledger.drop_dead()
             while (missing := self._try(nbytes)) > 0:
-                if self._evict(missing) == 0:
+                if self._evict(missing, False) == 0:
                     self._hopeless_until = time.monotonic() + _GIVE_UP
                     return self._try(nbytes) == 0
             return True
@@ -90,10 +90,25 @@ class Space:
         can go."""
         with self._evicting:
             try:
-                return self._evict(nbytes) > 0
+                return self._evict(nbytes, False) > 0
             except OSError as error:
                 self._health.failed(error)
                 return False
+
+    def keep(self) -> None:
+        """Evict what is over the bounds without anybody having asked for space: the limit was lowered, or
+        others filled the disk. As much as can go; the store's thread calls this now and then."""
+        if not self._ledger.counted or self._health.sick or not self._evicting.acquire(blocking=False):
+            return
+        try:
+            excess = max(self._ledger.used() - self.limit, self._below_floor())
+            if excess > 0:
+                self._ledger.drop_dead()
+                self._evict(excess, True)
+        except OSError as error:
+            self._health.failed(error)
+        finally:
+            self._evicting.release()
 
     def hope(self) -> None:
         """Something became evictable."""
@@ -104,14 +119,18 @@ class Space:
         stat = os.statvfs(self._directory)
         return stat.f_bavail * stat.f_frsize
 
+    def _below_floor(self) -> int:
+        """By how many bytes the floor will be missed when all that is reserved was written. What is written
+        already counts twice: on the safe side, by what is in flight."""
+        return self._ledger.tally().reserved + self.free_floor - self.free()
+
     def _try(self, nbytes: int) -> int:
         """Reserve and return 0, or return how many bytes have to go first."""
         try:
             excess = self._ledger.reserve(nbytes, self.limit)
             if excess:
                 return excess
-            # what is reserved and partly written counts twice here: on the safe side, by what is in flight
-            excess = self._ledger.tally().reserved + self.free_floor - self.free()
+            excess = self._below_floor()
             if excess <= 0:
                 return 0
             self._ledger.unreserve(nbytes)

@@ -75,7 +75,9 @@ class Store:
             raise
         self._health = Health(self.directory)
         self._records = Records()
-        self._scanner = Scanner(self._layout, self._ledger, self._health, self._records, self._is_open)
+        self._scanner = Scanner(
+            self._layout, self._ledger, self._health, self._records, self._is_open, lambda: self._space.keep()
+        )
         self._space = Space(
             self.directory,
             self._ledger,
@@ -156,12 +158,13 @@ class Store:
 
     # -- eviction
 
-    def _make_room(self, nbytes: int) -> int:
-        """Evict at least `nbytes`, as the policy says; 0 and nothing evicted if that can't be reached."""
+    def _make_room(self, nbytes: int, partly: bool) -> int:
+        """Evict at least `nbytes`, as the policy says. Returns the bytes freed: 0, and nothing evicted, if
+        that can't be reached, but `partly` is content with what there is."""
         self._scanner.loaded.wait(_WAIT)
         if self._records.evictable_bytes(self._evictable) < nbytes:
             self._scanner.refresh()
-            if self._records.evictable_bytes(self._evictable) < nbytes:
+            if self._records.evictable_bytes(self._evictable) < nbytes and not partly:
                 return 0
         freed = 0
         for object_id in self._records.victims(self._evictable):

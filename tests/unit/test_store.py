@@ -17,6 +17,7 @@ from fusecache.errors import ConfigError, StoreError
 from fusecache.store import Store, StoredObject, format
 from fusecache.store import files as fs
 from fusecache.store.files import Layout
+from fusecache.store.space import Space
 from fusecache.types import ObjectVersion
 
 BLOCK = 4096
@@ -611,3 +612,45 @@ def test_a_closed_store_opens_nothing(make: Any) -> None:
     stored.close()
     with pytest.raises(StoreError):
         store.open(version())
+
+
+def test_a_lowered_limit_is_kept_soon_after_the_start(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = make()
+    for i in range(5):
+        stored = first.open(version(f"k{i}", blocks=9))
+        fill(stored)
+        stored.close()
+    first.close()
+    kept = threading.Event()
+    real = Space.keep
+
+    def keep(space: Space) -> None:
+        real(space)
+        kept.set()
+
+    monkeypatch.setattr(Space, "keep", keep)
+    second = make(limit=3 * (9 * BLOCK + OVERHEAD))
+    assert kept.wait(30)
+    assert second.usage().used == 3 * (9 * BLOCK + OVERHEAD)
+    assert disk_usage(second) == second.usage().used
+    assert {i.version.key for i in second.objects()} == {"k2", "k3", "k4"}
+
+
+def test_others_that_fill_the_disk_make_objects_go_as_far_as_they_can(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in ("a", "b", "open"):
+        stored = store.open(version(key, blocks=9))
+        fill(stored)
+        if key != "open":
+            stored.close()
+    free = [9 * BLOCK]
+    store._space.free_floor = 10 * BLOCK
+    monkeypatch.setattr(Space, "free", lambda _: free[0])
+    store._space.keep()
+    assert {i.version.key for i in store.objects()} == {"b", "open"}
+    free[0] = 0
+    store._space.free_floor = 1000 * BLOCK
+    store._space.keep()
+    assert {i.version.key for i in store.objects()} == {"open"}
+    stored.close()
