@@ -50,6 +50,8 @@ _log = logging.getLogger("fusecache.daemon")
 
 EXIT_UPGRADE = 75
 _MESSAGE = 1 << 20
+_TASKS = 1000
+"""Requests, other than READs, under way at once: opens may wait for their file."""
 _BUDGET_SHARE = 0.8
 """Share of the cache that the shards fetched ahead may take where no budget is set."""
 
@@ -197,7 +199,13 @@ async def _serve(config: MountConfig, inherited: Inherited, facts: Facts) -> int
         with Loader(store, origins, library, settings) as loader:
             passthrough = _passthrough(config, inherited)
             handles = Handles(
-                catalog, loader, store, journal, device=inherited.device, passthrough=passthrough
+                catalog,
+                loader,
+                store,
+                journal,
+                device=inherited.device,
+                passthrough=passthrough,
+                open_wait=config.open_wait if config.prefetch == "auto" else 0.0,
             )
             library.handles = handles
             token = trio.lowlevel.current_trio_token()
@@ -290,7 +298,7 @@ async def _run(
                 handles.later(lambda: _probe(config, inherited, handles, inherited.replay or b""))
             inherited.tell(ready=True)
             _log.info("serving %s", config.mountpoint)
-            await pyfuse3.main()
+            await pyfuse3.main(max_tasks=_TASKS)
             nursery.cancel_scope.cancel()
     return upgrade
 

@@ -285,6 +285,12 @@ class MountConfig(_Model):
         default="auto",
         description="Whether the first read of a file fetches all of it, and then its siblings.",
     )
+    open_wait: Seconds = Field(
+        default=5.0,
+        ge=0,
+        description="Opening a file of weights that is not in the cache yet waits until it is, if that will take "
+        "no longer than this: then the kernel reads it by itself, without the daemon. 0: never wait.",
+    )
     prefetch_budget: Bytes | None = Field(
         default=None, description="Most bytes of following shards to fetch ahead; unset: as the cache holds."
     )

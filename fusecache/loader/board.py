@@ -1,7 +1,8 @@
 """What is to be fetched, and in which order. Guarded by the loader's lock; does no I/O.
 
 Order: a block somebody waits for, with the idle blocks behind it; tasks; the next run ahead of a reader, of each
-file in turn; a file of the prefetch plan.
+file that is being read in turn; the other files, one after the other, so that the first of them is whole soon and
+can be read while the next one comes; a file of the prefetch plan.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Board:
         self.paused = False
         """Only what somebody waits for is handed out."""
         self.active: deque[ObjectLoad] = deque()
-        """Loads whose whole file is wanted, in turn."""
+        """Loads whose whole file is wanted; those that are being read take turns, the others keep their order."""
         self.ahead: deque[tuple[ObjectVersion, str]] = deque()
         """Versions, and their sources, that are wanted when nothing else is."""
         self.tasks: deque[Callable[[], None]] = deque()
@@ -53,11 +54,16 @@ class Board:
             return None
         if self.tasks:
             return self.tasks.popleft()
-        for _ in range(len(self.active)):
-            load = self.active[0]
-            self.active.rotate(-1)
-            if load.resting_until <= now and (job := load.take_ahead(self._limit)) is not None:
-                return job
+        for being_read in (True, False):
+            for load in list(self.active):
+                if load.being_read is not being_read or load.resting_until > now:
+                    continue
+                job = load.take_ahead(self._limit)
+                if job is not None:
+                    if being_read:
+                        self.active.remove(load)
+                        self.active.append(load)
+                    return job
         if self.ahead:
             version, source = self.ahead.popleft()
             return lambda: self._begin(version, source)
@@ -78,6 +84,15 @@ class Board:
             return False
         self.active.append(load)
         return True
+
+    def before(self, load: ObjectLoad) -> int:
+        """Bytes that will be fetched before the last of this active load's, its own included."""
+        total = 0
+        for other in self.active:
+            total += other.stored.missing * other.stored.block_size
+            if other is load:
+                break
+        return total
 
     def retire(self, load: ObjectLoad) -> None:
         """From now on only what somebody waits for is wanted of this file."""

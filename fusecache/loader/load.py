@@ -37,7 +37,9 @@ class ObjectLoad:
         self.jobs = 0
         """Flights under way."""
         self.read = False
-        """Somebody read it, so all of it is fetched."""
+        """Somebody opened or read it, so all of it is fetched."""
+        self.being_read = False
+        """Somebody reads it through the daemon, piece by piece."""
         self.gone: FusecacheError | None = None
         """This version can't be had any more: what is missing stays missing."""
         self.failures = 0

@@ -20,12 +20,12 @@ again, the others get its error.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from fusecache.blocks import block_range
 from fusecache.errors import (
@@ -38,9 +38,13 @@ from fusecache.errors import (
     UnavailableError,
     VersionChangedError,
 )
-from fusecache.loader import flight, plan
+from fusecache.loader import flight
+from fusecache.loader.ahead import shards_behind
 from fusecache.loader.board import Board
+from fusecache.loader.interface import Library, LoaderSettings, LoaderStats
 from fusecache.loader.load import Job, ObjectLoad
+from fusecache.loader.pace import Pace
+from fusecache.loader.plan import is_shard
 from fusecache.loader.waiters import Waiter
 from fusecache.store import Store
 from fusecache.types import ObjectId, ObjectVersion
@@ -58,41 +62,6 @@ _GIVE_UP = 5
 """Failed flights in a row after which a file nobody has open is left as it is."""
 _PLAN_AGAIN = 60.0
 """Seconds before another first read of a file looks again for the shards behind it."""
-
-
-@dataclass(frozen=True)
-class LoaderSettings:
-    """`range_bytes` per request to the origin, `deadline` in seconds for a waiter and a flight, `budget` in bytes
-    of shards fetched ahead of the file being read; `concurrency` is the size of the crew."""
-
-    concurrency: int = 16
-    range_bytes: int = 16 << 20
-    deadline: float = 60.0
-    prefetch: bool = True
-    budget: int = 1 << 62
-
-
-class Library(Protocol):
-    """What the loader asks the catalog, and tells it. Called without a lock, from any thread."""
-
-    def siblings(self, version: ObjectVersion) -> Sequence[ObjectVersion]:
-        """The files of the same folder, itself included."""
-
-    def completed(self, version: ObjectVersion) -> None:
-        """All of it is in the store, verified."""
-
-    def gone(self, version: ObjectVersion) -> None:
-        """The origin does not have this version any more."""
-
-
-@dataclass
-class LoaderStats:
-    """Counters since the start, guarded by the loader's lock."""
-
-    flights: int = 0
-    flights_failed: int = 0
-    bytes_uncached: int = 0
-    """Fetched, and handed over without being stored."""
 
 
 class Loader:
@@ -114,6 +83,7 @@ class Loader:
         self._loads: dict[ObjectId, ObjectLoad] = {}
         self._board = Board(max(1, settings.range_bytes // store.block_size), self._begin)
         self._planned: dict[ObjectId, float] = {}
+        self._pace = Pace()
         self._waiters: set[Waiter] = set()
         self._stopping = False
         self._threads: list[threading.Thread] = []
@@ -209,7 +179,7 @@ class Loader:
         blocks = block_range(offset, length, load.version.size, stored.block_size)
         with self._lock:
             first = not load.read
-            load.read = True
+            load.read = load.being_read = True
             load.position = blocks.stop
             missing = [block for block in blocks if not stored.present(block)]
             if missing and (load.gone is not None or self._stopping):
@@ -307,6 +277,24 @@ class Loader:
             self._board.ahead.extend(fresh)
             self._wake_any.notify_all()
 
+    def hurry(self, load: ObjectLoad) -> None:
+        """Somebody is going to read all of this: fetch it, and then what follows."""
+        with self._lock:
+            load.read = True
+            if load.failures:
+                return
+            self._want_all(load)
+        self.follow(load.version, load.source)
+
+    def seconds_left(self, load: ObjectLoad) -> float | None:
+        """How long it will take, at the pace of the last second, until this load is complete: infinity if it is
+        not being fetched, None if that is not known yet."""
+        with self._lock:
+            if load not in self._board.active or load.failures or load.gone is not None:
+                return math.inf
+            pace = self._pace.per_second(time.monotonic())
+            return self._board.before(load) / pace if pace else None
+
     def pause(self) -> None:
         """Start no more flights that nobody waits for."""
         with self._lock:
@@ -314,7 +302,7 @@ class Loader:
 
     def follow(self, version: ObjectVersion, source: str) -> None:
         """A file is being read: fetch the shards behind it, too."""
-        if not self._settings.prefetch or not plan.is_shard(version.key):
+        if not self._settings.prefetch or not is_shard(version.key):
             return
         now = time.monotonic()
         with self._lock:
@@ -459,6 +447,7 @@ class Loader:
         """See flight.Tower."""
         with self._lock:
             length = load.bytes_of((block,))
+            self._pace.add(time.monotonic(), length)
             if piece is not None:
                 self.stats.bytes_uncached += length
             waiters = load.land(block, piece)
@@ -522,33 +511,16 @@ class Loader:
 
     def _plan(self, version: ObjectVersion, source: str) -> None:
         """Queue the shards behind this one, within the budget."""
-        folder, _, name = version.key.rpartition("/")
-        versions = {
-            other.key.rpartition("/")[2]: other
-            for other in self._library.siblings(version)
-            if other.key.rpartition("/")[0] == folder
-        }
-        order: list[str] = []
-        index = plan.index_for(name, list(versions))
-        if index is not None and versions[index].size <= plan.INDEX_LIMIT:
+
+        def read_index(index: ObjectVersion) -> bytes:
+            load = self.open(index, source)
             try:
-                load = self.open(versions[index], source)
-                try:
-                    order = plan.index_order(self.read(load, 0, versions[index].size))
-                finally:
-                    self.release(load)
-            except FusecacheError as error:
-                _log.warning("%s can't be read, shards are fetched by name: %s", index, error)
-        budget = self._settings.budget
-        with self._lock:
-            queued = {other.id for other, _ in self._board.ahead}
-            for other in plan.following(name, list(versions), order):
-                budget -= versions[other].size
-                if budget < 0:
-                    break
-                if versions[other].id not in queued:
-                    self._board.ahead.append((versions[other], source))
-            self._wake_any.notify_all()
+                return self.read(load, 0, index.size)
+            finally:
+                self.release(load)
+
+        behind = shards_behind(version, self._library.siblings(version), read_index, self._settings.budget)
+        self.want((other, source) for other in behind)
 
     def _clock(self) -> None:
         """Expire waiters, and look again at what was put off."""

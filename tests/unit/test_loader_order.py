@@ -1,0 +1,76 @@
+"""Which file is fetched first, and how long that will take."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from fusecache.loader import Loader, LoaderSettings
+from fusecache.loader.pace import Pace
+from fusecache.store import Store
+from fusecache.types import ObjectVersion
+from tests.support.content import check
+from tests.support.scripted import WAIT, ScriptedOrigin, Step, version
+from tests.unit.test_loader import BLOCK, Recorder
+
+
+def test_files_that_are_waited_for_are_made_whole_one_after_the_other(tmp_path: Path) -> None:
+    files = [version(f"{n}.bin", 8 * BLOCK) for n in range(3)]
+    origin, library = ScriptedOrigin(files), Recorder(files)
+    step = Step()
+    origin.gate = step.hold_from(0)
+    settings = LoaderSettings(concurrency=2, range_bytes=2 * BLOCK)
+    with (
+        Store(tmp_path / "c", limit=1 << 30, free_floor=0, block_size=BLOCK) as store,
+        Loader(store, {"": origin}, library, settings) as loader,
+    ):
+        loads = [loader.open(file, "") for file in files]
+        for load in loads:
+            loader.hurry(load)
+        assert step.arrived()
+        step.open()
+        for file in files:
+            library.wait(file.key)
+        firsts = list(dict.fromkeys(key for key, _, _ in origin.reads))
+        assert firsts == [file.key for file in files]
+        for load in loads:
+            assert loader.seconds_left(load) == float("inf")
+            loader.release(load)
+
+
+def test_files_that_are_read_take_turns(tmp_path: Path) -> None:
+    files = [version(f"{n}.dat", 64 * BLOCK) for n in range(2)]
+    origin, library = ScriptedOrigin(files), Recorder(files)
+    reached = threading.Event()
+
+    def gate(found: ObjectVersion, offset: int) -> None:
+        if found.key == "1.dat" and offset >= 8 * BLOCK:
+            reached.set()
+        if found.key == "0.dat" and offset >= 32 * BLOCK:
+            assert reached.wait(WAIT), "the second file had no turn before the first was done"
+
+    origin.gate = gate
+    settings = LoaderSettings(concurrency=1, range_bytes=2 * BLOCK)
+    with (
+        Store(tmp_path / "c", limit=1 << 30, free_floor=0, block_size=BLOCK) as store,
+        Loader(store, {"": origin}, library, settings) as loader,
+    ):
+        loads = [loader.open(file, "") for file in files]
+        for load, file in zip(loads, files, strict=True):
+            check(loader.read(load, 0, 10), file.key, "1")
+        for file in files:
+            library.wait(file.key)
+        for load in loads:
+            loader.release(load)
+
+
+def test_the_pace_is_that_of_the_last_second() -> None:
+    pace = Pace()
+    assert pace.per_second(0.0) is None
+    pace.add(10.0, 100)
+    assert pace.per_second(10.05) is None
+    for tick in range(1, 5):
+        pace.add(10.0 + tick / 10, 100)
+    assert pace.per_second(10.5) == 1000.0
+    assert pace.per_second(11.45) is None
+    assert pace.per_second(20.0) is None
