@@ -92,8 +92,9 @@ class Loader:
 
     def start(self) -> None:
         """Start the crew."""
-        reserved = self._settings.concurrency // 4
-        for number in range(self._settings.concurrency):
+        # One thread at least must be free of tasks, which may wait for bytes themselves.
+        reserved = max(1, self._settings.concurrency // 4)
+        for number in range(max(2, self._settings.concurrency)):
             self._thread(f"loader-{number}", self._work, number < reserved)
         self._thread("loader-clock", self._clock)
 
