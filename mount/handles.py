@@ -6,8 +6,9 @@ to is decided at LOOKUP. When the decision is out of date at OPEN, the answer is
 path up again, once, and opens what it finds: so a file that became complete is served by passthrough from its
 next open on, without waiting for old handles, and without a notification.
 
-ESTALE must not come twice for one open(2). So the backing of the twin is prepared before the base is bounced; and
-an open that comes back to the base without a LOOKUP in between (through /proc/self/fd, say) is served as it is.
+ESTALE must not come twice for one open(2). So the backing of the twin is prepared before the base is bounced; an
+open that comes back to the base without a LOOKUP in between (through /proc/self/fd, say) is served as it is; and so
+is one that was sent back for another reason just before (`_sent_back`): its version was replaced, or evicted.
 
 Ownership: `_lock` guards the table; it is never held across I/O, so that the event loop may take it. `_opening`
 lets one thread at a time do the I/O of opening. Closing is left to the `chores` thread. Lock order: `_opening`,
@@ -125,6 +126,8 @@ class Handles:
         self._refused: set[ObjectId] = set()
         """Versions whose data file the kernel did not take for passthrough."""
         self._bounced: dict[int, float] = {}
+        self._sent_back: dict[str | None, float] = {}
+        """Path (None: not known) -> when an open of it was answered ESTALE. Of the event loop."""
         self._lock = threading.Lock()
         self._opening = threading.Lock()
         self._chores: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -174,22 +177,42 @@ class Handles:
     async def open(self, nodeid: int, flags: int) -> None:
         """Open a file, either twin. Raises VersionChangedError when the other twin is the right one now, or the
         version is gone, and StoreError when not even an empty place in the cache can be had."""
-        if self._open_wait and self.passthrough.active and not is_passthrough(nodeid):
-            await self._wait_until_whole(nodeid)
-        await trio.to_thread.run_sync(self._open, nodeid, limiter=self._limiter)
+        entry = self._catalog.get(inode_number(nodeid))
+        path = entry.path if entry is not None else None
+        second = self._comes_again(path)
+        if entry is not None and not second and not is_passthrough(nodeid):
+            await self._wait_until_whole(entry)
+        try:
+            await trio.to_thread.run_sync(self._open, nodeid, not second, limiter=self._limiter)
+        except VersionChangedError:
+            self.sent_back(path)
+            raise
 
-    async def _wait_until_whole(self, nodeid: int) -> None:
+    def sent_back(self, path: str | None) -> None:
+        """See operations.Handles."""
+        self._sent_back[path] = time.monotonic()
+        while len(self._sent_back) > 10_000:
+            del self._sent_back[next(iter(self._sent_back))]
+
+    def _comes_again(self, path: str | None) -> bool:
+        """Whether an open of this path was answered ESTALE just before."""
+        now = time.monotonic()
+        unknown = self._sent_back.get(None, -_BOUNCE)
+        return now - self._sent_back.pop(path, -_BOUNCE) < _BOUNCE or now - unknown < _BOUNCE
+
+    async def _wait_until_whole(self, entry: Entry) -> None:
         """Have a file of weights fetched before it is opened, if that takes no longer than `open_wait`.
 
         Read through passthrough, its bytes are copied once; through the daemon, while they arrive, three times
         (socket, store, FUSE page cache) and a round trip per MiB: on a machine whose CPUs are the limit a cold
         load took 1.5 to 1.9 times as long as the download alone that way.
         """
-        entry = self._catalog.get(nodeid)
-        if entry is None or entry.version is None or not is_shard(entry.version.key) or not entry.size:
-            return
         version, source = entry.version, entry.source
-        if version.id in self._complete or nodeid in self._files:
+        if not (
+            self._open_wait and self.passthrough.active and version and version.size and is_shard(version.key)
+        ):
+            return
+        if version.id in self._complete or entry.nodeid in self._files:
             return
         load = await trio.to_thread.run_sync(self._loader.open, version, source, limiter=self._limiter)
         whole = self._whole.setdefault(version.id, trio.Event())
@@ -290,15 +313,15 @@ class Handles:
 
     # -- opening, in a thread
 
-    def _open(self, nodeid: int) -> None:
+    def _open(self, nodeid: int, bounce: bool) -> None:
         with self._opening:
             self._prune()
             if is_passthrough(nodeid):
                 self._open_twin(nodeid)
             else:
-                self._open_base(nodeid)
+                self._open_base(nodeid, bounce)
 
-    def _open_base(self, nodeid: int) -> None:
+    def _open_base(self, nodeid: int, bounce: bool) -> None:
         file = self._files.get(nodeid)
         if file is None and nodeid in self._inherited:
             file = self._take_up(nodeid)
@@ -312,7 +335,7 @@ class Handles:
         try:
             if load.gone is not None and not load.stored.complete:
                 raise load.gone
-            if self._bounce(file):
+            if bounce and self._bounce(file):
                 self.stats.bounced += 1
                 raise VersionChangedError(f"{file.version.key} is complete now: look it up again")
         except FusecacheError:

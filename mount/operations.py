@@ -65,6 +65,9 @@ class Handles(Protocol):
     async def open(self, nodeid: int, flags: int) -> None:
         """Open a file, either twin. Raises FusecacheError."""
 
+    def sent_back(self, path: str | None) -> None:
+        """An open of this path (None: not known) is answered ESTALE: the VFS comes back once, and only once."""
+
     def release(self, nodeid: int) -> None:
         """One open less."""
 
@@ -256,11 +259,12 @@ class Operations(pyfuse3.Operations):
         with _errnos():
             if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
                 _read_only()
-            entry = self._entry(inode)
-            if entry.is_dir:
-                raise FUSEError(errno.EISDIR)
-            if not self._catalog.is_current(entry.nodeid):
+            found = self._catalog.get(inode_number(inode))
+            if found is None or not self._catalog.is_current(found.nodeid):
+                self._handles.sent_back(found.path if found is not None else None)
                 raise FUSEError(errno.ESTALE)
+            if found.is_dir:
+                raise FUSEError(errno.EISDIR)
             await self._handles.open(inode, flags)
             return FileInfo(fh=inode, keep_cache=True, direct_io=False)
 

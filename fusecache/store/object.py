@@ -52,9 +52,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 @dataclass
 class Memory:
     """Which blocks of objects that are closed now this process had verified, so that none is hashed twice.
-    An entry holds for one file (`generation`) as long as no process cleared a block of it (`repairs`)."""
+    An entry holds for one file (`generation`) as long as no process cleared a block of it (`repairs`) and
+    nobody wrote to it (the data file's mtime_ns): what changed behind our back is hashed again."""
 
-    entries: dict[ObjectId, tuple[int, int, bytearray]] = field(default_factory=dict)
+    entries: dict[ObjectId, tuple[tuple[int, int, int], bytearray]] = field(default_factory=dict)
 
 
 @dataclass
@@ -403,8 +404,8 @@ class StoredObject:
         known = self._shared.memory.entries.pop(self.version.id, None)
         if self._shared.trust_boot and state.clean and state.boot_id == self._shared.boot_id:
             self._verified[:] = bytes(map(bool, files.sums))
-        elif known is not None and known[:2] == (files.header.generation, state.repairs):
-            self._verified[:] = bytes(map(operator.and_, known[2], map(bool, files.sums)))
+        elif known is not None and known[0] == _fingerprint(files):
+            self._verified[:] = bytes(map(operator.and_, known[1], map(bool, files.sums)))
         self._missing = self._verified.count(0)
         self._files = files
         self.complete = self._missing == 0
@@ -498,14 +499,15 @@ class StoredObject:
         state = files.state
         marked = bytes(map(bool, files.sums))
         verified = bytes(self._verified)
-        self._shared.memory.entries[self.version.id] = (
-            files.header.generation,
-            state.repairs,
-            bytearray(verified),
-        )
+        self._shared.memory.entries[self.version.id] = (_fingerprint(files), bytearray(verified))
         if (
             files.alone()
             and marked == verified
             and not (state.clean and state.boot_id == self._shared.boot_id)
         ):
             files.set_clean(True, self._shared.boot_id)
+
+
+def _fingerprint(files: ObjectFiles) -> tuple[int, int, int]:
+    """Generation, repairs and mtime_ns of the data file: another one means that its bytes may be others."""
+    return files.header.generation, files.state.repairs, os.fstat(files.read_fd).st_mtime_ns
