@@ -309,9 +309,10 @@ def trim(layout: Layout, object_id: str) -> None:
             return
         stack.callback(os.close, fd)
         summary = summarize(layout, object_id)
+        before = os.fstat(fd)
         if (
             summary is None
-            or not _untrimmed(summary, os.fstat(fd))
+            or not _untrimmed(summary, before)
             or not locks.try_flock(fd, exclusive=True)
         ):
             return
@@ -320,6 +321,8 @@ def trim(layout: Layout, object_id: str) -> None:
         for run in runs((i for i, x in enumerate(sums) if not x), summary.blocks):
             start, stop = run.start * summary.block_size, run.stop * summary.block_size
             _libc.fallocate(fd, _FALLOC_KEEP_SIZE | _FALLOC_PUNCH_HOLE, start, stop - start)
+        # no marked block was touched: what was verified stays so (see object.Memory)
+        os.utime(fd, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def _untrimmed(summary: Summary, stat: os.stat_result) -> bool:

@@ -162,8 +162,9 @@ async def test_a_slow_listing_holds_up_one_lookup_for_two_seconds_and_the_others
         assert trio.current_time() == began
     finally:
         objects.gate.set()
-    assert objects.lists == 2
     await catalog.refresh()
+    # the slow one, and the refresh unless it joined that; none for the 200 lookups
+    assert objects.lists in (2, 3)
     assert catalog.find("b") is not None
 
 
