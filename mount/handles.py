@@ -156,11 +156,26 @@ class Handles:
         self._chores.put(chore)
 
     def _do_chores(self) -> None:
-        while (chore := self._chores.get()) is not None:
+        while True:
+            try:
+                chore = self._chores.get(timeout=_BOUNCE if self._ready() else None)
+            except queue.Empty:
+                chore = self._tidy
+            if chore is None:
+                return
             try:
                 chore()
             except Exception:
                 _log.exception("a chore failed in an unforeseen way")
+
+    def _ready(self) -> bool:
+        """Whether a twin is ready that nobody opened yet: it keeps its object from being evicted."""
+        with self._lock:
+            return any(file.count == 0 for file in self._files.values())
+
+    def _tidy(self) -> None:
+        with self._opening:
+            self._prune()
 
     # -- what the operations ask
 
@@ -195,10 +210,10 @@ class Handles:
             del self._sent_back[next(iter(self._sent_back))]
 
     def _comes_again(self, path: str | None) -> bool:
-        """Whether an open of this path was answered ESTALE just before."""
-        now = time.monotonic()
-        unknown = self._sent_back.get(None, -_BOUNCE)
-        return now - self._sent_back.pop(path, -_BOUNCE) < _BOUNCE or now - unknown < _BOUNCE
+        """Whether an open of this path was answered ESTALE just before: several may be, by ranks that start at once,
+        and who of them this one is can't be known."""
+        last = max(self._sent_back.get(path, -_BOUNCE), self._sent_back.get(None, -_BOUNCE))
+        return time.monotonic() - last < _BOUNCE
 
     async def _wait_until_whole(self, entry: Entry) -> None:
         """Have a file of weights fetched before it is opened, if that takes no longer than `open_wait`.
@@ -400,6 +415,7 @@ class Handles:
         file = OpenFile(nodeid, version, source, None, stored, backing, since=time.monotonic())
         with self._lock:
             self._files[nodeid] = file
+        self._chores.put(self._tidy)  # has the thread look at the time from now on
         return file
 
     def _count(self, file: OpenFile) -> None:

@@ -307,9 +307,32 @@ def test_many_readers_open_at_once_what_was_evicted(origin: Path, tmp_path: Path
             wait_until(
                 lambda: not mount.command("evict", str(path), check=False).returncode, "eviction", HANG
             )
-            readers = [background(functools.partial(is_right, path, "one.bin", _SIZE)) for _ in range(24)]
+            readers = [background(functools.partial(_opens_right, path)) for _ in range(24)]
             for reader in readers:
                 reader.result(HANG)
+
+
+def _opens_right(path: Path) -> None:
+    """Nothing before the open(2), so that many of them meet."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        check(os.pread(fd, _SIZE, 0), "one.bin", 1)
+    finally:
+        os.close(fd)
+
+
+def test_an_open_without_a_path_keeps_nothing_from_eviction(origin: Path, tmp_path: Path) -> None:
+    """It is answered ESTALE first, and passthrough is made ready for an open that never comes."""
+    with mounted(f"file://{origin}", tmp_path, prefetch_budget=0, open_wait=0) as mount:
+        path = mount.path / "one.bin"
+        fd = os.open(path, os.O_RDONLY)
+        check(in_time(functools.partial(os.pread, fd, _SIZE, 0)), "one.bin", 1)
+        wait_cached(path, _SIZE)
+        again = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+        check(in_time(functools.partial(os.pread, dropped(again), _SIZE, 0)), "one.bin", 1)
+        os.close(again)
+        os.close(fd)
+        wait_until(lambda: _evicts(mount, path), "an eviction of what nobody has open", HANG)
 
 
 def test_what_is_pinned_stays(big: Path, tmp_path: Path) -> None:
