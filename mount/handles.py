@@ -49,8 +49,6 @@ _log = logging.getLogger(__name__)
 
 _BOUNCE = 2.0
 """Seconds within which the VFS comes back after ESTALE."""
-_FIRST_BYTES = 1.0
-"""Seconds after which a fetch that brings nothing keeps no open waiting."""
 _LOOK = 0.05
 """Seconds between looks at the pace of a fetch that an open waits for."""
 
@@ -236,8 +234,7 @@ class Handles:
             started = trio.current_time()
             while not load.stored.complete:
                 waited = trio.current_time() - started
-                left = self._loader.seconds_left(load)
-                if waited > _FIRST_BYTES if left is None else waited + left > self._open_wait:
+                if waited + (self._loader.seconds_left(load) or 0.0) > self._open_wait:
                     break
                 with trio.move_on_after(_LOOK):
                     await whole.wait()

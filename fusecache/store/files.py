@@ -310,11 +310,7 @@ def trim(layout: Layout, object_id: str) -> None:
         stack.callback(os.close, fd)
         summary = summarize(layout, object_id)
         before = os.fstat(fd)
-        if (
-            summary is None
-            or not _untrimmed(summary, before)
-            or not locks.try_flock(fd, exclusive=True)
-        ):
+        if summary is None or not _untrimmed(summary, before) or not locks.try_flock(fd, exclusive=True):
             return
         data = memoryview(layout.blocks_path(object_id).read_bytes())
         sums = data[format.HEADER_SIZE : format.checksum_offset(summary.blocks)].cast("Q")

@@ -347,7 +347,7 @@ def test_what_is_pinned_stays(big: Path, tmp_path: Path) -> None:
         is_right(mount.path / "model.safetensors", "model.safetensors", _BIG)
         is_right(mount.path / "other.bin", "other.bin", _SIZE)
         assert cached(keep) == _SIZE
-        mount.command("evict", "--all")
+        mount.command("evict", "--all", "--cache-dir", str(tmp_path / "cache"))
         assert cached(keep) == _SIZE
         mount.command("unpin", str(keep))
         mount.command("evict", str(keep))

@@ -24,6 +24,7 @@ from tests.support.live import (
     HANG,
     MIB,
     Gate,
+    asked,
     background,
     dropped,
     in_time,
@@ -263,7 +264,7 @@ def test_a_file_that_becomes_complete_while_it_is_open(
         assert status(mount)["opens"] == {"passthrough": 0, "daemon": 2}
         mapping = mmap.mmap(also, 0, mmap.MAP_SHARED, mmap.PROT_READ)
         waiting = background(functools.partial(os.pread, before, MIB, 13 * MIB))
-        wait_until(lambda: status(mount)["loader"]["waiting_reads"] > 0, "a read that waits", HANG)
+        wait_until(lambda: asked(mount, "status")["loader"]["waiting_reads"] > 0, "a read that waits", HANG)
         held.open()
         check(waiting.result(HANG), key, 1, 13 * MIB)
         wait_cached(path, _SIZE)

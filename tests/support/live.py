@@ -58,7 +58,7 @@ def kill(pid: int) -> None:
 
 def kill_daemon(mount: RealMount) -> int:
     """kill -9 of the daemon that serves now; returns its pid."""
-    pid = int(status(mount)["process"]["pid"])
+    pid = int(asked(mount, "status")["process"]["pid"])
     kill(pid)
     return pid
 
