@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import logging
 import queue
 import struct
@@ -193,13 +194,17 @@ class Handles:
         entry = self._catalog.get(inode_number(nodeid))
         path = entry.path if entry is not None else None
         second = self._comes_again(path)
+        load = None
         if entry is not None and not second and not is_passthrough(nodeid):
-            await self._wait_until_whole(entry)
+            load = await self._wait_until_whole(entry)
         try:
             await trio.to_thread.run_sync(self._open, nodeid, not second, limiter=self._limiter)
         except VersionChangedError:
             self.sent_back(path)
             raise
+        finally:
+            if load is not None:
+                self.later(functools.partial(self._loader.release, load))
 
     def sent_back(self, path: str | None) -> None:
         """See operations.Handles."""
@@ -213,20 +218,22 @@ class Handles:
         last = max(self._sent_back.get(path, -_BOUNCE), self._sent_back.get(None, -_BOUNCE))
         return time.monotonic() - last < _BOUNCE
 
-    async def _wait_until_whole(self, entry: Entry) -> None:
+    async def _wait_until_whole(self, entry: Entry) -> ObjectLoad | None:
         """Have a file of weights fetched before it is opened, if that takes no longer than `open_wait`.
 
         Read through passthrough, its bytes are copied once; through the daemon, while they arrive, three times
         (socket, store, FUSE page cache) and a round trip per MiB: on a machine whose CPUs are the limit a cold
         load took 1.5 to 1.9 times as long as the download alone that way.
+
+        Returns the load, opened once more, if there is one: what it verified is known as long as it is open.
         """
         version, source = entry.version, entry.source
         if not (
             self._open_wait and self.passthrough.active and version and version.size and is_shard(version.key)
         ):
-            return
+            return None
         if version.id in self._complete or entry.nodeid in self._files:
-            return
+            return None
         load = await trio.to_thread.run_sync(self._loader.open, version, source, limiter=self._limiter)
         whole = self._whole.setdefault(version.id, trio.Event())
         try:
@@ -238,9 +245,12 @@ class Handles:
                     break
                 with trio.move_on_after(_LOOK):
                     await whole.wait()
+        except BaseException:
+            self.later(functools.partial(self._loader.release, load))
+            raise
         finally:
             self._whole.pop(version.id, None)
-            self.later(lambda: self._loader.release(load))
+        return load
 
     def release(self, nodeid: int) -> None:
         """One open less. Does not block."""

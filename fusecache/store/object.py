@@ -468,6 +468,16 @@ class StoredObject:
                 files.state,
             )
 
+    def remember(self) -> None:
+        """Keep what was verified for the next open. By the store, before anybody can open the version anew."""
+        files = self._files
+        if files is not None and not self.retired:
+            with contextlib.suppress(OSError):
+                self._shared.memory.entries[self.version.id] = (
+                    _fingerprint(files),
+                    bytearray(self._verified),
+                )
+
     def release(self) -> None:
         """Close the files. By the store, after the last close and outside its lock."""
         with self._lock:
@@ -499,7 +509,6 @@ class StoredObject:
         state = files.state
         marked = bytes(map(bool, files.sums))
         verified = bytes(self._verified)
-        self._shared.memory.entries[self.version.id] = (_fingerprint(files), bytearray(verified))
         if (
             files.alone()
             and marked == verified

@@ -125,6 +125,7 @@ class Store:
             if stored.open_count > 0:
                 return
             if self._open.get(object_id) is stored:
+                stored.remember()
                 del self._open[object_id]
         self._record(stored)
         stored.release()

@@ -153,6 +153,31 @@ def test_reopening_in_the_same_process_hashes_nothing_again(
     again.close()
 
 
+def test_an_open_while_the_last_close_is_under_way_knows_what_was_verified(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    v = version()
+    stored = store.open(v)
+    fill(stored)
+    seen: list[bool] = []
+    release = StoredObject.release
+
+    def slow(self: StoredObject) -> None:
+        if not seen:
+            other = store.open(v)
+            assert other is not self
+            seen.append(other.complete)
+            other.close()
+        release(self)
+
+    monkeypatch.setattr(StoredObject, "release", slow)
+    stored.close()
+    assert seen == [True]
+    again = store.open(v)
+    assert again.complete
+    again.close()
+
+
 @pytest.mark.parametrize("mode", ["start", "always"])
 def test_after_a_restart_every_block_is_verified_before_use(make: Any, mode: str) -> None:
     first = make(verify=mode)
