@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fusecache import mounts
-from fusecache.config import MountConfig
+from fusecache.config import MountConfig, make_default_cache_dir
 from fusecache.errors import ConfigError, FusecacheError, MountError
 from fusecache.mount import keeper, mounting
 
@@ -55,6 +55,8 @@ def launch(
     mountpoint = check_mountpoint(config.mountpoint, nonempty=nonempty)
     config = config.model_copy(update={"mountpoint": mountpoint})
     _check_inside(config)
+    with contextlib.suppress(OSError):  # what is wrong with it the store tells
+        make_default_cache_dir(config.cache_dir)
     directory = mounts.mount_directory(config.runtime_dir, mountpoint)
     _check_earlier(mountpoint, directory)
     log = None if foreground else _open_log(config, directory)

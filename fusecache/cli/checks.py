@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fusecache.config import MountConfig, format_size
+from fusecache.config import MountConfig, default_cache_dir, format_size
 from fusecache.errors import ConfigError
 from fusecache.mounts import mount_at
 
@@ -146,6 +146,8 @@ def check_writable(cache_dir: Path) -> Check:
     if cache_dir.exists() and not cache_dir.is_dir():
         return Check("cache dir", "fail", f"{cache_dir} is not a directory", "choose another cache_dir")
     directory = cache_dir if cache_dir.exists() else cache_dir.parent
+    while cache_dir == default_cache_dir() and not directory.exists():
+        directory = directory.parent
     if not directory.exists():
         return Check("cache dir", "fail", f"{directory} does not exist", f"mkdir -p {cache_dir}")
     if not os.access(directory, os.W_OK | os.X_OK):

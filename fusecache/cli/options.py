@@ -76,7 +76,8 @@ def reference() -> str:
         "is found by the libraries: `AWS_*` and `GOOGLE_*` variables, their files, instance roles.\n",
         _table(SourceConfig),
         f"## Words of mount(8)\n\nAccepted and without effect: {generic}, and all that begin with `x-`. `rw` is "
-        "refused: the file system is read-only; mount(8) itself adds it to lines without `ro`, so that is let be.\n",
+        "refused: the file system is read-only; mount(8) itself adds it to lines without `ro`, so that is let be. "
+        "`nonempty` mounts over a directory that is not empty, and hides what is in it.\n",
         _EXAMPLE,
         "## Metrics\n\nWith `metrics_port`, at `http://127.0.0.1:PORT/metrics`:\n",
         _metrics(),

@@ -10,6 +10,7 @@ from fusecache.config.model import (
     Tuning,
     default_cache_dir,
     default_runtime_dir,
+    make_default_cache_dir,
 )
 from fusecache.config.units import format_size, parse_amount, parse_duration, parse_size
 
@@ -21,6 +22,7 @@ __all__ = [
     "default_runtime_dir",
     "format_size",
     "load_mount_config",
+    "make_default_cache_dir",
     "parse_amount",
     "parse_duration",
     "parse_size",

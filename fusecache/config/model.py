@@ -223,6 +223,13 @@ def default_cache_dir(env: Mapping[str, str] = os.environ) -> Path:
     return Path(home if home and home.startswith("/") else Path.home() / ".cache") / "fusecache"
 
 
+def make_default_cache_dir(cache_dir: Path, env: Mapping[str, str] = os.environ) -> None:
+    """Make the parents of the default cache directory, and of no other: a missing parent of a directory that
+    somebody chose is most often a disk that is not mounted. Raises OSError."""
+    if cache_dir == default_cache_dir(env):
+        cache_dir.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+
+
 def default_runtime_dir(env: Mapping[str, str] = os.environ) -> Path:
     """/run/fusecache for root, else $XDG_RUNTIME_DIR/fusecache, else /tmp/fusecache-UID."""
     if os.geteuid() == 0:

@@ -223,7 +223,7 @@ def _evicted(mount: RealMount, path: Path) -> bool:
 def test_five_times_in_a_row(
     mounting_it: Mounting, faulty_s3: FaultyServer, opened: Callable[[Path], int]
 ) -> None:
-    mount = mounting_it(range_size="1MiB")
+    mount = mounting_it(range_size="1MiB", prefetch="off")
     path = mount.path / "shard.bin"
     fd = opened(path)
     for number in range(1, 6):

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from fusecache.config import MountConfig, SourceConfig, Tuning, load_mount_config
+from fusecache.config import (
+    MountConfig,
+    SourceConfig,
+    Tuning,
+    default_cache_dir,
+    load_mount_config,
+    make_default_cache_dir,
+)
 from fusecache.errors import ConfigError
 
 SECRET = "wJalrXUtnFEMI"
@@ -319,3 +326,16 @@ def test_shares_are_of_the_disk_that_will_hold_the_cache(tmp_path: Path) -> None
     assert config.cache_limit() == int(total * 0.5)
     assert config.free_floor_bytes() == int(total * 0.1)
     assert load(options=("cache_size=5GiB",)).cache_limit() == 5 << 30
+
+
+def test_only_the_default_cache_directory_gets_its_parents_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    env = {"XDG_CACHE_HOME": str(tmp_path / "home" / "cache")}
+    make_default_cache_dir(tmp_path / "disk" / "fusecache", env)
+    assert list(tmp_path.iterdir()) == []
+    default = default_cache_dir(env)
+    make_default_cache_dir(default, env)
+    assert default.parent.is_dir()
+    assert not default.exists()
