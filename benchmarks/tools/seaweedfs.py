@@ -61,6 +61,7 @@ def _server(data: Path, config: Path, log: Path, bucket: str) -> Iterator[Bucket
         "-filer", "-s3", f"-s3.config={config}", f"-master.port={master}", f"-volume.port={volume}",
         f"-filer.port={filer}", f"-s3.port={s3}", "-master.telemetry=false",
         "-master.volumeSizeLimitMB=4096", "-volume.max=100", "-s3.iam=false",
+        "-s3.port.iceberg=0", "-s3.port.lance=0",
     ]  # fmt: skip
     try:
         # It takes its full 10 seconds to end in order, for data that is deleted right after.
