@@ -219,7 +219,8 @@ def test_the_following_shards_are_fetched_in_the_order_of_the_index(make: Make) 
     for name in names:
         bench.library.wait(name)
     firsts = list(dict.fromkeys(key for key, _, _ in bench.origin.reads))
-    assert firsts == order
+    # what is read is fetched by another thread than what follows: either may come first
+    assert [name for name in firsts if name != order[0]] == order[1:]
     bench.loader.release(load)
     stored.close()
 
