@@ -14,9 +14,9 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
-from fusecache.config import MountConfig, SourceConfig, Tuning, format_size
+from fusecache.config import MountConfig, PeerSettings, SourceConfig, Tuning, format_size
 from fusecache.config.load import GENERIC_OPTIONS, SECRET_KEYS
-from fusecache.config.model import Amount, Bytes, Gid, Mode, Seconds, Uid
+from fusecache.config.values import Amount, Bytes, Gid, Mode, Seconds, Uid
 from fusecache.telemetry.metrics import METRICS
 
 _INTRODUCTION = """\
@@ -68,9 +68,11 @@ def reference() -> str:
     parts = [
         _INTRODUCTION,
         "## Of a mount\n\nAt the top of the file; `-o NAME=VALUE`; `FUSECACHE_NAME`.\n",
-        _table(MountConfig, skip=("sources", "tuning", "mountpoint")),
+        _table(MountConfig, skip=("sources", "tuning", "peers", "mountpoint")),
         "## Of requests to the sources\n\nBelow `[tuning]`; `-o NAME=VALUE`; `FUSECACHE_TUNING__NAME`.\n",
         _table(Tuning),
+        "## Of the exchange between nodes\n\nBelow `[peers]`; `-o peers.NAME=VALUE`; `FUSECACHE_PEERS__NAME`.\n",
+        _table(PeerSettings),
         "## Of a source\n\nBelow `[[source]]` or `[sources.NAME]`; with one source also `-o NAME=VALUE` and "
         f"`FUSECACHE_NAME`. {secret} are refused with `-o`: every user can read the mount table. What is not set "
         "is found by the libraries: `AWS_*` and `GOOGLE_*` variables, their files, instance roles.\n",
@@ -122,6 +124,8 @@ def _kind(field: FieldInfo) -> str:
             return "table"
         if Bytes in (hint, field.annotation):
             return "size"
+    if field.annotation is not None and get_origin(field.annotation) is tuple:
+        return "texts"
     plain = next(hint for hint in _hints(field) if hint is not None)
     plain = next((item for item in get_args(plain) if item is not type(None)), plain)
     if get_args(plain):
@@ -135,6 +139,7 @@ def _default(name: str, field: FieldInfo) -> str:
     told = {
         "cache_dir": "`/var/cache/fusecache` for root, else `$XDG_CACHE_HOME/fusecache`",
         "runtime_dir": "`/run/fusecache` for root, else `$XDG_RUNTIME_DIR/fusecache`",
+        "node": "this machine's name",
         "uid": "who mounts",
         "gid": "who mounts",
         "storage_options": "",

@@ -25,6 +25,7 @@ from fusecache.config.model import (
     default_cache_dir,
     default_runtime_dir,
 )
+from fusecache.config.peers import PeerSettings
 from fusecache.config.toml import Setting, Table, read_toml
 from fusecache.errors import ConfigError
 
@@ -32,10 +33,12 @@ ENV_PREFIX = "FUSECACHE_"
 _OWN_VARIABLES = frozenset({"DEBUG", "PYTHON", "CONFIG"})
 """Variables with the prefix that are no settings; unknown ones that look like no setting are let be."""
 
-MOUNT_KEYS = tuple(key for key in MountConfig.model_fields if key not in ("sources", "mountpoint", "tuning"))
+TABLES: dict[str, type[BaseModel]] = {"tuning": Tuning, "peers": PeerSettings}
+"""Tables of settings: [NAME] in the file, FUSECACHE_NAME__KEY; with -o KEY for tuning, NAME.KEY for others."""
+MOUNT_KEYS = tuple(key for key in MountConfig.model_fields if key not in ("sources", "mountpoint", *TABLES))
 TUNING_KEYS = tuple(Tuning.model_fields)
 SOURCE_KEYS = tuple(key for key in SourceConfig.model_fields if key not in ("name", "url"))
-SECRET_KEYS = ("access_key_id", "secret_access_key", "session_token", "storage_options")
+SECRET_KEYS = ("access_key_id", "secret_access_key", "session_token", "storage_options", "peers.secret")
 
 GENERIC_OPTIONS = frozenset(
     (
@@ -148,8 +151,8 @@ def _choose(source: str | None, tables: list[Table], file: Path | None) -> list[
 
 def _check_top(setting: Setting) -> None:
     key = setting.path[0]
-    if key == "tuning":
-        _check_key(setting, setting.path[-1], TUNING_KEYS)
+    if key in TABLES:
+        _check_key(setting, setting.path[-1], tuple(TABLES[key].model_fields))
     elif key == "mountpoint":
         raise ConfigError(f"{setting.where}: the mountpoint is an argument of the mount command")
     elif key in TUNING_KEYS:
@@ -157,7 +160,7 @@ def _check_top(setting: Setting) -> None:
     elif key in SOURCE_KEYS or key == "url":
         raise ConfigError(f"{setting.where}: belongs below a line [[source]]")
     else:
-        _check_key(setting, key, (*MOUNT_KEYS, "tuning", "source"))
+        _check_key(setting, key, (*MOUNT_KEYS, *TABLES, "source"))
 
 
 def _check_key(setting: Setting, key: str, valid: Sequence[str]) -> None:
@@ -187,9 +190,9 @@ def _from_env(env: Mapping[str, str], chosen: list[Table]) -> Iterable[Setting]:
             continue
         if key in MOUNT_KEYS:
             yield Setting((key,), value, variable)
-        elif head == "tuning" and rest:
-            setting = Setting(("tuning", rest), value, variable)
-            _check_key(setting, rest, TUNING_KEYS)
+        elif head in TABLES and rest:
+            setting = Setting((head, rest), value, variable)
+            _check_key(setting, rest, tuple(TABLES[head].model_fields))
             yield setting
         elif head == "sources" and rest:
             name, _, rest = rest.rpartition("__")
@@ -250,7 +253,10 @@ def _from_options(given: Iterable[tuple[str, str | None]], chosen: list[Table]) 
         if name in SECRET_KEYS:
             raise ConfigError(f"-o {name}: not allowed here: {_ADVICE}")
         model: type[BaseModel]
-        if name in MOUNT_KEYS:
+        table, _, rest = name.partition(".")
+        if table in TABLES and rest in TABLES[table].model_fields and name not in SECRET_KEYS:
+            path, model, name = (table, rest), TABLES[table], rest
+        elif name in MOUNT_KEYS:
             path, model = (name,), MountConfig
         elif name in TUNING_KEYS:
             path, model = ("tuning", name), Tuning
@@ -261,6 +267,7 @@ def _from_options(given: Iterable[tuple[str, str | None]], chosen: list[Table]) 
             valid = (
                 *MOUNT_KEYS,
                 *TUNING_KEYS,
+                *(f"peers.{key}" for key in PeerSettings.model_fields if f"peers.{key}" not in SECRET_KEYS),
                 *(key for key in SOURCE_KEYS if key not in SECRET_KEYS),
                 "config",
             )
@@ -287,11 +294,11 @@ def _build(
         "mountpoint": str(mountpoint),
         "cache_dir": default_cache_dir(env),
         "runtime_dir": default_runtime_dir(env),
-        "tuning": {},
         "sources": [],
+        **{name: {} for name in TABLES},
     }
     for setting in settings:
-        place = values["tuning"] if setting.path[0] == "tuning" else values
+        place = values[setting.path[0]] if setting.path[0] in TABLES else values
         place[setting.path[-1]] = setting.value
         where[setting.path] = setting.where
     for number, table in enumerate(tables):

@@ -6,95 +6,26 @@ inherited descriptor and never for argv or the environment.
 
 from __future__ import annotations
 
-import grp
 import json
 import os
-import pwd
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SecretStr,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, SecretStr, field_validator, model_validator
 
-from fusecache.config.units import parse_amount, parse_duration, parse_size, resolve_amount
+from fusecache.config.peers import PeerSettings
+from fusecache.config.units import resolve_amount
+from fusecache.config.values import AbsolutePath, Amount, Bytes, Gid, Mode, Model, Seconds, Uid
 from fusecache.errors import ConfigError
-
-
-def _checked(parse: Any) -> BeforeValidator:
-    """A parser of ours as a pydantic validator, which wants ValueError."""
-
-    def validate(value: Any) -> Any:
-        try:
-            return parse(value)
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-
-    return BeforeValidator(validate)
-
-
-def _parse_mode(value: Any) -> Any:
-    if isinstance(value, str):
-        if not re.fullmatch(r"(0o)?[0-7]{1,4}", value):
-            raise ConfigError(f"{value!r} is not an octal mode like 0444")
-        return int(value.removeprefix("0o"), 8)
-    return value
-
-
-def _parse_uid(value: Any) -> Any:
-    if isinstance(value, str) and not value.isdecimal():
-        try:
-            return pwd.getpwnam(value).pw_uid
-        except KeyError:
-            raise ConfigError(f"there is no user {value!r} on this machine") from None
-    return value
-
-
-def _parse_gid(value: Any) -> Any:
-    if isinstance(value, str) and not value.isdecimal():
-        try:
-            return grp.getgrnam(value).gr_gid
-        except KeyError:
-            raise ConfigError(f"there is no group {value!r} on this machine") from None
-    return value
-
-
-def _parse_path(value: Any) -> Any:
-    if isinstance(value, str | Path):
-        if not str(value) or "\0" in str(value):
-            raise ConfigError("a path is needed")
-        return Path(os.path.abspath(os.path.expanduser(value)))
-    return value
-
-
-Bytes = Annotated[int, _checked(parse_size)]
-Amount = Annotated[int | str, _checked(parse_amount)]
-Seconds = Annotated[float, _checked(parse_duration)]
-Mode = Annotated[int, _checked(_parse_mode), Field(ge=0, le=0o777)]
-Uid = Annotated[int, _checked(_parse_uid), Field(ge=0, lt=2**32 - 1)]
-Gid = Annotated[int, _checked(_parse_gid), Field(ge=0, lt=2**32 - 1)]
-AbsolutePath = Annotated[Path, _checked(_parse_path)]
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]*://")
 _SECRET_WORD = re.compile(r"secret|token|password|passwd|credential|(^|_)key", re.IGNORECASE)
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", hide_input_in_errors=True, validate_default=False, strict=False
-    )
-
-
-class SourceConfig(_Model):
+class SourceConfig(Model):
     """Where objects come from: one bucket, prefix or fsspec URL, and how to reach it."""
 
     name: str = Field(
@@ -190,7 +121,7 @@ def _collect(options: Mapping[str, Any], found: list[str]) -> None:
             found.append(value)
 
 
-class Tuning(_Model):
+class Tuning(Model):
     """How hard, and how patiently, an origin is asked."""
 
     concurrency: int = Field(
@@ -240,7 +171,7 @@ def default_runtime_dir(env: Mapping[str, str] = os.environ) -> Path:
     return Path(f"/tmp/fusecache-{os.geteuid()}")  # noqa: S108  its owner and mode are checked before use
 
 
-class MountConfig(_Model):
+class MountConfig(Model):
     """All that a mount needs to know."""
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
@@ -265,6 +196,7 @@ class MountConfig(_Model):
         "after a reboot or unclean stop, or at every read.",
     )
     tuning: Tuning = Field(default_factory=Tuning)
+    peers: PeerSettings = Field(default_factory=PeerSettings)
     allow_other: bool = Field(default=False, description="Let all users of the machine read the mount.")
     uid: Uid = Field(default_factory=os.geteuid, description="Owner of all files, a number or name.")
     gid: Gid = Field(default_factory=os.getegid, description="Group of all files, a number or name.")
@@ -353,7 +285,7 @@ class MountConfig(_Model):
 
     def secrets(self) -> list[str]:
         """All secret values in here, for redaction."""
-        return [secret for source in self.sources for secret in source.secrets()]
+        return [*(secret for source in self.sources for secret in source.secrets()), *self.peers.secrets()]
 
     def dump_private(self) -> bytes:
         """JSON with all secrets, for an inherited pipe or memfd only."""

@@ -64,11 +64,10 @@ def read_toml(file: Path) -> tuple[list[Setting], list[Table]]:
         setting
         for key, value in data.items()
         if key not in ("source", "sources")
-        for setting in reader.settings((key,), value, nested=key == "tuning")
+        for setting in reader.settings((key,), value, nested=key in ("tuning", "peers"))
     ]
-    if any(
-        s.path[-1] in ("secret_access_key", "session_token") for source in sources for s in source.settings
-    ):
+    given = [*top, *(setting for source in sources for setting in source.settings)]
+    if any(setting.path[-1] in ("secret_access_key", "session_token", "secret") for setting in given):
         _warn_if_readable(file)
     return top, sources
 

@@ -30,41 +30,46 @@ class Board:
         self.tasks: deque[Callable[[], None]] = deque()
         self._limit = limit
         self._begin = begin
-        self._demand: deque[tuple[ObjectLoad, int]] = deque()
+        self._demand: tuple[deque[tuple[ObjectLoad, int]], ...] = (deque(), deque())
+        """What somebody waits for: from the origin or the disk, and from other nodes."""
         self._later: list[tuple[float, int, ObjectLoad, range]] = []
         self._order = itertools.count()
 
-    @property
-    def urgent(self) -> bool:
-        """Whether somebody may be waiting for work that nobody took yet."""
-        return bool(self._demand)
+    def urgent(self, remote: bool) -> bool:
+        """Whether somebody may be waiting for work of this kind that nobody took yet."""
+        return bool(self._demand[remote])
 
     @property
     def next_due(self) -> float | None:
         """When something that was put off is due."""
         return self._later[0][0] if self._later else None
 
-    def take(self, demand_only: bool, now: float) -> Job | Callable[[], None] | None:
-        """The next thing to do."""
-        while self._demand:
-            load, block = self._demand.popleft()
+    def take(self, demand_only: bool, now: float, remote: bool = False) -> Job | Callable[[], None] | None:
+        """The next thing to do: what comes from other nodes, or all the rest. They never do each other's work: all
+        threads of all nodes could wait for one another."""
+        demand = self._demand[remote]
+        while demand:
+            load, block = demand.popleft()
             if load.idle[block] and block in load.waiting:
+                if load.is_remote(block) is not remote:
+                    self._demand[not remote].append((load, block))
+                    continue
                 return load.take(block, self._limit)
         if demand_only or self.paused:
             return None
-        if self.tasks:
+        if self.tasks and not remote:
             return self.tasks.popleft()
         for being_read in (True, False):
             for load in list(self.active):
                 if load.being_read is not being_read or load.resting_until > now:
                     continue
-                job = load.take_ahead(self._limit)
+                job = load.take_ahead(self._limit, remote)
                 if job is not None:
                     if being_read:
                         self.active.remove(load)
                         self.active.append(load)
                     return job
-        if self.ahead:
+        if self.ahead and not remote:
             version, source = self.ahead.popleft()
             return lambda: self._begin(version, source)
         return None
@@ -74,7 +79,7 @@ class Board:
         called = False
         for block in blocks:
             if load.idle[block]:
-                self._demand.append((load, block))
+                self._demand[load.is_remote(block)].append((load, block))
                 called = True
         return called
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import xxhash
 
 from fusecache.blocks import block_bytes
 from fusecache.errors import StoreError
+from fusecache.loader.interface import Again, Expect, Supplier
 from fusecache.loader.load import ObjectLoad
-
-if TYPE_CHECKING:
-    from fusecache.origin import Origin
 
 _log = logging.getLogger(__name__)
 
@@ -50,15 +48,15 @@ def verify(load: ObjectLoad, blocks: range, tower: Tower) -> list[int]:
 def fetch(
     load: ObjectLoad,
     blocks: range,
-    origin: Origin,
+    supplier: Supplier,
     tower: Tower,
     *,
     deadline: float,
     cancelled: Callable[[], bool],
 ) -> list[int]:
-    """Fetch blocks from the origin; returns those that did not land though nothing failed.
+    """Fetch blocks; returns those that did not land though nothing failed.
 
-    `deadline` is a time.monotonic(). Raises what Origin.read raises, and StoreError when the store failed:
+    `deadline` is a time.monotonic(). Raises what Supplier.supply raises, and StoreError when the store failed:
     blocks that landed before that stay.
     """
     with load.stored.claim(blocks) as granted:
@@ -79,7 +77,7 @@ def fetch(
             sink = _Sink(load, tower)
         if blocks:
             try:
-                _stream(load, blocks, origin, sink, deadline, cancelled)
+                _stream(load, blocks, supplier, sink, deadline, cancelled)
             finally:
                 sink.close()
         return left
@@ -88,18 +86,28 @@ def fetch(
 def _stream(
     load: ObjectLoad,
     blocks: range,
-    origin: Origin,
+    supplier: Supplier,
     sink: _Sink,
     deadline: float,
     cancelled: Callable[[], bool],
 ) -> None:
     block_size, size = load.stored.block_size, load.version.size
-    offset = blocks.start * block_size
-    length = min(blocks.stop * block_size, size) - offset
     block = blocks.start
+    offset = block * block_size
     room = block_bytes(block, size, block_size)
-    for chunk in origin.read(load.version, offset, length, deadline=deadline, cancelled=cancelled):
-        with memoryview(chunk) as view:
+    expected: Expect | None = None
+    items = supplier.supply(
+        load.version, load.source, blocks, block_size, deadline=deadline, cancelled=cancelled
+    )
+    for item in items:
+        if isinstance(item, Expect | Again):
+            expected = item if isinstance(item, Expect) else None
+            if offset > block * block_size:
+                sink.reset()
+                offset = block * block_size
+                room = block_bytes(block, size, block_size)
+            continue
+        with memoryview(item) as view:
             sink.write(offset, view)
             at = 0
             while at < len(view):
@@ -107,12 +115,20 @@ def _stream(
                 sink.add(part)
                 at += len(part)
                 room -= len(part)
-                if room == 0:
-                    sink.finish(block)
-                    block += 1
-                    if block < blocks.stop:
-                        room = block_bytes(block, size, block_size)
-            offset += len(view)
+                offset += len(part)
+                if room:
+                    continue
+                if expected is not None and not sink.matches(expected.checksum):
+                    expected.bad = True
+                    sink.reset()
+                    offset = block * block_size
+                    room = block_bytes(block, size, block_size)
+                    break
+                expected = None
+                sink.finish(block)
+                block += 1
+                if block < blocks.stop:
+                    room = block_bytes(block, size, block_size)
 
 
 class _Sink:
@@ -135,6 +151,16 @@ class _Sink:
         piece, self._block = bytes(self._block), bytearray()
         self._tower.land(self._load, block, piece)
 
+    def matches(self, checksum: int) -> bool:
+        """Whether the bytes of the current block have this xxh3_64."""
+        digest = xxhash.xxh3_64()
+        digest.update(self._block)
+        return (digest.intdigest() or 1) == checksum
+
+    def reset(self) -> None:
+        """Begin the current block anew."""
+        self._block = bytearray()
+
     def close(self) -> None:
         """The flight is over."""
 
@@ -152,6 +178,12 @@ class _StoreSink(_Sink):
 
     def add(self, data: memoryview) -> None:
         self._digest.update(data)
+
+    def matches(self, checksum: int) -> bool:
+        return (self._digest.intdigest() or 1) == checksum
+
+    def reset(self) -> None:
+        self._digest.reset()
 
     def finish(self, block: int) -> None:
         stored = self._load.stored

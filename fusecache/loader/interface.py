@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from fusecache.types import ObjectVersion
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from fusecache.origin import Origin
 
 
 @dataclass(frozen=True)
@@ -42,3 +47,79 @@ class LoaderStats:
     flights_failed: int = 0
     bytes_uncached: int = 0
     """Fetched, and handed over without being stored."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where the stripes of one object come from. A stripe is `stripe` blocks, the last one may be shorter; flights do
+    not cross its ends. `remote` has a byte per stripe, 1: from another node. `order` is that of fetching ahead."""
+
+    stripe: int
+    remote: bytes
+    order: Sequence[int]
+
+
+class Expect:
+    """What the bytes of the next block hash to, says who sends them; `bad` is set when they did not. Then the same
+    block has to come again."""
+
+    def __init__(self, checksum: int) -> None:
+        self.checksum = checksum
+        self.bad = False
+
+
+class Again:
+    """The bytes of the current block so far are void: it comes again from its start."""
+
+
+class Supplier(Protocol):
+    """Where the bytes of flights come from. Thread-safe."""
+
+    crew: int
+    """Threads that may wait for other nodes; 0: there are none."""
+
+    def route(self, version: ObjectVersion, block_size: int) -> Route | None:
+        """Where the stripes of this object come from; None: all from its origin. May take milliseconds."""
+        ...
+
+    def supply(
+        self,
+        version: ObjectVersion,
+        source: str,
+        blocks: range,
+        block_size: int,
+        *,
+        deadline: float,
+        cancelled: Callable[[], bool],
+    ) -> Iterator[Buffer | Expect | Again]:
+        """The bytes of these blocks in order, in chunks that are valid until the next is asked for. `deadline` is a
+        time.monotonic(). Raises what Origin.read raises."""
+        ...
+
+
+class OriginSupplier:
+    """Everything from the origins, by source name."""
+
+    crew = 0
+
+    def __init__(self, origins: Mapping[str, Origin]) -> None:
+        self._origins = origins
+
+    def route(self, version: ObjectVersion, block_size: int) -> Route | None:
+        """See Supplier."""
+        return None
+
+    def supply(
+        self,
+        version: ObjectVersion,
+        source: str,
+        blocks: range,
+        block_size: int,
+        *,
+        deadline: float,
+        cancelled: Callable[[], bool],
+    ) -> Iterator[Buffer | Expect | Again]:
+        """See Supplier."""
+        offset = blocks.start * block_size
+        length = min(blocks.stop * block_size, version.size) - offset
+        return self._origins[source].read(version, offset, length, deadline=deadline, cancelled=cancelled)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from fusecache.blocks import block_bytes
 from fusecache.errors import FusecacheError
+from fusecache.loader.interface import Route
 from fusecache.loader.waiters import Waiter
 from fusecache.store import StoredObject
 from fusecache.types import ObjectVersion
@@ -49,6 +50,9 @@ class ObjectLoad:
         self.waiting: dict[int, list[Waiter]] = {}
         self.position = 0
         """Block behind the last one that was asked for."""
+        self.route: Route | None = None
+        self._cursors = [0, 0]
+        """Per kind (0: from the origin, 1: from nodes), where in the route's order the next idle block may be."""
 
     def bytes_of(self, blocks: Iterable[int]) -> int:
         """Length of these blocks."""
@@ -59,23 +63,57 @@ class ObjectLoad:
         """Whether a block is neither there nor in flight."""
         return self.idle.find(1) >= 0
 
+    def follow(self, route: Route | None) -> None:
+        """From now on the stripes come from where `route` says."""
+        self.route = route
+        self._cursors = [0, 0]
+
+    def is_remote(self, block: int) -> bool:
+        """Whether this block comes from another node: it has an owner, and is not on the disk already."""
+        route = self.route
+        if route is None or not route.remote[block // route.stripe]:
+            return False
+        return not self.stored.unverified(block)
+
     def take(self, block: int, limit: int) -> Job:
         """The flight of at most `limit` blocks that begins with this idle one."""
         verify = self.stored.unverified(block)
         stop = block + 1
         end = min(len(self.idle), block + limit)
+        if self.route is not None:
+            end = min(end, (block // self.route.stripe + 1) * self.route.stripe)
         while stop < end and self.idle[stop] and self.stored.unverified(stop) == verify:
             stop += 1
         self.idle[block:stop] = bytes(stop - block)
         self.jobs += 1
         return Job(self, range(block, stop), verify)
 
-    def take_ahead(self, limit: int) -> Job | None:
-        """The next flight nobody waits for: ahead of the reader, then what is left."""
+    def take_ahead(self, limit: int, remote: bool = False) -> Job | None:
+        """The next flight nobody waits for: ahead of the reader, then what is left. With a route, only what comes
+        from other nodes, or only what does not."""
+        if self.route is not None:
+            block = self._routed(self.route, remote)
+            return None if block is None else self.take(block, limit)
+        if remote:
+            return None
         block = self.idle.find(1, self.position)
         if block < 0:
             block = self.idle.find(1)
         return None if block < 0 else self.take(block, limit)
+
+    def _routed(self, route: Route, remote: bool) -> int | None:
+        if self.being_read:
+            block = self.idle.find(1, self.position, self.position + route.stripe)
+            if block >= 0 and self.is_remote(block) is remote:
+                return block
+        for at in range(self._cursors[remote], len(route.order)):
+            start = route.order[at] * route.stripe
+            block = self.idle.find(1, start, start + route.stripe)
+            if block >= 0 and self.is_remote(block) is remote:
+                self._cursors[remote] = at
+                return block
+        self._cursors[remote] = len(route.order)
+        return None
 
     def give_back(self, blocks: Iterable[int]) -> list[int]:
         """Make blocks idle that a flight did not land; returns those that somebody waits for."""
@@ -83,6 +121,7 @@ class ObjectLoad:
         for block in blocks:
             if not self.stored.present(block):
                 self.idle[block] = 1
+                self._cursors = [0, 0]
             if block in self.waiting:
                 wanted.append(block)
         return wanted
@@ -91,6 +130,7 @@ class ObjectLoad:
         """A block is in the store, or in `piece`: returns the waiters that have all of theirs now."""
         if piece is not None:
             self.idle[block] = 1
+            self._cursors = [0, 0]
         complete = []
         for waiter in self.waiting.pop(block, ()):
             waiter.missing.discard(block)

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -41,11 +40,19 @@ from fusecache.errors import (
 from fusecache.loader import flight
 from fusecache.loader.ahead import shards_behind
 from fusecache.loader.board import Board
-from fusecache.loader.interface import Library, LoaderSettings, LoaderStats
+from fusecache.loader.gather import gather
+from fusecache.loader.interface import (
+    Library,
+    LoaderSettings,
+    LoaderStats,
+    OriginSupplier,
+    Route,
+    Supplier,
+)
 from fusecache.loader.load import Job, ObjectLoad
 from fusecache.loader.pace import Pace
 from fusecache.loader.plan import is_shard
-from fusecache.loader.waiters import Waiter
+from fusecache.loader.waiters import Waiter, settle
 from fusecache.store import Store
 from fusecache.types import ObjectId, ObjectVersion
 
@@ -65,20 +72,26 @@ _PLAN_AGAIN = 60.0
 
 
 class Loader:
-    """Brings object versions into `store` from `origins` (by source name). Thread-safe; `start` and `close`, or a
-    with block, own the crew."""
+    """Brings object versions into `store` from `origins` (by source name), or from wherever `supplier` has them.
+    Thread-safe; `start` and `close`, or a with block, own the crew."""
 
     def __init__(
-        self, store: Store, origins: Mapping[str, Origin], library: Library, settings: LoaderSettings
+        self,
+        store: Store,
+        origins: Mapping[str, Origin],
+        library: Library,
+        settings: LoaderSettings,
+        supplier: Supplier | None = None,
     ) -> None:
         self.store = store
         self.stats = LoaderStats()
-        self._origins = origins
+        self._supplier: Supplier = supplier or OriginSupplier(origins)
         self._library = library
         self._settings = settings
         self._lock = threading.Lock()
         self._wake_any = threading.Condition(self._lock)
         self._wake_demand = threading.Condition(self._lock)
+        self._wake_remote = threading.Condition(self._lock)
         self._wake_clock = threading.Condition(self._lock)
         self._loads: dict[ObjectId, ObjectLoad] = {}
         self._board = Board(max(1, settings.range_bytes // store.block_size), self._begin)
@@ -95,7 +108,11 @@ class Loader:
         # One thread at least must be free of tasks, which may wait for bytes themselves.
         reserved = max(1, self._settings.concurrency // 4)
         for number in range(max(2, self._settings.concurrency)):
-            self._thread(f"loader-{number}", self._work, number < reserved)
+            wake = self._wake_demand if number < reserved else self._wake_any
+            self._thread(f"loader-{number}", self._work, wake, number < reserved, False)
+        for number in range(self._supplier.crew):
+            wanted_only = number < self._supplier.crew // 4
+            self._thread(f"peers-{number}", self._work, self._wake_remote, wanted_only, True)
         self._thread("loader-clock", self._clock)
 
     def _thread(self, name: str, work: Callable[..., None], *args: object) -> None:
@@ -110,9 +127,9 @@ class Loader:
             waiters = list(self._waiters)
             for waiter in waiters:
                 self._forget(waiter)
-            for condition in (self._wake_any, self._wake_demand, self._wake_clock):
+            for condition in (self._wake_any, self._wake_demand, self._wake_remote, self._wake_clock):
                 condition.notify_all()
-        self._settle(waiters, CancelledReadError("the mount is going away"))
+        settle(waiters, CancelledReadError("the mount is going away"))
         deadline = time.monotonic() + timeout
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -145,6 +162,7 @@ class Loader:
                 return load
         stored = self.store.open(version)
         fresh = ObjectLoad(version, source, stored)
+        fresh.follow(self._supplier.route(version, stored.block_size))
         with self._lock:
             load = self._loads.get(version.id)
             if load is None or load.stored.retired:
@@ -153,6 +171,19 @@ class Loader:
         if load is not fresh:
             stored.close()
         return load
+
+    def reroute(self) -> None:
+        """Nodes came or went: ask the supplier anew where the stripes come from."""
+        with self._lock:
+            loads = list(self._loads.values())
+        routes: list[tuple[ObjectLoad, Route | None]] = [
+            (load, self._supplier.route(load.version, load.stored.block_size)) for load in loads
+        ]
+        with self._lock:
+            for load, route in routes:
+                load.follow(route)
+                self._call_for(load, list(load.waiting))
+            self._wake_all()
 
     def release(self, load: ObjectLoad) -> None:
         """Drop one open. What was begun goes on until the file is whole."""
@@ -172,16 +203,23 @@ class Loader:
         return load.stored.retired
 
     def request(
-        self, load: ObjectLoad, offset: int, length: int, settled: Callable[[Waiter], None]
+        self,
+        load: ObjectLoad,
+        offset: int,
+        length: int,
+        settled: Callable[[Waiter], None],
+        *,
+        whole: bool = True,
     ) -> Waiter | None:
         """Ask for bytes. None: they are in the store; otherwise `settled` will be called (see Waiter). Raises the
-        error that this version can't be had any more."""
+        error that this version can't be had any more. `whole`: a reader asks, so fetch all of the file."""
         stored = load.stored
         blocks = block_range(offset, length, load.version.size, stored.block_size)
         with self._lock:
-            first = not load.read
-            load.read = load.being_read = True
-            load.position = blocks.stop
+            first = whole and not load.read
+            if whole:
+                load.read = load.being_read = True
+                load.position = blocks.stop
             missing = [block for block in blocks if not stored.present(block)]
             if missing and (load.gone is not None or self._stopping):
                 raise load.gone or CancelledReadError("the mount is going away")
@@ -242,25 +280,11 @@ class Loader:
         self, load: ObjectLoad, offset: int, length: int, pieces: Mapping[int, bytes]
     ) -> bytes | None:
         """Present bytes, some of them from a waiter's pieces; None: the disk did not give them."""
-        size, block_size = load.version.size, load.stored.block_size
-        parts: list[bytes | memoryview] = []
-        for block in block_range(offset, length, size, block_size):
-            start = max(offset, block * block_size)
-            stop = min(offset + length, size, (block + 1) * block_size)
-            if block in pieces:
-                part: bytes | memoryview = memoryview(pieces[block])[
-                    start - block * block_size : stop - block * block_size
-                ]
-            else:
-                try:
-                    part = os.pread(load.stored.fileno(), stop - start, start)
-                except (OSError, StoreError):
-                    part = b""
-            if len(part) != stop - start:
-                self.suspect(load, block)
-                return None
-            parts.append(part)
-        return b"".join(parts)
+        data = gather(load.stored, offset, length, pieces)
+        if isinstance(data, int):
+            self.suspect(load, data)
+            return None
+        return data
 
     def suspect(self, load: ObjectLoad, block: int) -> None:
         """The disk did not give a block that is present: look at it again, and fetch it anew if it is bad."""
@@ -276,7 +300,7 @@ class Loader:
             known.update(load.version.id for load in self._board.active)
             fresh = [(version, source) for version, source in versions if version.id not in known]
             self._board.ahead.extend(fresh)
-            self._wake_any.notify_all()
+            self._wake_all()
 
     def hurry(self, load: ObjectLoad) -> None:
         """Somebody is going to read all of this: fetch it, and then what follows."""
@@ -330,14 +354,13 @@ class Loader:
 
     # -- the crew
 
-    def _work(self, demand_only: bool) -> None:
-        wake = self._wake_demand if demand_only else self._wake_any
+    def _work(self, wake: threading.Condition, demand_only: bool, remote: bool) -> None:
         while True:
             with self._lock:
-                job = self._take(demand_only)
+                job = self._take(demand_only, remote)
                 while job is None and not self._stopping:
                     wake.wait()
-                    job = self._take(demand_only)
+                    job = self._take(demand_only, remote)
                 if self._stopping:
                     return
             try:
@@ -348,10 +371,10 @@ class Loader:
             except Exception:
                 _log.exception("a flight ended in an unforeseen error")
 
-    def _take(self, demand_only: bool) -> Job | Callable[[], None] | None:
-        job = self._board.take(demand_only, time.monotonic())
-        if job is not None and self._board.urgent:
-            self._wake_any.notify()
+    def _take(self, demand_only: bool, remote: bool) -> Job | Callable[[], None] | None:
+        job = self._board.take(demand_only, time.monotonic(), remote)
+        if job is not None and self._board.urgent(remote):
+            (self._wake_remote if remote else self._wake_any).notify()
         return job
 
     def _fly(self, job: Job) -> None:
@@ -367,7 +390,7 @@ class Loader:
                 left = flight.fetch(
                     load,
                     job.blocks,
-                    self._origins[load.source],
+                    self._supplier,
                     self,
                     deadline=started + self._settings.deadline,
                     cancelled=lambda: self._stopping or load.gone is not None,
@@ -398,7 +421,7 @@ class Loader:
                 self._board.retire(load)
             closing = self._closable(load)
             complete = load.stored.complete
-        self._settle(failed, error)
+        settle(failed, error)
         if complete:
             self._library.completed(load.version)
         if gone:
@@ -453,7 +476,7 @@ class Loader:
                 self.stats.bytes_uncached += length
             waiters = load.land(block, piece)
             self._waiters.difference_update(waiters)
-        self._settle(waiters, None)
+        settle(waiters, None)
 
     def put_off(self, load: ObjectLoad, blocks: range) -> None:
         """See flight.Tower."""
@@ -476,24 +499,21 @@ class Loader:
         if self._board.call_for(load, blocks):
             self._wake_any.notify()
             self._wake_demand.notify()
+            self._wake_remote.notify_all()
+
+    def _wake_all(self) -> None:
+        self._wake_any.notify_all()
+        self._wake_remote.notify_all()
 
     def _want_all(self, load: ObjectLoad) -> None:
         if self._settings.prefetch and self._board.activate(load):
-            self._wake_any.notify_all()
+            self._wake_all()
 
     def _forget(self, waiter: Waiter) -> None:
         self._waiters.discard(waiter)
         waiter.load.drop(waiter)
 
     # -- without the lock
-
-    def _settle(self, waiters: Iterable[Waiter], error: FusecacheError | None) -> None:
-        for waiter in waiters:
-            waiter.error = error
-            try:
-                waiter.settled(waiter)
-            except Exception:
-                _log.exception("%s: a reader could not be answered", waiter.load.version.key)
 
     def _begin(self, version: ObjectVersion, source: str) -> None:
         try:
@@ -504,7 +524,7 @@ class Loader:
         with self._lock:
             load.read = True
             if self._board.activate(load):
-                self._wake_any.notify_all()
+                self._wake_all()
             complete = load.stored.complete
         if complete:
             self._library.completed(version)
@@ -533,6 +553,7 @@ class Loader:
                 for load, blocks in self._board.due(now):
                     self._call_for(load, load.give_back(blocks))
                     self._wake_any.notify()
+                    self._wake_remote.notify()
                 expired = [waiter for waiter in self._waiters if waiter.deadline <= now]
                 for waiter in expired:
                     self._forget(waiter)
@@ -545,4 +566,4 @@ class Loader:
                     continue
             for waiter in expired:
                 text = f"{waiter.load.version.key}: not within the deadline of {self._settings.deadline:g} s"
-                self._settle([waiter], UnavailableError(text))
+                settle([waiter], UnavailableError(text))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from fusecache.errors import FusecacheError
 
 if TYPE_CHECKING:
     from fusecache.loader.load import ObjectLoad
+
+_log = logging.getLogger(__name__)
 
 
 class Waiter:
@@ -41,3 +44,13 @@ class Waiter:
         self.settled = settled
         self.error: FusecacheError | None = None
         self.pieces: dict[int, bytes] = {}
+
+
+def settle(waiters: Iterable[Waiter], error: FusecacheError | None) -> None:
+    """Tell these readers that their bytes are there, or why not. Without a lock: they answer the kernel."""
+    for waiter in waiters:
+        waiter.error = error
+        try:
+            waiter.settled(waiter)
+        except Exception:
+            _log.exception("%s: a reader could not be answered", waiter.load.version.key)

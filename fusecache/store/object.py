@@ -122,6 +122,11 @@ class StoredObject:
             return False
         return block not in self._bad
 
+    def checksum(self, block: int) -> int:
+        """xxh3_64 of a block in the data file, 0 for none."""
+        files = self._files
+        return 0 if files is None else files.sums[block]
+
     def covered(self, offset: int, length: int) -> bool:
         """Whether all blocks of the bytes [offset, offset + length), as far as the object has them, are
         present."""

@@ -25,8 +25,12 @@ ALLOWED: dict[str, set[str]] = {
     "origin": GROUND,
     "catalog": GROUND,
     "loader": GROUND | {"store", "origin", "catalog"},
-    "cli": GROUND | {"mounts", "control", "telemetry", "store", "origin", "catalog", "loader", "cli"},
-    "mount": GROUND | {"mounts", "control", "telemetry", "store", "origin", "catalog", "loader"},
+    "peers": GROUND,
+    "cluster": GROUND | {"store", "origin", "loader", "peers"},
+    "cli": GROUND
+    | {"mounts", "control", "telemetry", "store", "origin", "catalog", "loader", "peers", "cluster", "cli"},
+    "mount": GROUND
+    | {"mounts", "control", "telemetry", "store", "origin", "catalog", "loader", "peers", "cluster"},
 }
 """Room -> rooms that it may import, besides itself. '' is the package itself, which holds the version only."""
 
@@ -38,6 +42,7 @@ PURE = (
     "fusecache/store/format.py",
     "fusecache/store/eviction.py",
     "fusecache/loader/plan.py",
+    "fusecache/peers/placement.py",
     "mount/nodeids.py",
     "mount/protocol.py",
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fusecache.cli import options
-from fusecache.config import MountConfig, SourceConfig, Tuning
+from fusecache.config import MountConfig, PeerSettings, SourceConfig, Tuning
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "OPTIONS.md"
 
@@ -19,9 +19,9 @@ def test_the_reference_is_current() -> None:
 
 def test_every_option_is_explained() -> None:
     text = options.reference()
-    for model in (MountConfig, Tuning, SourceConfig):
+    for model in (MountConfig, Tuning, PeerSettings, SourceConfig):
         for name, field in model.model_fields.items():
-            if name not in ("sources", "tuning", "mountpoint"):
+            if name not in ("sources", "tuning", "peers", "mountpoint"):
                 assert f"| `{name}` |" in text
                 assert field.description
 

@@ -1,0 +1,1 @@
+"""Other nodes: who is there, which stripes are whose, and the protocol between them."""

@@ -1,0 +1,32 @@
+"""What a node of a cluster is: pure data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PROTOCOL = 1
+"""Version of the exchange's protocol (docs/PROTOCOL.md): nodes of another one are left out."""
+
+
+@dataclass(frozen=True, order=True)
+class Member:
+    """A node that serves blocks. `name` is unique in its cluster, `url` has a scheme, host and port, `weight` is in
+    bytes of cache."""
+
+    name: str
+    url: str
+    weight: int
+
+
+@dataclass(frozen=True)
+class Health:
+    """What a node says of itself (GET /v1/health). `instance` is drawn at random at its start, `time` is in seconds
+    since the epoch."""
+
+    name: str
+    instance: str
+    weight: int
+    tenant: str
+    protocol: int
+    version: str
+    time: float

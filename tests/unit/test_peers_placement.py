@@ -1,0 +1,89 @@
+"""Which node has which stripe."""
+
+from __future__ import annotations
+
+import statistics
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusecache.peers.member import Member
+from fusecache.peers.placement import fetch_order, owners, ranking, stripe_count
+from fusecache.types import ObjectId
+
+OBJECT = ObjectId("0123456789abcdef" * 2)
+
+
+def cluster(count: int, weight: int = 1 << 40) -> list[Member]:
+    return [Member(f"node-{number}", f"http://10.0.0.{number}:7070", weight) for number in range(count)]
+
+
+def test_each_node_has_its_share() -> None:
+    found = owners(OBJECT, 20_000, cluster(10))
+    shares = [found.count(number) for number in range(10)]
+    assert min(shares) > 1800
+    assert max(shares) < 2200
+
+
+def test_shares_are_by_weight() -> None:
+    members = [Member("small", "http://a:1", 1 << 30), Member("large", "http://b:1", 3 << 30)]
+    found = owners(OBJECT, 20_000, members)
+    assert 0.73 < found.count(1) / 20_000 < 0.77
+
+
+@given(st.integers(2, 12), st.integers(0, 11))
+def test_who_leaves_gives_away_its_own_stripes_only(count: int, leaver: int) -> None:
+    members = cluster(count)
+    leaver %= count
+    left = [member for member in members if member is not members[leaver]]
+    before = [members[at].name for at in owners(OBJECT, 400, members)]
+    after = [left[at].name for at in owners(OBJECT, 400, left)]
+    gone = members[leaver].name
+    assert all(was == now for was, now in zip(before, after, strict=True) if was != gone)
+    assert gone not in after
+
+
+def test_what_a_leaver_had_goes_to_all_the_others() -> None:
+    members = cluster(8)
+    before = owners(OBJECT, 8000, members)
+    after = owners(OBJECT, 8000, members[:-1])
+    heirs = [after[stripe] for stripe, owner in enumerate(before) if owner == 7]
+    assert statistics.pstdev(heirs.count(at) for at in range(7)) < 30
+
+
+@given(st.integers(1, 12), st.integers(0, 500))
+def test_the_ranking_begins_with_the_owner_and_loses_no_order_without_it(count: int, stripe: int) -> None:
+    members = cluster(count)
+    order = ranking(OBJECT, stripe, members)
+    assert sorted(order) == sorted(members)
+    assert members[owners(OBJECT, stripe + 1, members)[stripe]] == order[0]
+    assert ranking(OBJECT, stripe, order[1:]) == order[1:]
+    assert ranking(OBJECT, stripe, members, limit=2) == order[:2]
+
+
+def test_all_nodes_agree_whatever_the_order_they_know_the_others_in() -> None:
+    members = cluster(9)
+    assert all(
+        ranking(OBJECT, stripe, members) == ranking(OBJECT, stripe, members[::-1]) for stripe in range(50)
+    )
+
+
+@given(st.lists(st.integers(0, 6), max_size=60), st.one_of(st.none(), st.integers(0, 6)))
+def test_a_node_fetches_every_stripe_once_its_own_first(owned_by: list[int], me: int | None) -> None:
+    order = fetch_order(owned_by, 7, me)
+    assert sorted(order) == list(range(len(owned_by)))
+    if me is not None and me in owned_by:
+        assert owned_by[order[0]] == me
+    for owner in range(7):
+        mine = [stripe for stripe in order if owned_by[stripe] == owner]
+        assert mine == sorted(mine)
+
+
+def test_nodes_begin_at_different_owners() -> None:
+    owned_by = owners(OBJECT, 800, cluster(8))
+    second = {owned_by[fetch_order(owned_by, 8, me)[1]] for me in range(8)}
+    assert len(second) == 8
+
+
+def test_the_number_of_stripes() -> None:
+    assert [stripe_count(size, 10) for size in (0, 1, 10, 11)] == [0, 1, 1, 2]
