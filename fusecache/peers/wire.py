@@ -1,0 +1,226 @@
+"""The exchange's protocol (docs/PROTOCOL.md), as text and bytes: what both ends agree on. Pure.
+
+Everything that is parsed here comes from another machine: names, numbers and sizes are checked before they are used.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from fusecache.peers.errors import PeerError
+from fusecache.peers.member import PROTOCOL, Health
+from fusecache.types import ObjectId, ObjectVersion
+
+CONTENT_TYPE = "application/vnd.fusecache.blocks"
+FRAME = struct.Struct("<QII")
+"""Before the bytes of each block: xxh3_64 of them, their length, the block's index."""
+
+MAX_BLOCKS = 4096
+MAX_HOPS = 4
+MAX_SIZE = 64 << 40
+"""Bytes of an object: more than any object storage takes."""
+MAX_DEADLINE = 120.0
+MAX_HEADER = 16 * 1024
+"""Bytes of a request's or answer's head."""
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_PATH = re.compile(r"/v1/objects/([0-9a-f]{32})/blocks/(\d{1,12})-(\d{1,12})(\?frames=0)?")
+_NUMBER = re.compile(r"\d{1,18}")
+_DECIMAL = re.compile(r"\d{1,9}(\.\d{1,9})?")
+
+
+class RequestError(Exception):
+    """A request that is not answered with what it asks for. `text` is one line for whoever asked."""
+
+    def __init__(self, status: int, text: str, headers: Mapping[str, str] | None = None, **more: str) -> None:
+        super().__init__(text)
+        self.status = status
+        self.text = text
+        self.headers = dict(headers or {})
+        self.more = more
+        """Further members of the answer's JSON."""
+
+    def body(self) -> bytes:
+        """The answer's JSON."""
+        return json.dumps({"error": self.text, **self.more}).encode() + b"\n"
+
+
+@dataclass(frozen=True)
+class BlockRequest:
+    """Blocks of one object that a node wants. `version` is None for somebody who knows the id alone, and gets what is
+    stored; `deadline` is in seconds from now; `failed` are the nodes ahead of the asked one that did not answer."""
+
+    object_id: ObjectId
+    blocks: range
+    version: ObjectVersion | None = None
+    block_size: int | None = None
+    deadline: float = 60.0
+    hops: int = 0
+    stored_only: bool = False
+    failed: tuple[str, ...] = ()
+    direct: bool = False
+    """Do not send us to another holder."""
+    frames: bool = True
+    node: str = ""
+    """Who asks, as far as it said and, if requests are signed, proved."""
+
+    @property
+    def target(self) -> str:
+        """The path, with its query."""
+        query = "" if self.frames else "?frames=0"
+        return f"/v1/objects/{self.object_id}/blocks/{self.blocks.start}-{self.blocks.stop - 1}{query}"
+
+    def headers(self) -> dict[str, str]:
+        """What of it is not in the path."""
+        found = {"Fusecache-Deadline": f"{self.deadline:.3f}", "Fusecache-Hops": str(self.hops)}
+        if self.version is not None:
+            found["Fusecache-Version"] = pack_version(self.version)
+        if self.block_size is not None:
+            found["Fusecache-Block-Size"] = str(self.block_size)
+        if self.stored_only:
+            found["Fusecache-Only"] = "stored"
+        if self.direct:
+            found["Fusecache-Direct"] = "1"
+        if self.failed:
+            found["Fusecache-Failed"] = ",".join(self.failed)
+        if self.node:
+            found["Fusecache-Node"] = self.node
+        return found
+
+    def asked_again(self, blocks: range, deadline: float) -> BlockRequest:
+        """The same for other blocks, with so many seconds left."""
+        return replace(self, blocks=blocks, deadline=deadline)
+
+
+def parse_request(target: str, headers: Mapping[str, str]) -> BlockRequest:
+    """A request for blocks; header names are in lower case. Raises RequestError 400 or 404."""
+    match = _PATH.fullmatch(target)
+    if match is None:
+        raise RequestError(404, "no such resource: see docs/PROTOCOL.md")
+    first, last = int(match[2]), int(match[3])
+    if not first <= last < first + MAX_BLOCKS:
+        raise RequestError(400, f"1 to {MAX_BLOCKS} ascending blocks per request")
+    object_id = ObjectId(match[1])
+    version = None
+    if "fusecache-version" in headers:
+        version = unpack_version(headers["fusecache-version"])
+        if version.id != object_id:
+            raise RequestError(400, "Fusecache-Version is not the version of this object id")
+    failed = tuple(name for name in headers.get("fusecache-failed", "").split(",") if name)
+    if len(failed) > 64 or not all(NAME.fullmatch(name) for name in failed):
+        raise RequestError(400, "Fusecache-Failed is not a list of names")
+    node = headers.get("fusecache-node", "")
+    if node and not NAME.fullmatch(node):
+        raise RequestError(400, "Fusecache-Node is not a name")
+    hops = _number(headers, "fusecache-hops", 0)
+    if hops > MAX_HOPS:
+        raise RequestError(400, f"more than {MAX_HOPS} hops")
+    only = headers.get("fusecache-only", "")
+    if only not in ("", "stored"):
+        raise RequestError(400, "Fusecache-Only takes the word stored")
+    deadline = headers.get("fusecache-deadline", "60")
+    if not _DECIMAL.fullmatch(deadline):
+        raise RequestError(400, "Fusecache-Deadline is not in seconds")
+    block_size = _number(headers, "fusecache-block-size", 0)
+    return BlockRequest(
+        object_id,
+        range(first, last + 1),
+        version,
+        block_size or None,
+        min(float(deadline), MAX_DEADLINE),
+        hops,
+        only == "stored" or version is None,
+        failed,
+        headers.get("fusecache-direct") == "1",
+        match[4] is None,
+        node,
+    )
+
+
+def _number(headers: Mapping[str, str], name: str, default: int) -> int:
+    text = headers.get(name)
+    if text is None:
+        return default
+    if not _NUMBER.fullmatch(text):
+        raise RequestError(400, f"{name} is not a number")
+    return int(text)
+
+
+def pack_version(version: ObjectVersion) -> str:
+    """A version as a header's value."""
+    fields = [version.origin, version.key, version.etag, version.size, version.mtime_ns]
+    return base64.urlsafe_b64encode(json.dumps(fields, separators=(",", ":")).encode()).decode()
+
+
+def unpack_version(text: str) -> ObjectVersion:
+    """The version in a header's value. Raises RequestError 400."""
+    try:
+        fields = json.loads(base64.b64decode(text, altchars=b"-_", validate=True))
+        origin, key, etag, size, mtime_ns = fields
+    except (binascii.Error, ValueError, TypeError, RecursionError):
+        raise RequestError(400, "Fusecache-Version can't be read") from None
+    if not (isinstance(origin, str) and isinstance(key, str) and isinstance(etag, str)):
+        raise RequestError(400, "Fusecache-Version has a text of another type")
+    if type(size) is not int or type(mtime_ns) is not int or not 0 <= size <= MAX_SIZE:
+        raise RequestError(400, "Fusecache-Version has a number that can't be")
+    return ObjectVersion(origin, key, etag, size, mtime_ns)
+
+
+def pack_health(health: Health) -> bytes:
+    """What a node says of itself, as JSON."""
+    return json.dumps({**vars(health)}, separators=(",", ":")).encode() + b"\n"
+
+
+def unpack_health(body: bytes) -> Health:
+    """What a node says of itself. Raises PeerError when it is not that of a node of any protocol."""
+    try:
+        found = json.loads(body)
+        health = Health(**{name: found[name] for name in Health.__dataclass_fields__})
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise PeerError("what answers is not a node of a cluster") from None
+    texts = (health.name, health.instance, health.tenant, health.version)
+    if not all(isinstance(text, str) and len(text) <= 64 and text.isprintable() for text in texts):
+        raise PeerError("the node's names can't be read")
+    if not NAME.fullmatch(health.name) or not (health.tenant == "" or NAME.fullmatch(health.tenant)):
+        raise PeerError("the node's name or tenant is not a name")
+    if type(health.weight) is not int or not 1 <= health.weight <= 1 << 60:
+        raise PeerError(f"{health.name}: its weight can't be")
+    if type(health.protocol) is not int or isinstance(health.time, bool):
+        raise PeerError(f"{health.name}: its protocol can't be read")
+    if not isinstance(health.time, int | float):
+        raise PeerError(f"{health.name}: its time can't be read")
+    return health
+
+
+def frame_of(header: bytes | memoryview, block: int, length: int) -> int:
+    """The checksum in a frame's header, which has to be that of this block. Raises PeerError."""
+    checksum, found_length, found_block = FRAME.unpack(header)
+    if found_block != block or found_length != length or not checksum:
+        raise PeerError(f"sent block {found_block} of {found_length} bytes for block {block} of {length}")
+    return int(checksum)
+
+
+__all__ = [
+    "CONTENT_TYPE",
+    "FRAME",
+    "MAX_BLOCKS",
+    "MAX_DEADLINE",
+    "MAX_HEADER",
+    "MAX_HOPS",
+    "NAME",
+    "PROTOCOL",
+    "BlockRequest",
+    "RequestError",
+    "frame_of",
+    "pack_health",
+    "pack_version",
+    "parse_request",
+    "unpack_health",
+    "unpack_version",
+]
