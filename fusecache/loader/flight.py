@@ -68,7 +68,7 @@ def fetch(
         if any(load.stored.unverified(block) or load.stored.present(block) for block in blocks):
             return list(blocks)  # another process brought them while we asked
         reserved = load.bytes_of(blocks)
-        if load.stored.reserve(reserved):
+        if load.keeps(blocks.start) and load.stored.reserve(reserved):
             sink: _Sink = _StoreSink(load, tower, reserved)
             left: list[int] = []
         else:

@@ -52,11 +52,13 @@ class LoaderStats:
 @dataclass(frozen=True)
 class Route:
     """Where the stripes of one object come from. A stripe is `stripe` blocks, the last one may be shorter; flights do
-    not cross its ends. `remote` has a byte per stripe, 1: from another node. `order` is that of fetching ahead."""
+    not cross its ends. `remote` has a byte per stripe, 1: from another node. `order` is that of fetching ahead. `keep`:
+    what comes from other nodes is stored; otherwise it is only handed to who waits for it."""
 
     stripe: int
     remote: bytes
     order: Sequence[int]
+    keep: bool = True
 
 
 class Expect:

@@ -75,6 +75,11 @@ class ObjectLoad:
             return False
         return not self.stored.unverified(block)
 
+    def keeps(self, block: int) -> bool:
+        """Whether this block, once fetched, belongs into this node's store."""
+        route = self.route
+        return route is None or route.keep or not route.remote[block // route.stripe]
+
     def take(self, block: int, limit: int) -> Job:
         """The flight of at most `limit` blocks that begins with this idle one."""
         verify = self.stored.unverified(block)
@@ -92,6 +97,8 @@ class ObjectLoad:
         """The next flight nobody waits for: ahead of the reader, then what is left. With a route, only what comes
         from other nodes, or only what does not."""
         if self.route is not None:
+            if remote and not self.route.keep:
+                return None
             block = self._routed(self.route, remote)
             return None if block is None else self.take(block, limit)
         if remote:

@@ -186,7 +186,7 @@ class Loader:
             self._wake_all()
 
     def release(self, load: ObjectLoad) -> None:
-        """Drop one open. What was begun goes on until the file is whole."""
+        """Drop one open. What was begun goes on."""
         with self._lock:
             load.opens -= 1
             closing = self._closable(load)
@@ -247,6 +247,11 @@ class Loader:
             self.follow(load.version, load.source)
         return waiter
 
+    def coming(self, load: ObjectLoad, blocks: range) -> bool:
+        """Whether each of these blocks is in the store, or somebody is at it."""
+        with self._lock:
+            return all(not load.idle[block] or load.stored.unverified(block) for block in blocks)
+
     def cancel(self, waiter: Waiter) -> bool:
         """Nobody wants this any more; False: it was settled already, or is being settled."""
         with self._lock:
@@ -256,7 +261,7 @@ class Loader:
             return True
 
     def waits(self, waiter: Waiter) -> bool:
-        """Whether this waiter is not settled yet."""
+        """Whether it is not settled yet."""
         with self._lock:
             return waiter in self._waiters
 
@@ -287,14 +292,14 @@ class Loader:
         return data
 
     def suspect(self, load: ObjectLoad, block: int) -> None:
-        """The disk did not give a block that is present: look at it again, and fetch it anew if it is bad."""
+        """The disk did not give a present block: look at it again, and fetch it anew if it is bad."""
         if not load.stored.verify(block):
             with self._lock:
                 load.idle[block] = 1
                 self._call_for(load, [block] if block in load.waiting else [])
 
     def want(self, versions: Iterable[tuple[ObjectVersion, str]]) -> None:
-        """Fetch all of these versions (of these sources), in this order, without a reader."""
+        """Fetch these versions (of these sources), in this order, without a reader."""
         with self._lock:
             known = {version.id for version, _ in self._board.ahead}
             known.update(load.version.id for load in self._board.active)
@@ -321,7 +326,7 @@ class Loader:
             return self._board.before(load) / pace if pace else None
 
     def pause(self) -> None:
-        """Start no more flights that nobody waits for."""
+        """No more flights that nobody waits for."""
         with self._lock:
             self._board.pause()
 
@@ -489,7 +494,7 @@ class Loader:
         """See flight.Tower."""
         with self._lock:
             stop = max((block + 1 for block in blocks if block in load.waiting), default=blocks.start)
-            if stop == blocks.start and load in self._board.active:
+            if stop == blocks.start and load.keeps(blocks.start) and load in self._board.active:
                 self._board.retire(load)  # no space, and nobody waits: what is read later is asked for then
             return range(blocks.start, stop)
 

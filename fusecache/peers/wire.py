@@ -198,7 +198,7 @@ def unpack_health(body: bytes) -> Health:
     return health
 
 
-def frame_of(header: bytes | memoryview, block: int, length: int) -> int:
+def frame_of(header: bytes | bytearray, block: int, length: int) -> int:
     """The checksum in a frame's header, which has to be that of this block. Raises PeerError."""
     checksum, found_length, found_block = FRAME.unpack(header)
     if found_block != block or found_length != length or not checksum:

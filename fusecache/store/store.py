@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -59,6 +60,8 @@ class Store:
         self.directory = Path(directory)
         self.block_size = block_size
         self.verify_mode = verify
+        self.is_spare: Callable[[ObjectId], bool] = lambda _: False
+        """What goes first when there is no room: what is elsewhere, too. From any thread, often: has to be quick."""
         if limit <= 0 or free_floor < 0 or block_size <= 0:
             raise ConfigError(f"cache directory {directory}: cache_size and block_size must be above 0")
         self._lock = threading.Lock()
@@ -168,11 +171,15 @@ class Store:
             if self._records.evictable_bytes(self._evictable) < nbytes and not partly:
                 return 0
         freed = 0
-        for object_id in self._records.victims(self._evictable):
-            freed += self._evict_one(object_id, forced=False)
-            if freed >= nbytes:
-                break
+        for evictable in (self._spare, self._evictable):
+            for object_id in self._records.victims(evictable):
+                freed += self._evict_one(object_id, forced=False)
+                if freed >= nbytes:
+                    return freed
         return freed
+
+    def _spare(self, object_id: ObjectId) -> bool:
+        return self.is_spare(object_id) and self._evictable(object_id)
 
     def _evictable(self, object_id: ObjectId) -> bool:
         record = self._records.get(object_id)
@@ -255,6 +262,11 @@ class Store:
         """Every object version in the store, of all processes, as far as it is known (see scan.py)."""
         self._scanner.loaded.wait(_WAIT)
         return self._infos()
+
+    def version_of(self, object_id: ObjectId) -> ObjectVersion | None:
+        """The version with this id, if something of it is in the store."""
+        record = self._records.get(object_id)
+        return None if record is None else record.version
 
     def wait_scanned(self, timeout: float) -> bool:
         """Wait until the background scan has seen every object; False after `timeout` seconds."""

@@ -1,0 +1,348 @@
+"""One node's part in its cluster: membership, the server, the client, and what they know of each other."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import secrets
+import socket
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import trio
+
+import fusecache
+from fusecache.cluster.exchange import Exchange
+from fusecache.cluster.holdings import Holdings
+from fusecache.config import PeerSettings, split_address
+from fusecache.config.peers import is_loopback
+from fusecache.errors import ConfigError, FusecacheError
+from fusecache.loader import Loader
+from fusecache.peers.auth import Signer, Verifier, client_tls, server_tls, shared_secret
+from fusecache.peers.client import PeerClient
+from fusecache.peers.discovery import Discovery, Dns, Static
+from fusecache.peers.etcd import Etcd
+from fusecache.peers.member import PROTOCOL, Health
+from fusecache.peers.membership import Membership
+from fusecache.peers.placement import ranking
+from fusecache.peers.probe import HttpProbe
+from fusecache.peers.server import PeerServer
+from fusecache.store import Store
+from fusecache.types import ObjectId
+
+if TYPE_CHECKING:
+    from fusecache.origin import Origin
+
+_log = logging.getLogger(__name__)
+
+CREW = 64
+"""Requests to other nodes at a time: enough to follow all stripes that come from the origin (choice.ORIGIN_REQUESTS),
+and no more memory than a buffer each."""
+_COVERAGE_EVERY = 20.0
+"""Seconds between looks at what the other nodes have, while the cache is nearly full."""
+_COVERAGE_TIMEOUT = 5.0
+_NEARLY_FULL = 0.8
+
+
+class Cluster:
+    """Make it, give the loader its `exchange` as supplier, then `run` it. Raises ConfigError."""
+
+    def __init__(
+        self,
+        settings: PeerSettings,
+        store: Store,
+        origins: Mapping[str, Origin],
+        *,
+        concurrency: int,
+        weight: int,
+        metrics: Callable[[], str],
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._origins = origins
+        self._metrics = metrics
+        self._instance = secrets.token_hex(8)
+        self._weight = max(1, settings.weight or weight)
+        secret = shared_secret(settings)
+        self._server_tls, tls = server_tls(settings), client_tls(settings)
+        self._client_tls = tls
+        self._verifier = None if secret is None else Verifier(secret, settings.tenant)
+        signer = None if secret is None else Signer(secret, settings.node, settings.tenant)
+        self._client = PeerClient(settings.node, signer=signer, tls=tls, connect_timeout=settings.timeout)
+        self._url = self._own_url()
+        self._coverage: dict[str, dict[ObjectId, int]] = {}
+        """Node -> object -> bytes, as last seen."""
+        self._members = _Late()
+        self.exchange = Exchange(
+            settings.node,
+            self._members,
+            self._client,
+            origins,
+            stripe=settings.stripe,
+            crew=CREW,
+            concurrency=concurrency,
+            fallback=settings.fallback,
+            keep=settings.local_copies == "all",
+        )
+        self._holdings: Holdings | None = None
+        store.is_spare = self._is_spare
+
+    def _own_url(self) -> str | None:
+        """Where others reach this node; None: it does not serve. Raises ConfigError."""
+        settings = self._settings
+        if not settings.listen:
+            return None
+        if settings.advertise:
+            return settings.advertise
+        host, port = split_address(settings.listen)
+        if host in ("", "0.0.0.0", "::"):  # noqa: S104  what was configured
+            host = _address_towards(settings)
+        if ":" in host:
+            host = f"[{host}]"
+        return f"{'https' if self._server_tls else 'http'}://{host}:{port}"
+
+    def health(self) -> Health:
+        """What this node says of itself."""
+        return Health(
+            self._settings.node,
+            self._instance,
+            self._weight,
+            self._settings.tenant,
+            PROTOCOL,
+            fusecache.__version__,
+            time.time(),
+        )
+
+    async def run(
+        self, loader: Loader, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Take part until cancelled; started once it is known who is there, or after some seconds. Raises ConfigError
+        when the address to serve at can't be had."""
+        async with trio.open_nursery() as nursery, HttpProbe(self._client_tls) as probe:
+            if self._url is not None:
+                await self._serve(loader, nursery)
+            changed = trio.Event()
+
+            def on_change() -> None:
+                changed.set()
+
+            membership = Membership(self.health(), self._url, self._discovery(), probe, on_change=on_change)
+            self._members.membership = membership
+            await nursery.start(membership.run)
+            nursery.start_soon(self._look_at_coverage)
+            await trio.to_thread.run_sync(loader.reroute)
+            task_status.started()
+            while True:
+                await changed.wait()
+                changed = trio.Event()
+                await trio.to_thread.run_sync(loader.reroute)
+
+    async def _serve(self, loader: Loader, nursery: trio.Nursery) -> None:
+        settings = self._settings
+        self._holdings = Holdings(
+            self.health,
+            self._members,
+            self.exchange,
+            loader,
+            self._store,
+            {origin.identity: name for name, origin in self._origins.items()},
+            streams=settings.streams,
+            metrics=self._metrics,
+        )
+        host, port = split_address(settings.listen)
+        server = PeerServer(
+            self._holdings,
+            host,
+            port,
+            connections=settings.connections,
+            verifier=self._verifier,
+            tls=self._server_tls,
+        )
+        nursery.start_soon(self._holdings.run)
+        await nursery.start(server.run)
+        if port == 0 and not settings.advertise:
+            self._url = str(self._url).rpartition(":")[0] + f":{server.port}"
+        _log.info("serving blocks to other nodes at %s as %s", self._url, settings.node)
+
+    def _discovery(self) -> Discovery:
+        settings = self._settings
+        if settings.discovery == "dns":
+            host, port = split_address(settings.dns)
+            return Dns(host, port, "https" if self._client_tls else "http")
+        if settings.discovery == "etcd":
+            me = None if self._url is None else {"name": settings.node, "url": self._url}
+            return Etcd(settings.etcd, settings.etcd_prefix, me, instance=self._instance)
+        return Static(settings.members)
+
+    # -- what the others have
+
+    async def _look_at_coverage(self) -> None:
+        """While room is short: know what is elsewhere, too."""
+        while True:
+            await trio.sleep(_COVERAGE_EVERY)
+            usage = await trio.to_thread.run_sync(self._store.usage)
+            if usage.used > usage.limit * _NEARLY_FULL:
+                await self.look()
+
+    async def look(self) -> None:
+        """Ask all other nodes what they have."""
+        found: dict[str, dict[ObjectId, int]] = {}
+
+        async def ask(name: str, url: str) -> None:
+            try:
+                answer = await trio.to_thread.run_sync(
+                    functools.partial(self._client.json, url, "/v1/objects", _COVERAGE_TIMEOUT)
+                )
+                found[name] = {ObjectId(str(item["id"])): int(item["cached_bytes"]) for item in answer}
+            except (FusecacheError, TypeError, KeyError, ValueError) as error:
+                _log.debug("node %s does not tell what it has: %s", name, error)
+
+        async with trio.open_nursery() as nursery:
+            for member in self._members.members():
+                if member.name != self._settings.node:
+                    nursery.start_soon(ask, member.name, member.url)
+        self._coverage = found
+
+    def _is_spare(self, object_id: ObjectId) -> bool:
+        """Whether another node has this object, and is the one to keep it longer."""
+        version = self._store.version_of(object_id)
+        if version is None:
+            return False
+        for member in ranking(object_id, -1, self._members.members()):
+            if member.name == self._settings.node:
+                return False
+            if self._coverage.get(member.name, {}).get(object_id, 0) >= version.size:
+                return True
+        return False
+
+    # -- seeing it
+
+    async def report(self) -> dict[str, Any]:
+        """Everything `fusecache peers` tells."""
+        await self.look()
+        return {
+            "node": self._settings.node,
+            "url": self._url,
+            "discovery": self._settings.discovery,
+            "tenant": self._settings.tenant,
+            "members": await trio.to_thread.run_sync(self._rows),
+            "coverage": await trio.to_thread.run_sync(self._models),
+            **self.counters(),
+        }
+
+    def _rows(self) -> list[dict[str, Any]]:
+        shares = self._shares()
+        rows = []
+        for state in self._members.states():
+            traffic = self.exchange.traffic(state.name)
+            why, bad, speed = self.exchange.breakers.state(state.name)
+            rows.append(
+                {
+                    **vars(state),
+                    "avoided": why,
+                    "share": shares.get(state.name, 0.0) if state.state == "alive" else 0.0,
+                    "bytes_in": traffic.bytes_in,
+                    "bytes_out": traffic.bytes_out,
+                    "requests": traffic.requests,
+                    "errors": traffic.errors,
+                    "bad_blocks": bad,
+                    "first_byte": traffic.first_byte,
+                    "bytes_per_second": speed,
+                }
+            )
+        return rows
+
+    def _shares(self) -> dict[str, float]:
+        members = self._members.members()
+        total = sum(member.weight for member in members)
+        return {member.name: member.weight / total for member in members}
+
+    def _models(self) -> list[dict[str, Any]]:
+        """Bytes of each object per node."""
+        found: dict[ObjectId, dict[str, Any]] = {}
+        for info in self._store.objects():
+            found[info.id] = {
+                "id": info.id,
+                "source": info.version.origin,
+                "key": info.version.key,
+                "size": info.version.size,
+                "nodes": {self._settings.node: info.present_bytes},
+            }
+        for name, objects in self._coverage.items():
+            for object_id, nbytes in objects.items():
+                if object_id in found:
+                    found[object_id]["nodes"][name] = nbytes
+        return sorted(found.values(), key=lambda item: (item["source"], item["key"]))
+
+    def counters(self) -> dict[str, Any]:
+        """Figures of the exchange; quick, from any thread."""
+        stats, holdings = self.exchange.stats, self._holdings
+        peers = list(stats.peers.values())
+        return {
+            "bytes_in": stats.bytes_peers,
+            "bytes_out": sum(traffic.bytes_out for traffic in peers),
+            "bad_blocks": sum(traffic.bad_blocks for traffic in peers),
+            "errors": sum(traffic.errors for traffic in peers),
+            "fallbacks": stats.fallbacks,
+            "redirected": stats.redirected,
+            "hedged": stats.hedged,
+            "busy": stats.busy,
+            "refused": holdings.refused if holdings else 0,
+            "sending": holdings.sending if holdings else 0,
+            "queued": holdings.waiting if holdings else 0,
+            "receiving": self.exchange.receiving,
+            "nodes": len(self._members.members()),
+        }
+
+    def close(self) -> None:
+        """Close connections."""
+        self._client.close()
+
+
+class _Late:
+    """The membership, which comes after what asks it; nobody is there until then. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.membership: Membership | None = None
+
+    def members(self) -> Any:
+        return () if self.membership is None else self.membership.members()
+
+    def states(self) -> Any:
+        return [] if self.membership is None else self.membership.states()
+
+    def is_alive(self, name: str) -> bool:
+        return self.membership is not None and self.membership.is_alive(name)
+
+    def heard(self, name: str) -> None:
+        if self.membership is not None:
+            self.membership.heard(name)
+
+    def suspect(self, name: str) -> None:
+        if self.membership is not None:
+            self.membership.suspect(name)
+
+
+def _address_towards(settings: PeerSettings) -> str:
+    """This machine's address as the others see it: the one it would reach them from. Raises ConfigError."""
+    targets = [urlsplit(url) for url in (*settings.members, *settings.etcd)]
+    hosts = [(target.hostname or "", target.port or 80) for target in targets]
+    if settings.dns:
+        hosts.append(split_address(settings.dns))
+    for host, port in hosts:
+        if is_loopback(host):
+            continue
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.connect(address)  # sends nothing
+                return str(probe.getsockname()[0])
+        except OSError:
+            continue
+    if hosts and all(is_loopback(host) for host, _ in hosts):
+        return "127.0.0.1"
+    raise ConfigError(
+        f"peers.listen={settings.listen}: the address other nodes reach this one at is unknown: set peers.advertise"
+    )

@@ -1,0 +1,485 @@
+"""Where a flight's blocks come from in a cluster: the stripe's owner, another node, or the origin.
+
+Who is asked, and in which order, is in choice.py. A flight asks the nodes ahead of this one in the stripe's ranking;
+when none of them answers, or this node is the owner, the next in order whether they have the stripe stored; then the
+origin: as the owner freely, otherwise under a budget that all nodes share. A node that is busy is asked again, never
+passed over for the origin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from fusecache.cluster import choice
+from fusecache.cluster.slots import Slots
+from fusecache.errors import CancelledReadError, UnavailableError
+from fusecache.loader import Again, Expect, Route
+from fusecache.peers.breaker import Breakers
+from fusecache.peers.client import PeerBusyError, PeerClient, PeerElsewhereError
+from fusecache.peers.errors import PeerError, PeerMissError, PeerRefusedError
+from fusecache.peers.member import Member
+from fusecache.peers.placement import ranking
+from fusecache.peers.wire import BlockRequest
+from fusecache.types import ObjectId, ObjectVersion
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from fusecache.origin import Origin
+
+_log = logging.getLogger(__name__)
+
+Items = Generator["Buffer | Expect | Again", None, None]
+
+_EMPTY_HANDED = 10.0
+"""Seconds for which a node that had nothing of an object is not asked again whether it has."""
+_SILENCE = 10.0
+"""Seconds without a byte after which a node that is alive is passed over all the same: longer than a slow origin takes
+for a block."""
+_RANKED = 16
+"""Of a ranking, as far as anybody looks."""
+
+
+class Members(Protocol):
+    """What is asked of the membership; from any thread."""
+
+    def members(self) -> tuple[Member, ...]:
+        """The nodes that are alive, this one among them if it serves."""
+        ...
+
+    def is_alive(self, name: str) -> bool:
+        """Whether this node is one of them."""
+        ...
+
+    def heard(self, name: str) -> None:
+        """It sent bytes just now."""
+        ...
+
+    def suspect(self, name: str) -> None:
+        """It did not answer: have a look at it."""
+        ...
+
+
+@dataclass
+class PeerTraffic:
+    """Counters of one node since the start. Guarded by the Exchange's lock."""
+
+    bytes_in: int = 0
+    bytes_out: int = 0
+    requests: int = 0
+    errors: int = 0
+    bad_blocks: int = 0
+    first_byte: float | None = None
+    """Seconds until an answer begins, the mean of the last ones."""
+
+
+@dataclass
+class ExchangeStats:
+    """Counters since the start. Guarded by the Exchange's lock."""
+
+    bytes_peers: int = 0
+    fallbacks: int = 0
+    """Flights that went to the origin though the stripe is another node's."""
+    redirected: int = 0
+    busy: int = 0
+    hedged: int = 0
+    peers: dict[str, PeerTraffic] = field(default_factory=dict)
+
+
+class _HedgedError(Exception):
+    """A second request was answered while the first was slow."""
+
+    def __init__(self, member: Member, answer: Iterator[int | memoryview], close: Callable[[], None]) -> None:
+        super().__init__(member.name)
+        self.member = member
+        self.answer = answer
+        self.close = close
+
+
+@dataclass
+class _Flight:
+    """The state of one flight: `at` is the next block, `begun` says that some of its bytes were handed over."""
+
+    version: ObjectVersion
+    blocks: range
+    block_size: int
+    deadline: float
+    cancelled: Callable[[], bool]
+    at: int
+    begun: bool = False
+    failed: list[str] = field(default_factory=list)
+    may_hedge: list[Member] = field(default_factory=list)
+
+    @property
+    def left(self) -> range:
+        return range(self.at, self.blocks.stop)
+
+
+class Exchange:
+    """The supplier of a node in a cluster; see loader.Supplier. Thread-safe."""
+
+    def __init__(
+        self,
+        name: str,
+        members: Members,
+        client: PeerClient,
+        origins: Mapping[str, Origin],
+        *,
+        stripe: int,
+        crew: int,
+        concurrency: int,
+        fallback: int,
+        keep: bool = True,
+    ) -> None:
+        self.crew = crew
+        self.stats = ExchangeStats()
+        self.breakers = Breakers()
+        self._name = name
+        self._members = members
+        self._client = client
+        self._origins = origins
+        self._stripe = stripe
+        self._keep = keep
+        self._lock = threading.Lock()
+        self._receiving = 0
+        self._empty: dict[tuple[str, ObjectId], float] = {}
+        self._upstream: dict[tuple[ObjectId, int], str] = {}
+        self._own = Slots(lambda: choice.origin_slots(concurrency, len(members.members())))
+        self._foreign = Slots(lambda: choice.fallback_slots(fallback, len(members.members())))
+
+    @property
+    def receiving(self) -> int:
+        """Answers of other nodes under way."""
+        return self._receiving
+
+    def traffic(self, name: str) -> PeerTraffic:
+        """The counters of a node, to be read."""
+        with self._lock:
+            return self.stats.peers.setdefault(name, PeerTraffic())
+
+    def sent(self, name: str, nbytes: int) -> None:
+        """So many bytes went to a node."""
+        with self._lock:
+            self.stats.peers.setdefault(name, PeerTraffic()).bytes_out += nbytes
+
+    def route(self, version: ObjectVersion, block_size: int) -> Route | None:
+        """See loader.Supplier."""
+        members = self._members.members()
+        return choice.route_of(version, block_size, self._stripe, members, self._name, keep=self._keep)
+
+    def stripe_of(self, block: int, block_size: int) -> int:
+        """Number of the stripe that holds a block."""
+        return block // max(1, self._stripe // block_size)
+
+    def upstream(self, object_id: ObjectId, stripe: int) -> str | None:
+        """The node from which blocks of this stripe are coming just now."""
+        return self._upstream.get((object_id, stripe))
+
+    def ranking(self, object_id: ObjectId, stripe: int) -> list[Member]:
+        """The nodes for one stripe, the owner first."""
+        return ranking(object_id, stripe, self._members.members(), _RANKED)
+
+    # -- the loader's side
+
+    def supply(
+        self,
+        version: ObjectVersion,
+        source: str,
+        blocks: range,
+        block_size: int,
+        *,
+        deadline: float,
+        cancelled: Callable[[], bool],
+    ) -> Items:
+        """See loader.Supplier."""
+        flight = _Flight(version, blocks, block_size, deadline, cancelled, blocks.start)
+        order = self.ranking(version.id, self.stripe_of(blocks.start, block_size))
+        asked, flight.failed = choice.ask_order(order, self._name, self.breakers.allowed)
+        for number, member in enumerate(asked):
+            flight.may_hedge = asked[number + 1 :]
+            yield from self._ask(flight, member)
+            if not flight.left:
+                return
+        owner = not order or order[0].name == self._name
+        if not owner or len(order) > 1:
+            for member in choice.heirs(order, self._name):
+                if self._may_have(member, version.id) and member.name not in flight.failed:
+                    yield from self._ask(flight, member, stored_only=True)
+                    if not flight.left:
+                        return
+        yield from self._from_origin(flight, source, owner)
+
+    def _from_origin(self, flight: _Flight, source: str, owner: bool) -> Items:
+        if not owner:
+            with self._lock:
+                self.stats.fallbacks += 1
+        slots = self._own if owner else self._foreign
+        with slots.hold(time.monotonic, flight.deadline, flight.cancelled):
+            offset = flight.at * flight.block_size
+            length = min(flight.blocks.stop * flight.block_size, flight.version.size) - offset
+            yield from self._origins[source].read(
+                flight.version, offset, length, deadline=flight.deadline, cancelled=flight.cancelled
+            )
+
+    def _may_have(self, member: Member, object_id: ObjectId) -> bool:
+        with self._lock:
+            since = self._empty.get((member.name, object_id))
+        return since is None or time.monotonic() - since > _EMPTY_HANDED
+
+    # -- one node
+
+    def _ask(self, flight: _Flight, member: Member, stored_only: bool = False) -> Items:
+        """What this node gives of what is left, which may be nothing. Raises CancelledReadError, UnavailableError."""
+        target, direct, hops = member, False, 0
+        while True:
+            self._check(flight)
+            try:
+                yield from self._stream(flight, target, stored_only=stored_only, direct=direct, hops=hops)
+                return
+            except PeerBusyError as busy:
+                with self._lock:
+                    self.stats.busy += 1
+                self.breakers.undecided(target.name)
+                self._wait(flight, busy.retry_after)
+                continue
+            except PeerElsewhereError as elsewhere:
+                self.breakers.succeeded(target.name)
+                found = self._member_at(elsewhere.url)
+                if found is not None and not direct and found.name != self._name:
+                    with self._lock:
+                        self.stats.redirected += 1
+                    target, hops = found, hops + 1
+                else:
+                    target, direct, hops = member, True, 0
+                continue
+            except PeerMissError:
+                self.breakers.undecided(target.name)
+                if stored_only:
+                    with self._lock:
+                        while len(self._empty) > 10_000:
+                            del self._empty[next(iter(self._empty))]
+                        self._empty[target.name, flight.version.id] = time.monotonic()
+            except PeerError as error:
+                self._blame(target, error, redirected=target is not member)
+            if flight.begun:
+                flight.begun = False
+                yield Again()
+            if target is not member:
+                target, direct, hops = member, True, 0
+                continue
+            if not stored_only and member.name not in flight.failed:
+                flight.failed.append(member.name)
+            return
+
+    def _blame(self, member: Member, error: PeerError, *, redirected: bool) -> None:
+        self._members.suspect(member.name)
+        if redirected:
+            # it passed on what it got itself, and may have lost that: its fault shows when it is asked directly
+            self.breakers.undecided(member.name)
+            return
+        with self._lock:
+            self.stats.peers.setdefault(member.name, PeerTraffic()).errors += 1
+        if self.breakers.state(member.name)[0] != str(error):
+            log = _log.warning if isinstance(error, PeerRefusedError) else _log.info
+            log("node %s did not give its blocks: %s", member.name, error)
+        self.breakers.failed(member.name, str(error))
+
+    def _member_at(self, url: str) -> Member | None:
+        for member in self._members.members():
+            if url == member.url or url.startswith(member.url + "/"):
+                return member
+        return None
+
+    def _check(self, flight: _Flight) -> None:
+        if flight.cancelled():
+            raise CancelledReadError(f"{flight.version.key}: the reader went away")
+        if time.monotonic() >= flight.deadline:
+            raise UnavailableError(f"{flight.version.key}: not all bytes came before the deadline")
+
+    def _wait(self, flight: _Flight, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        pause = threading.Event()
+        while (left := until - time.monotonic()) > 0:
+            pause.wait(min(left, 0.25))
+            self._check(flight)
+
+    def _request(self, flight: _Flight, *, stored_only: bool, direct: bool, hops: int) -> BlockRequest:
+        return BlockRequest(
+            flight.version.id,
+            flight.left,
+            flight.version,
+            flight.block_size,
+            max(0.001, min(120.0, flight.deadline - time.monotonic())),
+            hops,
+            stored_only,
+            tuple(flight.failed),
+            direct,
+            node=self._name,
+        )
+
+    def _stream(
+        self, flight: _Flight, member: Member, *, stored_only: bool, direct: bool, hops: int
+    ) -> Items:
+        request = self._request(flight, stored_only=stored_only, direct=direct, hops=hops)
+        watch = _Watch(self, flight, member, may_hedge=not stored_only)
+        stripe = (flight.version.id, self.stripe_of(flight.at, flight.block_size))
+        with self._lock:
+            self._receiving += 1
+            self._upstream[stripe] = member.name
+            self.stats.peers.setdefault(member.name, PeerTraffic()).requests += 1
+        try:
+            began = time.monotonic()
+            answer = self._client.blocks(member.url, request, flight.version.size, watch.glance)
+            self._answered(member, time.monotonic() - began)
+            items: Iterator[int | memoryview] = iter(answer)
+            close: Callable[[], None] = answer.close
+            while True:
+                try:
+                    with contextlib.ExitStack() as stack:
+                        stack.callback(close)
+                        yield from self._deliver(flight, items, watch)
+                    self.breakers.succeeded(watch.member.name)
+                    return
+                except _HedgedError as hedged:
+                    self.breakers.too_slow(watch.member.name)
+                    _log.info("node %s is slow: %s gives its blocks", watch.member.name, hedged.member.name)
+                    if flight.begun:
+                        flight.begun = False
+                        yield Again()
+                    watch.switch(hedged.member)
+                    items, close = hedged.answer, hedged.close
+        finally:
+            watch.tell()
+            with self._lock:
+                self._receiving -= 1
+                self._upstream.pop(stripe, None)
+
+    def _answered(self, member: Member, seconds: float) -> None:
+        self._members.heard(member.name)
+        with self._lock:
+            traffic = self.stats.peers.setdefault(member.name, PeerTraffic())
+            known = traffic.first_byte
+            traffic.first_byte = seconds if known is None else 0.8 * known + 0.2 * seconds
+
+    def _deliver(self, flight: _Flight, items: Iterator[int | memoryview], watch: _Watch) -> Items:
+        expected: Expect | None = None
+        left = 0
+        for item in items:
+            if isinstance(item, int):
+                expected = Expect(item)
+                left = min(flight.block_size, flight.version.size - flight.at * flight.block_size)
+                yield expected
+                continue
+            assert expected is not None
+            flight.begun = True
+            left -= len(item)
+            watch.nbytes += len(item)
+            yield item
+            if left:
+                continue
+            flight.begun = False
+            if expected.bad:
+                self._wrong_bytes(watch.member, flight)
+                raise PeerError(f"{watch.member.url}: sent wrong bytes")
+            flight.at += 1
+            watch.tell()
+
+    def _wrong_bytes(self, member: Member, flight: _Flight) -> None:
+        self.breakers.sent_wrong_bytes(member.name)
+        with self._lock:
+            self.stats.peers.setdefault(member.name, PeerTraffic()).bad_blocks += 1
+        _log.warning(
+            "node %s (%s) sent wrong bytes for block %d of %s: it is avoided; check its memory and disk",
+            member.name,
+            member.url,
+            flight.at,
+            flight.version.key,
+        )
+
+    def count(self, member: Member, nbytes: int, seconds: float) -> None:
+        """So many bytes came from a node, and took so long."""
+        self.breakers.measured(member.name, nbytes, seconds)
+        if nbytes:
+            self._members.heard(member.name)
+            with self._lock:
+                self.stats.bytes_peers += nbytes
+                self.stats.peers.setdefault(member.name, PeerTraffic()).bytes_in += nbytes
+
+    def look_around(self, flight: _Flight, member: Member, silent: float) -> None:
+        """While nothing comes from a node. Raises PeerError when it is not worth waiting for, or what ends a flight."""
+        self._check(flight)
+        if not self._members.is_alive(member.name):
+            raise PeerError(f"{member.url}: the node is not alive")
+        if silent > _SILENCE:
+            raise PeerError(f"{member.url}: nothing came for {_SILENCE:g} s")
+
+    def hedge(self, flight: _Flight, slow: Member) -> None:
+        """Ask the next in order, too; raises _HedgedError if it has an answer."""
+        for member in flight.may_hedge:
+            if member.name == slow.name or not self.breakers.allowed(member.name):
+                continue
+            asked = _Flight(
+                flight.version,
+                flight.blocks,
+                flight.block_size,
+                flight.deadline,
+                flight.cancelled,
+                flight.at,
+                failed=[*flight.failed, slow.name],
+            )
+            request = self._request(asked, stored_only=False, direct=True, hops=0)
+            watch = _Watch(self, asked, member, may_hedge=False)
+            try:
+                answer = self._client.blocks(member.url, request, flight.version.size, watch.glance)
+            except PeerError as error:
+                _log.debug("node %s instead of %s: %s", member.name, slow.name, error)
+                self.breakers.undecided(member.name)
+                continue
+            with self._lock:
+                self.stats.hedged += 1
+            raise _HedgedError(member, iter(answer), answer.close)
+
+
+class _Watch:
+    """What one request looks at while it waits."""
+
+    def __init__(self, exchange: Exchange, flight: _Flight, member: Member, *, may_hedge: bool) -> None:
+        self.member = member
+        self.nbytes = 0
+        self._exchange = exchange
+        self._flight = flight
+        self._may_hedge = may_hedge
+        self._told = 0
+        self._since = self._heard = self._looked = time.monotonic()
+
+    def switch(self, member: Member) -> None:
+        """The bytes come from another node now."""
+        self.tell()
+        self.member = member
+        self._may_hedge = False
+
+    def tell(self) -> None:
+        """Count what came since the last time."""
+        now = time.monotonic()
+        self._exchange.count(self.member, self.nbytes - self._told, now - self._since)
+        if self.nbytes > self._told:
+            self._heard = now
+        self._told, self._since = self.nbytes, now
+
+    def glance(self) -> None:
+        """See PeerClient.blocks."""
+        now = time.monotonic()
+        if now - self._looked < 0.4:
+            return
+        self._looked = now
+        self.tell()
+        self._exchange.look_around(self._flight, self.member, now - self._heard)
+        if self._may_hedge and self._exchange.breakers.is_slow(self.member.name):
+            self._may_hedge = False
+            self._exchange.hedge(self._flight, self.member)

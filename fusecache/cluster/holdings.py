@@ -1,0 +1,303 @@
+"""What this node gives to others: blocks it has, blocks on their way to it, and those it is the one to fetch.
+
+All of it runs in the trio thread but for what is said to run in a thread. Loads that were asked for are kept open for
+a moment, since the next stripe of the same object will be asked for soon.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import trio
+import xxhash
+
+from fusecache.blocks import block_bytes
+from fusecache.cluster import choice
+from fusecache.cluster.choice import Takers
+from fusecache.cluster.exchange import Exchange, Members
+from fusecache.errors import FusecacheError
+from fusecache.loader import Loader, ObjectLoad, Waiter
+from fusecache.peers.member import Health
+from fusecache.peers.server import Offer, Piece
+from fusecache.peers.wire import MAX_HOPS, BlockRequest, RequestError
+from fusecache.store import Store
+from fusecache.types import ObjectId, ObjectVersion
+
+_log = logging.getLogger(__name__)
+
+_KEPT = 10.0
+"""Seconds that a load stays open after it was asked for."""
+_PATIENCE = 5.0
+"""Seconds without progress after which blocks that are not ours to fetch are no longer waited for: whoever gives them
+to us may be waiting for whom we keep waiting."""
+_QUEUE = 20.0
+"""Most seconds in the queue for a stream; a caller that can wait longer is told to ask again."""
+_TAKERS = 20_000
+"""Stripes of which it is known who took them."""
+_RUN = 8 << 20
+"""Bytes sent at a time."""
+
+
+class Holdings:
+    """See fusecache.peers.server.Node. `sources`: identity of an origin -> name of its source."""
+
+    def __init__(
+        self,
+        health: Callable[[], Health],
+        members: Members,
+        exchange: Exchange,
+        loader: Loader,
+        store: Store,
+        sources: Mapping[str, str],
+        *,
+        streams: int,
+        metrics: Callable[[], str],
+    ) -> None:
+        self.sending = 0
+        """Answers under way."""
+        self.waiting = 0
+        """Requests that wait for their turn."""
+        self.refused = 0
+        """Requests answered 503 since the start."""
+        self._health = health
+        self._members = members
+        self._exchange = exchange
+        self._loader = loader
+        self._store = store
+        self._sources = sources
+        self._metrics = metrics
+        self._streams = trio.Semaphore(streams)
+        self._takers: OrderedDict[tuple[ObjectId, int], Takers] = OrderedDict()
+        self._kept: dict[ObjectId, tuple[ObjectLoad, float]] = {}
+
+    async def run(self) -> None:
+        """Close loads that nobody asked for lately; until cancelled, then all of them."""
+        try:
+            while True:
+                await trio.sleep(_KEPT / 4)
+                limit = time.monotonic() - _KEPT
+                old = [object_id for object_id, (_, used) in self._kept.items() if used < limit]
+                for load in [self._kept.pop(object_id)[0] for object_id in old]:
+                    await trio.to_thread.run_sync(self._loader.release, load)
+        finally:
+            kept, self._kept = self._kept, {}
+            for load, _ in kept.values():
+                self._loader.release(load)
+
+    # -- what a server asks
+
+    def health(self) -> Health:
+        """See Node."""
+        return self._health()
+
+    def metrics(self) -> str:
+        """See Node."""
+        return self._metrics()
+
+    def coverage(self) -> list[dict[str, Any]]:
+        """See Node."""
+        return [
+            {
+                "id": info.id,
+                "source": info.version.origin,
+                "key": info.version.key,
+                "size": info.version.size,
+                "cached_bytes": info.present_bytes,
+            }
+            for info in self._store.objects()
+        ]
+
+    def sent(self, node: str, nbytes: int) -> None:
+        """See Node."""
+        self._exchange.sent(node, nbytes)
+
+    async def offer(self, request: BlockRequest) -> Offer:
+        """See Node."""
+        if request.block_size not in (None, self._store.block_size):
+            raise RequestError(409, f"the blocks here have {self._store.block_size} bytes")
+        version = request.version or self._store.version_of(request.object_id)
+        if version is None:
+            raise RequestError(404, "nothing of this object is here")
+        source = self._sources.get(version.origin)
+        if source is None:
+            raise RequestError(404, "this node does not serve the object's source")
+        load = await self._load(version, source)
+        handed_over = False
+        try:
+            offer = await self._consider(load, request)
+            handed_over = True
+            return offer
+        finally:
+            if not handed_over:
+                await trio.to_thread.run_sync(self._loader.release, load)
+
+    async def _load(self, version: ObjectVersion, source: str) -> ObjectLoad:
+        """Opened once more."""
+        try:
+            load = await trio.to_thread.run_sync(self._loader.open, version, source)
+            kept = self._kept.get(version.id)
+            if kept is None or kept[0] is not load:
+                await trio.to_thread.run_sync(self._loader.open, version, source)
+                before = self._kept.get(version.id)
+                self._kept[version.id] = load, time.monotonic()
+                if before is not None:
+                    await trio.to_thread.run_sync(self._loader.release, before[0])
+            else:
+                self._kept[version.id] = load, time.monotonic()
+        except FusecacheError as error:
+            raise RequestError(503, str(error), {"Retry-After": "1"}) from None
+        return load
+
+    async def _consider(self, load: ObjectLoad, request: BlockRequest) -> Offer:
+        stored = load.stored
+        blocks = request.blocks
+        if blocks.stop > stored.block_count:
+            raise RequestError(400, f"the object has {stored.block_count} blocks")
+        if load.gone is not None:
+            raise RequestError(410, "the origin has another version of the object")
+        stripe = self._exchange.stripe_of(blocks.start, stored.block_size)
+        order = self._exchange.ranking(load.version.id, stripe)
+        ours = choice.is_ours(order, self._health().name, request.failed)
+        if not all(stored.present(block) or stored.unverified(block) for block in blocks):
+            missed = RequestError(404, "not all of these blocks are stored here")
+            if request.stored_only:
+                raise missed
+            if not ours or (request.hops and order[0].name != self._health().name):
+                upstream = self._exchange.upstream(load.version.id, stripe)
+                coming = self._loader.coming(load, blocks)
+                if not coming or (request.node and upstream == request.node):
+                    owner = order[0].name if order else ""
+                    raise RequestError(421, f"these blocks are for node {owner} to fetch", owner=owner)
+        self._redirect(request, (load.version.id, stripe))
+        await self._turn(request)
+        return _Offer(self, self._loader, load, request, patient=ours)
+
+    def _redirect(self, request: BlockRequest, stripe: tuple[ObjectId, int]) -> None:
+        """Send a caller to another holder if there is too much to do here. Raises RequestError 307."""
+        if request.stored_only or not request.node:
+            return
+        takers = self._takers.setdefault(stripe, Takers([]))
+        self._takers.move_to_end(stripe)
+        while len(self._takers) > _TAKERS:
+            self._takers.popitem(last=False)
+        found = None
+        if (
+            not request.direct
+            and request.hops < MAX_HOPS
+            and choice.is_loaded(self.sending, self._exchange.receiving)
+        ):
+            urls = {member.name: member.url for member in self._members.members()}
+            found = takers.redirect(request.node, lambda name: name in urls and name not in request.failed)
+        takers.add(request.node)
+        if found is not None:
+            raise RequestError(307, f"node {found} has them, too", {"Location": urls[found] + request.target})
+
+    async def _turn(self, request: BlockRequest) -> None:
+        self.waiting += 1
+        try:
+            with trio.move_on_after(min(_QUEUE, request.deadline / 2)) as scope:
+                await self._streams.acquire()
+        finally:
+            self.waiting -= 1
+        if scope.cancelled_caught:
+            self.refused += 1
+            raise RequestError(503, "too much to do: ask again", {"Retry-After": "1"})
+        self.sending += 1
+
+    def ended(self, load: ObjectLoad) -> None:
+        """An offer was closed."""
+        self.sending -= 1
+        self._streams.release()
+        self._loader.release(load)
+
+
+class _Offer:
+    """See fusecache.peers.server.Offer."""
+
+    def __init__(
+        self, holdings: Holdings, loader: Loader, load: ObjectLoad, request: BlockRequest, *, patient: bool
+    ) -> None:
+        stored = load.stored
+        self.lengths: Sequence[int] = [
+            block_bytes(block, load.version.size, stored.block_size) for block in request.blocks
+        ]
+        self._holdings = holdings
+        self._loader = loader
+        self._load = load
+        self._blocks = request.blocks
+        self._at = 0
+        self._patience = math.inf if patient else _PATIENCE
+        self._deadline = trio.current_time() + request.deadline
+        self._waiter: Waiter | None = None
+        self._token = trio.lowlevel.current_trio_token()
+        self._closed = False
+
+    async def next(self) -> list[Piece]:
+        """See Offer."""
+        pieces = self._present()
+        while not pieces:
+            pieces = await self._wait()
+        self._at += len(pieces)
+        return pieces
+
+    def _present(self) -> list[Piece]:
+        stored, pieces, total = self._load.stored, [], 0
+        for at in range(self._at, len(self._blocks)):
+            block = self._blocks[at]
+            checksum = stored.checksum(block)
+            if not stored.present(block) or not checksum or total > _RUN:
+                break
+            length = self.lengths[at]
+            pieces.append(Piece(block, checksum, length, stored.fileno(), block * stored.block_size))
+            total += length
+        return pieces
+
+    async def _wait(self) -> list[Piece]:
+        block, length = self._blocks[self._at], self.lengths[self._at]
+        landed = trio.Event()
+
+        def settled(_waiter: Waiter) -> None:
+            try:
+                self._token.run_sync_soon(landed.set)
+            except trio.RunFinishedError:
+                _log.debug("a block landed for a server that has ended")
+
+        offset = block * self._load.stored.block_size
+        waiter = self._loader.request(self._load, offset, length, settled, whole=False)
+        if waiter is None:
+            pieces = self._present()
+            return pieces or [await self._copied(block, offset, length)]
+        self._waiter = waiter
+        try:
+            with trio.fail_at(min(self._deadline, trio.current_time() + self._patience)):
+                await landed.wait()
+        finally:
+            self._loader.cancel(waiter)
+        if waiter.error is not None:
+            raise waiter.error
+        if block in waiter.pieces:
+            data = waiter.pieces[block]
+            return [Piece(block, await trio.to_thread.run_sync(_digest, data), length, data=data)]
+        return self._present()
+
+    async def _copied(self, block: int, offset: int, length: int) -> Piece:
+        """A present block whose checksum another process has cleared."""
+        data = await trio.to_thread.run_sync(self._loader.read, self._load, offset, length)
+        return Piece(block, await trio.to_thread.run_sync(_digest, data), length, data=data)
+
+    def close(self) -> None:
+        """See Offer."""
+        if not self._closed:
+            self._closed = True
+            self._holdings.ended(self._load)
+
+
+def _digest(data: bytes) -> int:
+    digest = xxhash.xxh3_64()
+    digest.update(data)
+    return digest.intdigest() or 1

@@ -1,0 +1,426 @@
+"""The server's end of the exchange: h11 on trio, bodies with sendfile(2) in threads.
+
+One task per connection. It waits for blocks that are still on their way without a thread, and takes one only to send
+what is there: the event loop touches neither the disk nor a full socket. What can't be understood is answered with
+400 and the connection is closed; no more than a head is ever read, since no request has a body.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import math
+import os
+import select
+import socket
+import ssl
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import h11
+import trio
+
+from fusecache.errors import ConfigError, FusecacheError
+from fusecache.peers.auth import Verifier
+from fusecache.peers.member import Health
+from fusecache.peers.wire import (
+    CONTENT_TYPE,
+    FRAME,
+    MAX_HEADER,
+    BlockRequest,
+    RequestError,
+    pack_health,
+    parse_request,
+)
+
+_log = logging.getLogger(__name__)
+
+_IDLE = 60.0
+"""Seconds that an unused connection is kept; longer than clients keep theirs."""
+_HEAD = 10.0
+"""Seconds in which a begun head, or a short answer, has to pass."""
+_STALLED = 15.0
+"""Seconds without a byte taken after which a receiver is given up."""
+_SLICE = 0.25
+"""Seconds between looks at whether the server ends."""
+_TLS_CHUNK = 256 * 1024
+_BACKLOG = 1024
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One block that is there: `length` bytes at `offset` of the file `fd`, or `data`."""
+
+    block: int
+    checksum: int
+    length: int
+    fd: int = -1
+    offset: int = 0
+    data: bytes | None = None
+
+
+class Offer(Protocol):
+    """The answer to a request for blocks, in the making."""
+
+    lengths: Sequence[int]
+    """Of the blocks, in bytes."""
+
+    async def next(self) -> list[Piece]:
+        """The next blocks, in order, at least one: waits until it is there. Raises FusecacheError when it can't be
+        had, trio.TooSlowError when the request's deadline is over. The pieces hold until the next call."""
+        ...
+
+    def close(self) -> None:
+        """No more is wanted."""
+        ...
+
+
+class Node(Protocol):
+    """What a server asks of its node."""
+
+    def health(self) -> Health:
+        """See Health; quick."""
+        ...
+
+    def coverage(self) -> list[dict[str, Any]]:
+        """What is stored of which object. In a thread."""
+        ...
+
+    def metrics(self) -> str:
+        """In the text format of Prometheus. In a thread."""
+        ...
+
+    async def offer(self, request: BlockRequest) -> Offer:
+        """Begin to answer; may wait for its turn. Raises RequestError."""
+        ...
+
+    def sent(self, node: str, nbytes: int) -> None:
+        """So many bytes of blocks went to this node. Any thread."""
+        ...
+
+
+class PeerServer:
+    """Serves `node` at (host, port); port 0: any, told by `port` once `run` has started."""
+
+    def __init__(
+        self,
+        node: Node,
+        host: str,
+        port: int,
+        *,
+        connections: int,
+        verifier: Verifier | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self.port = port
+        self._host = host
+        self._node = node
+        self._verifier = verifier
+        self._tls = tls
+        self._slots = trio.Semaphore(connections)
+        self._ending = threading.Event()
+        self._threads = trio.CapacityLimiter(256)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled. Raises ConfigError when the address can't be had."""
+        try:
+            listeners = await trio.open_tcp_listeners(self.port, host=self._host or None, backlog=_BACKLOG)
+        except OSError as error:
+            raise ConfigError(
+                f"peers.listen={self._host}:{self.port}: {error.strerror or error}: choose another address"
+            ) from None
+        try:
+            self.port = listeners[0].socket.getsockname()[1]
+            async with trio.open_nursery() as nursery:
+                for listener in listeners:
+                    nursery.start_soon(self._accept, listener, nursery)
+                task_status.started()
+        finally:
+            self._ending.set()
+            for listener in listeners:
+                listener.socket.close()
+
+    async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
+        while True:
+            await self._slots.acquire()
+            try:
+                stream = await listener.accept()
+            except OSError as error:
+                self._slots.release()
+                _log.warning("peers: can't accept a connection: %s", error.strerror)
+                await trio.sleep(0.1)
+                continue
+            except BaseException:
+                self._slots.release()
+                raise
+            nursery.start_soon(self._serve, stream)
+
+    async def _serve(self, stream: trio.SocketStream) -> None:
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.callback(stream.socket.close)
+                if self._tls is None:
+                    raw = socket.socket(fileno=os.dup(stream.socket.fileno()))
+                    stack.callback(raw.close)
+                    raw.setblocking(False)
+                    await _Connection(self, stream, raw).run()
+                    return
+                secure = trio.SSLStream(stream, self._tls, server_side=True)
+                with trio.move_on_after(_HEAD) as scope:
+                    await secure.do_handshake()
+                if not scope.cancelled_caught:
+                    await _Connection(self, secure, None).run()
+        except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError, OSError) as error:
+            _log.debug("peers: a connection broke: %s", type(error).__name__)
+        except Exception:
+            _log.exception("peers: a connection ended in an unforeseen error")
+        finally:
+            self._slots.release()
+
+    def authenticate(self, method: str, target: str, headers: Mapping[str, str]) -> str:
+        """The node that asks. Raises RequestError."""
+        if self._verifier is None:
+            return headers.get("fusecache-node", "")
+        return self._verifier.check(method, target, headers)
+
+    @property
+    def node(self) -> Node:
+        """Whom it serves."""
+        return self._node
+
+    async def in_thread(self, work: Callable[[], Any]) -> Any:
+        """Run what may wait for a disk or a socket."""
+        return await trio.to_thread.run_sync(work, limiter=self._threads)
+
+    @property
+    def ending(self) -> bool:
+        """Whether threads have to give up."""
+        return self._ending.is_set()
+
+
+class _Connection:
+    def __init__(self, server: PeerServer, stream: trio.abc.Stream, raw: socket.socket | None) -> None:
+        self._server = server
+        self._stream = stream
+        self._raw = raw
+        """A second descriptor of the socket, not blocking; None: TLS."""
+        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEADER)
+
+    async def run(self) -> None:
+        """Answer requests until either side has enough."""
+        while True:
+            try:
+                request = await self._request()
+                if request is None:
+                    return
+                await self._answer(request)
+            except h11.RemoteProtocolError as error:
+                with contextlib.suppress(h11.LocalProtocolError):
+                    status = error.error_status_hint or 400
+                    await self._refuse(RequestError(status, "not a request of HTTP/1.1"), close=True)
+                return
+            if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
+                return
+            self._http.start_next_cycle()
+
+    async def _request(self) -> h11.Request | None:
+        """The next request, with the end of its (empty) body; None: there is none."""
+        request: h11.Request | None = None
+        patience = _IDLE
+        while True:
+            with trio.move_on_after(patience) as scope:
+                while True:
+                    event = self._http.next_event()
+                    if event is not h11.NEED_DATA:
+                        break
+                    data = await self._stream.receive_some(65536)
+                    self._http.receive_data(bytes(data))
+                    if data and patience == _IDLE:
+                        patience = _HEAD
+                        scope.deadline = trio.current_time() + _HEAD
+            if scope.cancelled_caught or isinstance(event, h11.ConnectionClosed):
+                return None
+            if isinstance(event, h11.Request):
+                request = event
+            elif isinstance(event, h11.EndOfMessage):
+                return request
+            else:
+                raise h11.RemoteProtocolError("no request has a body", error_status_hint=413)
+
+    async def _answer(self, request: h11.Request) -> None:
+        method, target = request.method.decode("ascii"), request.target.decode("ascii", "replace")
+        headers: dict[str, str] = {}
+        try:
+            for name, value in request.headers:
+                key = name.decode("ascii").lower()
+                if key in headers and (key.startswith("fusecache-") or key == "authorization"):
+                    raise RequestError(400, f"{key} is there twice")
+                headers[key] = value.decode("utf-8", "replace")
+            if method != "GET":
+                raise RequestError(405, "only GET is understood", {"Allow": "GET"})
+            await self._resource(method, target, headers)
+        except RequestError as refusal:
+            await self._refuse(refusal)
+
+    async def _resource(self, method: str, target: str, headers: Mapping[str, str]) -> None:
+        server = self._server
+        if target == "/v1/health":
+            await self._short(200, pack_health(server.node.health()), "application/json")
+            return
+        asking = server.authenticate(method, target, headers)
+        if target == "/v1/objects":
+            body = json.dumps(await server.in_thread(server.node.coverage)).encode() + b"\n"
+            await self._short(200, body, "application/json")
+        elif target == "/metrics":
+            text = await server.in_thread(server.node.metrics)
+            await self._short(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+        else:
+            wanted = parse_request(target, headers)
+            if asking and wanted.node and asking != wanted.node:
+                raise RequestError(400, "Fusecache-Node is not who signed")
+            await self._blocks(wanted)
+
+    async def _blocks(self, request: BlockRequest) -> None:
+        with contextlib.closing(await self._server.node.offer(request)) as offer:
+            pieces: list[Piece] | None
+            try:
+                pieces = await offer.next()
+            except FusecacheError as error:
+                raise RequestError(502, str(error)) from None
+            except trio.TooSlowError:
+                raise RequestError(504, "not within the deadline") from None
+            overhead = FRAME.size if request.frames else 0
+            length = sum(offer.lengths) + overhead * len(offer.lengths)
+            head = [
+                ("Content-Type", CONTENT_TYPE if request.frames else "application/octet-stream"),
+                ("Content-Length", str(length)),
+            ]
+            await self._send_all(self._http.send(h11.Response(status_code=200, headers=head, reason=b"OK")))
+            left = len(offer.lengths)
+            while pieces:
+                await self._send(pieces, request)
+                left -= len(pieces)
+                pieces = None
+                if left:
+                    try:
+                        pieces = await offer.next()
+                    except (FusecacheError, trio.TooSlowError) as error:
+                        _log.debug("peers: an answer breaks off: %s", error)
+            if left:
+                self._http.send_failed()
+                return
+            self._http.send(h11.EndOfMessage())
+
+    async def _send(self, pieces: Sequence[Piece], request: BlockRequest) -> None:
+        """Send blocks that are there, their frames before them if they are wanted."""
+        for piece in pieces:
+            size = piece.length + (FRAME.size if request.frames else 0)
+            # h11 counts the bytes by len(), and hands back what it would frame: nothing, in a body with a length
+            self._http.send_with_data_passthrough(h11.Data(data=_Counted(size)))  # type: ignore[arg-type]
+        if self._raw is not None:
+            raw = self._raw
+            await self._server.in_thread(lambda: self._sendfile(raw, pieces, request))
+            return
+        async for part in self._chunks(pieces, request.frames):
+            with trio.fail_after(_STALLED):
+                await self._stream.send_all(part)
+        self._server.node.sent(request.node, sum(piece.length for piece in pieces))
+
+    async def _chunks(self, pieces: Sequence[Piece], frames: bool) -> AsyncIterator[bytes | memoryview]:
+        for piece in pieces:
+            if frames:
+                yield FRAME.pack(piece.checksum, piece.length, piece.block)
+            for at in range(0, piece.length, _TLS_CHUNK):
+                size = min(_TLS_CHUNK, piece.length - at)
+                if piece.data is not None:
+                    yield memoryview(piece.data)[at : at + size]
+                    continue
+                read = functools.partial(os.pread, piece.fd, size, piece.offset + at)
+                data = await self._server.in_thread(read)
+                if len(data) != size:
+                    raise OSError("the cached file is too short")
+                yield data
+
+    def _sendfile(self, raw: socket.socket, pieces: Sequence[Piece], request: BlockRequest) -> None:
+        """In a thread. Raises OSError, TimeoutError among them."""
+        patience = _Patience(raw, lambda: self._server.ending)
+        for piece in pieces:
+            if request.frames:
+                patience.send(FRAME.pack(piece.checksum, piece.length, piece.block), socket.MSG_MORE)
+            if piece.data is not None:
+                patience.send(piece.data, 0)
+            else:
+                patience.sendfile(piece.fd, piece.offset, piece.length)
+            self._server.node.sent(request.node, piece.length)
+
+    async def _short(self, status: int, body: bytes, content_type: str, headers: Mapping[str, str] | None = None,
+                     close: bool = False) -> None:  # fmt: skip
+        head = [("Content-Type", content_type), ("Content-Length", str(len(body))), *(headers or {}).items()]
+        if close:
+            head.append(("Connection", "close"))
+        data = self._http.send(h11.Response(status_code=status, headers=head)) or b""
+        data += self._http.send(h11.Data(data=body)) or b""
+        data += self._http.send(h11.EndOfMessage()) or b""
+        await self._send_all(data)
+
+    async def _refuse(self, refusal: RequestError, close: bool = False) -> None:
+        await self._short(refusal.status, refusal.body(), "application/json", refusal.headers, close)
+
+    async def _send_all(self, data: bytes | None) -> None:
+        with trio.move_on_after(_HEAD) as scope:
+            await self._stream.send_all(data or b"")
+        if scope.cancelled_caught:
+            raise trio.BrokenResourceError
+
+
+class _Counted:
+    """So many bytes, for h11's count."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+
+class _Patience:
+    """Sends on a socket that does not block, and waits at most _STALLED seconds for room. Raises OSError."""
+
+    def __init__(self, sock: socket.socket, ending: Callable[[], bool]) -> None:
+        self._sock = sock
+        self._ending = ending
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLOUT)
+
+    def _room(self) -> None:
+        until = time.monotonic() + _STALLED
+        while not self._poll.poll(math.ceil(_SLICE * 1000)):
+            if self._ending():
+                raise ConnectionAbortedError("the server ends")
+            if time.monotonic() > until:
+                raise TimeoutError("the receiver takes no bytes")
+
+    def send(self, data: bytes, flags: int) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self._sock.send(view, flags) :]
+            except BlockingIOError:
+                self._room()
+
+    def sendfile(self, fd: int, offset: int, length: int) -> None:
+        while length:
+            try:
+                sent = os.sendfile(self._sock.fileno(), fd, offset, length)
+            except BlockingIOError:
+                self._room()
+                continue
+            if not sent:
+                raise OSError("the cached file is too short")
+            offset += sent
+            length -= sent
