@@ -117,6 +117,11 @@ def control_socket(runtime_dir: Path, mountpoint: Path) -> Path:
     return runtime_dir / mount_id(mountpoint) / SOCKET_NAME
 
 
+def served_as(node: str) -> Path:
+    """What stands for the mountpoint of a node that serves without a mount."""
+    return Path("/fusecache-serve") / node
+
+
 def find_socket(mount: Mount, env: Mapping[str, str] = os.environ) -> Path:
     """The control socket of a mount: below $FUSECACHE_RUNTIME_DIR, this user's runtime directory, or that of
     the user who mounted. The first of these if there is none."""

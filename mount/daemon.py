@@ -29,6 +29,7 @@ import trio
 
 from fusecache import control
 from fusecache.catalog import Catalog, CatalogSource
+from fusecache.cluster import Cluster
 from fusecache.config import MountConfig
 from fusecache.errors import FusecacheError
 from fusecache.loader import Loader, LoaderSettings
@@ -43,7 +44,7 @@ from fusecache.origin import Origin, open_origin
 from fusecache.store import Store
 from fusecache.telemetry.logs import configure_logging
 from fusecache.telemetry.metrics import StatusCollector
-from fusecache.telemetry.server import MetricsServer
+from fusecache.telemetry.server import MetricsServer, metrics_page
 from fusecache.types import ObjectVersion
 
 _log = logging.getLogger("fusecache.daemon")
@@ -194,9 +195,11 @@ async def _serve(config: MountConfig, inherited: Inherited, facts: Facts) -> int
             prefetch=config.prefetch == "auto",
             budget=int(config.cache_limit() * _BUDGET_SHARE) if budget is None else budget,
         )
+        cluster = _cluster(config, store, origins)
+        supplier = cluster.exchange if cluster is not None else None
         journal = Journal(directory / "open", fresh=inherited.replay is None)
         upgrade = False
-        with Loader(store, origins, library, settings) as loader:
+        with Loader(store, origins, library, settings, supplier) as loader:
             passthrough = _passthrough(config, inherited)
             handles = Handles(
                 catalog,
@@ -249,10 +252,11 @@ async def _serve(config: MountConfig, inherited: Inherited, facts: Facts) -> int
                 loader=loader,
                 handles=handles,
                 channel=channel,
+                cluster=cluster,
             )
             handles.start()
             try:
-                upgrade = await _run(config, inherited, service, channel, handles, directory)
+                upgrade = await _run(config, inherited, service, channel, handles, directory, cluster, loader)
             finally:
                 if not upgrade:
                     handles.close()
@@ -272,6 +276,8 @@ async def _run(
     channel: Channel,
     handles: Handles,
     directory: Path,
+    cluster: Cluster | None,
+    loader: Loader,
 ) -> bool:
     """Serve until the end; True: make way for an upgrade."""
     upgrade = False
@@ -291,6 +297,10 @@ async def _run(
 
             nursery.start_soon(watch_signals)
             await nursery.start(control.serve, directory / SOCKET_NAME, service.handlers)
+            if cluster is not None:
+                stack.callback(cluster.close)
+                cluster.metrics = lambda: metrics_page(StatusCollector(service.status))
+                await nursery.start(cluster.run, loader)
             nursery.start_soon(
                 functools.partial(trio.to_thread.run_sync, channel.start, config.threads, inherited.replay)
             )
@@ -301,6 +311,18 @@ async def _run(
             await pyfuse3.main(max_tasks=_TASKS)
             nursery.cancel_scope.cancel()
     return upgrade
+
+
+def _cluster(config: MountConfig, store: Store, origins: Mapping[str, Origin]) -> Cluster | None:
+    if not config.peers.wanted:
+        return None
+    return Cluster(
+        config.peers,
+        store,
+        origins,
+        concurrency=config.tuning.concurrency,
+        weight=config.cache_limit(),
+    )
 
 
 def _passthrough(config: MountConfig, inherited: Inherited) -> Passthrough:

@@ -12,6 +12,7 @@ from typing import Any
 import trio
 
 from fusecache.catalog import Catalog, Entry
+from fusecache.cluster import Cluster
 from fusecache.config import MountConfig
 from fusecache.errors import ConfigError, FusecacheError, NotFoundError
 from fusecache.loader import Loader
@@ -48,6 +49,7 @@ class Service:
         loader: Loader,
         handles: Handles,
         channel: Channel,
+        cluster: Cluster | None = None,
     ) -> None:
         self._config = config
         self._facts = facts
@@ -57,6 +59,7 @@ class Service:
         self._loader = loader
         self._handles = handles
         self._channel = channel
+        self._cluster = cluster
 
     @property
     def handlers(self) -> Mapping[str, Callable[[dict[str, Any]], Awaitable[object]]]:
@@ -69,6 +72,7 @@ class Service:
             "refresh": self._refresh,
             "drain": self._drain,
             "fetch": self._fetch,
+            "peers": self._peers,
         }
 
     # -- status
@@ -94,7 +98,7 @@ class Service:
             "mode": {"now": "passthrough" if passthrough.active else "daemon", "why": passthrough.why},
             "bytes": {
                 "store": reads.bytes_store,
-                "peer": 0,
+                "peer": self._cluster.exchange.stats.bytes_peers if self._cluster is not None else 0,
                 "origin": sum(origin.stats.bytes for origin in origins),
             },
             "opens": {"passthrough": opens.passthrough, "daemon": opens.daemon},
@@ -119,6 +123,7 @@ class Service:
                 "flights_failed": self._loader.stats.flights_failed,
                 "bytes_uncached": self._loader.stats.bytes_uncached,
             },
+            **({"peers": self._cluster.counters()} if self._cluster is not None else {}),
             "reads": {"answered": reads.reads, "waited_bytes": reads.bytes_fetched, "failed": reads.errors},
             "errors": {"reads": reads.errors},
             "catalog": {"files": files, "bytes": size, "age": self._catalog.age},
@@ -134,6 +139,11 @@ class Service:
 
     async def _status(self, request: dict[str, Any]) -> object:
         return await trio.to_thread.run_sync(self.status)
+
+    async def _peers(self, request: dict[str, Any]) -> object:
+        if self._cluster is None:
+            raise ConfigError("this mount is no node of a cluster: see peers.discovery")
+        return await self._cluster.report()
 
     # -- the cache
 

@@ -23,6 +23,8 @@ from fusecache.errors import ConfigError, FusecacheError
 _COMMANDS = {
     "mount": ("fusecache.cli.mounting", "mount_command"),
     "umount": ("fusecache.cli.mounting", "umount_command"),
+    "serve": ("fusecache.cli.serve", "serve_command"),
+    "peers": ("fusecache.cli.peers", "peers_command"),
     "status": ("fusecache.cli.status", "status_command"),
     "doctor": ("fusecache.cli.doctor", "doctor_command"),
     "fetch": ("fusecache.cli.fetch", "fetch_command"),

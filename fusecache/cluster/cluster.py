@@ -57,12 +57,12 @@ class Cluster:
         *,
         concurrency: int,
         weight: int,
-        metrics: Callable[[], str],
     ) -> None:
         self._settings = settings
         self._store = store
         self._origins = origins
-        self._metrics = metrics
+        self.metrics: Callable[[], str] = lambda: ""
+        """The page that GET /metrics shows. Called in a thread."""
         self._instance = secrets.token_hex(8)
         self._weight = max(1, settings.weight or weight)
         secret = shared_secret(settings)
@@ -149,7 +149,7 @@ class Cluster:
             self._store,
             {origin.identity: name for name, origin in self._origins.items()},
             streams=settings.streams,
-            metrics=self._metrics,
+            metrics=lambda: self.metrics(),
         )
         host, port = split_address(settings.listen)
         server = PeerServer(

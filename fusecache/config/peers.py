@@ -112,19 +112,19 @@ class PeerSettings(Model):
         description="What a node keeps of what it reads: all of it, or only the stripes that are its own.",
     )
     connections: int = Field(
-        default=128,
+        default=1024,
         ge=1,
-        le=4096,
+        le=65536,
         description="Most connections from other nodes at a time; further ones wait.",
     )
     streams: int = Field(
-        default=16,
+        default=256,
         ge=1,
-        le=1024,
-        description="Most answers sent at a time; further ones wait, or go to another holder.",
+        le=65536,
+        description="Most answers under way at a time; further ones wait for their turn.",
     )
     timeout: Seconds = Field(
-        default=2.0, gt=0, description="A node that sends no byte for so long is passed over."
+        default=2.0, gt=0, description="A node that takes no connection for so long is passed over."
     )
     fallback: int = Field(
         default=8,
@@ -177,6 +177,11 @@ class PeerSettings(Model):
                     "nobody unauthenticated reads a block"
                 )
         return self
+
+    @property
+    def wanted(self) -> bool:
+        """Whether this node is part of a cluster at all."""
+        return self.discovery != "none" or bool(self.listen)
 
     def secrets(self) -> list[str]:
         """The secret values in here, for redaction."""

@@ -80,6 +80,30 @@ METRICS: tuple[Definition, ...] = (
         "fusecache_origin_concurrency", "gauge", "origin.concurrency", "Most requests in flight, as adapted."
     ),
     Definition(
+        "fusecache_peers_received_bytes_total", "counter", "peers.bytes_in", "Bytes from other nodes."
+    ),
+    Definition("fusecache_peers_sent_bytes_total", "counter", "peers.bytes_out", "Bytes to other nodes."),
+    Definition("fusecache_peers_nodes", "gauge", "peers.nodes", "Nodes of the cluster that are alive."),
+    Definition(
+        "fusecache_peers_errors_total", "counter", "peers.errors", "Requests to other nodes that failed."
+    ),
+    Definition(
+        "fusecache_peers_bad_blocks_total",
+        "counter",
+        "peers.bad_blocks",
+        "Blocks from other nodes whose checksum was wrong; they were fetched elsewhere.",
+    ),
+    Definition(
+        "fusecache_peers_fallbacks_total",
+        "counter",
+        "peers.fallbacks",
+        "Flights that went to the origin because the nodes before this one did not answer.",
+    ),
+    Definition(
+        "fusecache_peers_refused_total", "counter", "peers.refused", "Requests that found no turn in time."
+    ),
+    Definition("fusecache_peers_sending", "gauge", "peers.sending", "Answers to other nodes under way."),
+    Definition(
         "fusecache_loader_waiting_reads", "gauge", "loader.waiting_reads", "Reads that wait for a block."
     ),
     Definition(

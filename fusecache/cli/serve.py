@@ -1,0 +1,163 @@
+"""`fusecache serve`: a node that gives blocks to others and mounts nothing. Stays in the foreground."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import trio
+
+from fusecache import control
+from fusecache.cluster import Cluster
+from fusecache.config import MountConfig, load_mount_config, make_default_cache_dir
+from fusecache.errors import ConfigError, FusecacheError
+from fusecache.loader import Loader, LoaderSettings
+from fusecache.mounts import SOCKET_NAME, mount_directory, served_as
+from fusecache.origin import Origin, open_origin
+from fusecache.store import Store
+from fusecache.telemetry import MetricsServer, StatusCollector, configure_logging
+from fusecache.telemetry.server import metrics_page
+from fusecache.types import ObjectVersion
+
+
+@click.command("serve")
+@click.argument("source", required=False)
+@click.option("-o", "options", multiple=True, metavar="KEY=VALUE,...", help="Options, see docs/OPTIONS.md.")
+@click.option(
+    "--config", type=click.Path(path_type=Path, dir_okay=False), help="TOML file with settings and sources."
+)
+def serve_command(source: str | None, options: tuple[str, ...], config: Path | None) -> int:
+    """Give blocks of SOURCE, like s3://bucket/prefix, to the other nodes of a cluster, without a mount.
+
+    Needs peers.listen. Without SOURCE, all sources of the config file are served. Runs until it is told to end
+    (Ctrl-C, SIGTERM); says `serving` on stderr when it does.
+    """
+    settings = load_mount_config(source, "/fusecache-serve", [*options], config)
+    if not settings.peers.listen:
+        raise ConfigError("nothing to serve at: set peers.listen, like -o peers.listen=127.0.0.1:7070")
+    settings = settings.model_copy(update={"mountpoint": served_as(settings.peers.node)})
+    configure_logging(
+        settings.log_level, settings.log_format, file=settings.log_file, secrets=settings.secrets()
+    )
+    make_default_cache_dir(settings.cache_dir)
+    try:
+        trio.run(_serve, settings)
+    except BaseExceptionGroup as group:
+        raise _only(group) from None
+    return 0
+
+
+def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error of ours in a group, or the first of any kind."""
+    ours, _ = group.split(FusecacheError)
+    found: BaseException = ours or group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found
+
+
+class _NoCatalog:
+    """See loader.Library: nobody reads here, so nothing follows from what is read."""
+
+    def siblings(self, version: ObjectVersion) -> Sequence[ObjectVersion]:
+        """See loader.Library."""
+        return [version]
+
+    def completed(self, version: ObjectVersion) -> None:
+        """See loader.Library."""
+
+    def gone(self, version: ObjectVersion) -> None:
+        """See loader.Library."""
+
+
+async def _serve(config: MountConfig) -> None:
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        origins: dict[str, Origin] = {}
+        for source in config.sources:
+            origins[source.name] = open_origin(source, config.tuning)
+            stack.callback(origins[source.name].close)
+        store = stack.enter_context(
+            Store(
+                config.cache_dir,
+                limit=config.cache_limit(),
+                free_floor=config.free_floor_bytes(),
+                block_size=config.block_size,
+                verify=config.verify,
+            )
+        )
+        cluster = Cluster(
+            config.peers,
+            store,
+            origins,
+            concurrency=config.tuning.concurrency,
+            weight=config.cache_limit(),
+        )
+        stack.callback(cluster.close)
+        settings = LoaderSettings(
+            concurrency=config.tuning.concurrency,
+            range_bytes=config.tuning.range_size,
+            deadline=config.tuning.deadline,
+            prefetch=False,
+        )
+        loader = stack.enter_context(Loader(store, origins, _NoCatalog(), settings, cluster.exchange))
+
+        def status() -> dict[str, Any]:
+            return _status(config, store, origins, loader, cluster, started)
+
+        async def on_status(request: dict[str, Any]) -> object:
+            return await trio.to_thread.run_sync(status)
+
+        async def on_peers(request: dict[str, Any]) -> object:
+            return await cluster.report()
+
+        cluster.metrics = lambda: metrics_page(StatusCollector(status))
+        if config.metrics_port:
+            stack.callback(MetricsServer(config.metrics_port, StatusCollector(status)).close)
+        directory = mount_directory(config.runtime_dir, config.mountpoint)
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async with trio.open_nursery() as nursery:
+                handlers = {"status": on_status, "peers": on_peers}
+                await nursery.start(functools.partial(control.serve, directory / SOCKET_NAME, handlers))
+                await nursery.start(cluster.run, loader)
+                print(f"fusecache: serving as node {config.peers.node}", file=sys.stderr, flush=True)
+                async for _ in signals:
+                    break
+                nursery.cancel_scope.cancel()
+
+
+def _status(
+    config: MountConfig,
+    store: Store,
+    origins: dict[str, Origin],
+    loader: Loader,
+    cluster: Cluster,
+    started: float,
+) -> dict[str, Any]:
+    usage = store.usage()
+    names = ("requests", "errors", "throttled", "retries", "lists", "bytes", "concurrency")
+    return {
+        "node": config.peers.node,
+        "sources": [{"name": source.name, "url": source.url} for source in config.sources],
+        "bytes": {
+            "peer": cluster.exchange.stats.bytes_peers,
+            "origin": sum(origin.stats.bytes for origin in origins.values()),
+        },
+        "cache": {"dir": str(config.cache_dir), **vars(usage)},
+        "origin": {name: sum(getattr(origin.stats, name) for origin in origins.values()) for name in names},
+        "loader": {**loader.progress(), "flights": loader.stats.flights},
+        "peers": cluster.counters(),
+        "process": {
+            "pid": os.getpid(),
+            "cpu_seconds": time.process_time(),
+            "uptime": time.monotonic() - started,
+        },
+    }

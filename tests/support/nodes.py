@@ -1,0 +1,148 @@
+"""Nodes of a cluster on this machine: real mounts, or `fusecache serve`, each with a store and a port of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fusecache import control, mounts
+from tests.support import live
+from tests.support.mounting import RealMount, command, mounted
+from tests.support.servers import S3Bucket, free_port, running, wait_until
+
+SECRET = "a-secret-for-the-tests-only"
+MIB = 1 << 20
+
+
+class Nodes:
+    """Starts nodes of one cluster that read `source`; all end with the block that `cluster` opens."""
+
+    def __init__(
+        self,
+        work: Path,
+        source: str,
+        env: Mapping[str, str],
+        ports: Mapping[str, int],
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self.work = work
+        self.source = source
+        self.env = dict(env)
+        self.ports = dict(ports)
+        self.mounts: dict[str, RealMount] = {}
+        self._stack = stack
+        self.secret = work / "secret"
+        self.secret.write_text(SECRET)
+        self.secret.chmod(0o600)
+
+    def url(self, name: str) -> str:
+        """Where a node serves."""
+        return f"http://127.0.0.1:{self.ports[name]}"
+
+    def options(self, name: str, **more: object) -> dict[str, object]:
+        """Its options: names with a dot are given with `peers__name`."""
+        given: dict[str, object] = {
+            "peers.discovery": "static",
+            "peers.members": ";".join(self.url(other) for other in self.ports),
+            "peers.listen": f"127.0.0.1:{self.ports[name]}",
+            "peers.node": name,
+            "peers.secret_file": self.secret,
+            "peers.stripe": "1MiB",
+            "block_size": "256KiB",
+            "metadata_ttl": "1h",
+        }
+        given |= {key.replace("__", "."): value for key, value in more.items()}
+        return {key: value for key, value in given.items() if value is not None}
+
+    def mount(self, name: str, **options: object) -> RealMount:
+        """Mount one; returns when it has looked at the others."""
+        work = self.work / name
+        work.mkdir(exist_ok=True)
+        made = self._stack.enter_context(
+            mounted(self.source, work, env=self.env, **self.options(name, **options))
+        )
+        self.mounts[name] = made
+        return made
+
+    def serve(self, name: str, **options: object) -> subprocess.Popen[bytes]:
+        """Run `fusecache serve`; returns when it serves."""
+        work = self.work / name
+        work.mkdir(exist_ok=True)
+        given = {"cache_dir": work / "cache", "cache_size": "1GiB", "runtime_dir": work / "run"}
+        given |= self.options(name, **options)
+        log = work / "serve.log"
+        argv = [sys.executable, "-m", "fusecache.cli.main", "serve", self.source]
+        argv += ["-o", ",".join(f"{key}={value}" for key, value in given.items())]
+        process = self._stack.enter_context(running(argv, log, self.env))
+
+        def serving() -> bool:
+            text = log.read_text(errors="replace") if log.exists() else ""
+            assert process.poll() is None, text
+            return "serving as node" in text
+
+        wait_until(serving, f"node {name} serves", 30)
+        return process
+
+    def ask(self, name: str, operation: str) -> Any:
+        """An operation of a node's control socket."""
+        if name in self.mounts:
+            return live.asked(self.mounts[name], operation)
+        socket = mounts.control_socket(self.work / name / "run", mounts.served_as(name))
+        return control.call(socket, operation, timeout=live.HANG)
+
+    def states(self, name: str) -> dict[str, str]:
+        """State of each member as one node sees it."""
+        return {row["name"]: row["state"] for row in self.ask(name, "peers")["members"]}
+
+    def wait_members(self, *names: str) -> None:
+        """Until each of these sees all of these alive, and nobody else."""
+        wanted = set(names)
+
+        def agreed() -> bool:
+            return all(
+                {other for other, state in self.states(name).items() if state == "alive"} == wanted
+                for name in names
+            )
+
+        wait_until(agreed, f"{', '.join(names)} see each other", 30)
+
+    def origin_bytes(self) -> int:
+        """Bytes that all mounts took from the origin."""
+        return sum(self.ask(name, "status")["bytes"]["origin"] for name in self.mounts)
+
+
+@contextlib.contextmanager
+def cluster(work: Path, source: str, env: Mapping[str, str], *names: str) -> Iterator[Nodes]:
+    """Names and free ports for a cluster; start its nodes with the methods of what this gives."""
+    with contextlib.ExitStack() as stack:
+        ports = {name: free_port() for name in names}
+        yield Nodes(work, source, env, ports, stack)
+
+
+def kill_node(mount: RealMount) -> None:
+    """kill -9 of all processes of a mount at once, as if the machine had lost its power."""
+    pids = [live.keeper_pid(mount), int(live.asked(mount, "status")["process"]["pid"])]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+def fill(bucket: S3Bucket, prefix: str, files: int, size: int) -> list[str]:
+    """Put objects of checkable content; returns their keys below the prefix."""
+    from tests.support.content import content
+
+    keys = [f"model-{number:05d}-of-{files:05d}.safetensors" for number in range(1, files + 1)]
+    for key in keys:
+        bucket.put(f"{prefix}/{key}", content(key, 1, 0, size))
+    return keys
+
+
+def report(mount: RealMount) -> dict[str, Any]:
+    """`fusecache peers --json`."""
+    return dict(json.loads(command("peers", str(mount.path), "--json", env=mount.env).stdout))
