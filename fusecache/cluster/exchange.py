@@ -21,8 +21,14 @@ from fusecache.cluster.slots import Slots
 from fusecache.errors import CancelledReadError, UnavailableError
 from fusecache.loader import Again, Expect, Route
 from fusecache.peers.breaker import Breakers
-from fusecache.peers.client import PeerBusyError, PeerClient, PeerElsewhereError
-from fusecache.peers.errors import PeerError, PeerMissError, PeerRefusedError
+from fusecache.peers.client import PeerClient
+from fusecache.peers.errors import (
+    PeerBusyError,
+    PeerElsewhereError,
+    PeerError,
+    PeerMissError,
+    PeerRefusedError,
+)
 from fusecache.peers.member import Member
 from fusecache.peers.placement import ranking
 from fusecache.peers.wire import BlockRequest

@@ -72,7 +72,7 @@ _PLAN_AGAIN = 60.0
 
 
 class Loader:
-    """Brings object versions into `store` from `origins` (by source name), or from wherever `supplier` has them.
+    """Brings object versions into `store` from `origins` (by source name), or from where `supplier` has them.
     Thread-safe; `start` and `close`, or a with block, own the crew."""
 
     def __init__(
@@ -105,7 +105,7 @@ class Loader:
 
     def start(self) -> None:
         """Start the crew."""
-        # One thread at least must be free of tasks, which may wait for bytes themselves.
+        # One thread at least must be free of tasks, which may wait for bytes.
         reserved = max(1, self._settings.concurrency // 4)
         for number in range(max(2, self._settings.concurrency)):
             wake = self._wake_demand if number < reserved else self._wake_any

@@ -23,7 +23,14 @@ from urllib.parse import urlsplit
 
 from fusecache.blocks import block_bytes
 from fusecache.peers.auth import Signer
-from fusecache.peers.errors import PeerError, PeerGoneError, PeerMissError, PeerRefusedError
+from fusecache.peers.errors import (
+    PeerBusyError,
+    PeerElsewhereError,
+    PeerError,
+    PeerGoneError,
+    PeerMissError,
+    PeerRefusedError,
+)
 from fusecache.peers.wire import FRAME, MAX_HEADER, BlockRequest, frame_of
 
 _log = logging.getLogger(__name__)
@@ -38,22 +45,6 @@ _GLANCE = 0.5
 _ERROR_BODY = 16 * 1024
 _MAX_ANSWER = 64 << 20
 """Bytes of a JSON answer."""
-
-
-class PeerBusyError(PeerError):
-    """The node has too much to do: ask again in `retry_after` seconds."""
-
-    def __init__(self, message: str, retry_after: float) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class PeerElsewhereError(PeerError):
-    """Another node, at `url`, has the blocks too, and less to do."""
-
-    def __init__(self, message: str, url: str) -> None:
-        super().__init__(message)
-        self.url = url
 
 
 class _Connection:

@@ -19,3 +19,19 @@ class PeerMissError(PeerError):
 
 class PeerGoneError(PeerError):
     """The node found that the origin has another version now, or none."""
+
+
+class PeerBusyError(PeerError):
+    """The node has too much to do: ask again in `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class PeerElsewhereError(PeerError):
+    """Another node, at `url`, has the blocks too, and less to do."""
+
+    def __init__(self, message: str, url: str = "") -> None:
+        super().__init__(message)
+        self.url = url
