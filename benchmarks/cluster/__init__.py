@@ -1,0 +1,1 @@
+"""A cluster on one machine: namespaces with bandwidth limits, and what is measured in them."""
