@@ -340,14 +340,18 @@ class Exchange:
             self._upstream[stripe] = member.name
             self.stats.peers.setdefault(member.name, PeerTraffic()).requests += 1
         try:
-            began = time.monotonic()
-            answer = self._client.blocks(member.url, request, flight.version.size, watch.glance)
-            self._answered(member, time.monotonic() - began)
-            items: Iterator[int | memoryview] = iter(answer)
-            close: Callable[[], None] = answer.close
+            items: Iterator[int | memoryview] | None = None
+            close: Callable[[], None] = _nothing
             while True:
                 try:
                     with contextlib.ExitStack() as stack:
+                        if items is None:
+                            began = time.monotonic()
+                            answer = self._client.blocks(
+                                member.url, request, flight.version.size, watch.glance
+                            )
+                            self._answered(member, time.monotonic() - began)
+                            items, close = iter(answer), answer.close
                         stack.callback(close)
                         yield from self._deliver(flight, items, watch)
                     self.breakers.succeeded(watch.member.name)
@@ -450,6 +454,10 @@ class Exchange:
             with self._lock:
                 self.stats.hedged += 1
             raise _HedgedError(member, iter(answer), answer.close)
+
+
+def _nothing() -> None:
+    """There is nothing to close yet."""
 
 
 class _Watch:

@@ -12,9 +12,8 @@ cancels nothing that others may wait for.
 
 Interleavings worth knowing. (1) A block lands between a reader's look at the store and its `request`: request
 looks again under the lock that `land` takes, so it is found there. (2) A block is found bad while somebody
-reads it: its bytes were verified when the read began, and the file is not rewritten in place while others
-have it open (see store). (3) A flight fails while new readers join: those that came after its start fly
-again, the others get its error.
+reads it: the file is not rewritten in place while others have it open (see store). (3) A flight fails while new
+readers join: those that came after its start fly again, the others get its error.
 """
 
 from __future__ import annotations
@@ -121,7 +120,7 @@ class Loader:
         thread.start()
 
     def close(self, timeout: float = 10.0) -> None:
-        """Stop the crew: flights are cancelled, waiters get CancelledReadError. Waits at most `timeout` seconds."""
+        """Stop the crew: flights are cancelled, waiters get CancelledReadError. Waits `timeout` seconds at most."""
         with self._lock:
             self._stopping = True
             waiters = list(self._waiters)
@@ -194,7 +193,7 @@ class Loader:
             load.stored.close()
 
     def _closable(self, load: ObjectLoad) -> bool:
-        """Whether this call took the load out of the table, so that the caller has to close it."""
+        """Whether this call took it out of the table, so that the caller has to close it."""
         if not load.unwanted() or load in self._board.active:
             return False
         if self._loads.get(load.version.id) is load:
@@ -248,12 +247,12 @@ class Loader:
         return waiter
 
     def coming(self, load: ObjectLoad, blocks: range) -> bool:
-        """Whether each of these blocks is in the store, or somebody is at it."""
+        """Whether each of these blocks is in the store or on its way."""
         with self._lock:
             return all(not load.idle[block] or load.stored.unverified(block) for block in blocks)
 
     def cancel(self, waiter: Waiter) -> bool:
-        """Nobody wants this any more; False: it was settled already, or is being settled."""
+        """Nobody wants this any more; False: it was, or is being, settled."""
         with self._lock:
             if waiter not in self._waiters:
                 return False
@@ -266,8 +265,8 @@ class Loader:
             return waiter in self._waiters
 
     def read(self, load: ObjectLoad, offset: int, length: int) -> bytes:
-        """Wait for bytes and copy them out of the store; blocks, at most until the deadline. For control and
-        tests: the channel is the way for bulk reads. Raises what `request` and the origin raise."""
+        """Wait for bytes, at most until the deadline, and copy them out of the store. For control and tests.
+        Raises what `request` and the origin raise."""
         done = threading.Event()
         for _ in range(3):
             done.clear()
@@ -317,8 +316,8 @@ class Loader:
         self.follow(load.version, load.source)
 
     def seconds_left(self, load: ObjectLoad) -> float | None:
-        """How long it will take, at the pace of the last second, until this load is complete: infinity if it is
-        not being fetched, None if that is not known yet."""
+        """How long it will take, at the pace of the last second, until this load is complete: infinity if it is not
+        being fetched, None if not known yet."""
         with self._lock:
             if load not in self._board.active or load.failures or load.gone is not None:
                 return math.inf
@@ -374,7 +373,7 @@ class Loader:
                 elif job is not None:
                     job()
             except Exception:
-                _log.exception("a flight ended in an unforeseen error")
+                _log.exception("a task failed")
 
     def _take(self, demand_only: bool, remote: bool) -> Job | Callable[[], None] | None:
         job = self._board.take(demand_only, time.monotonic(), remote)
@@ -405,6 +404,9 @@ class Loader:
             error.__cause__ = exc
         except FusecacheError as exc:
             error = exc
+        except Exception as exc:
+            _log.exception("a flight failed")
+            error = UnavailableError(f"{load.version.key}: {type(exc).__name__}: see the log")
         finally:
             self._landed(job, started, left, error)
 
@@ -502,9 +504,8 @@ class Loader:
 
     def _call_for(self, load: ObjectLoad, blocks: Iterable[int]) -> None:
         if self._board.call_for(load, blocks):
-            self._wake_any.notify()
-            self._wake_demand.notify()
-            self._wake_remote.notify_all()
+            for condition in (self._wake_any, self._wake_demand, self._wake_remote):
+                condition.notify()
 
     def _wake_all(self) -> None:
         self._wake_any.notify_all()

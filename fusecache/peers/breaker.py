@@ -16,8 +16,9 @@ _BAD_REST = 60.0
 _SLOW_REST = 20.0
 _WINDOW = 8.0
 """Seconds after which half of what is known of a node's speed is forgotten."""
-_EVIDENCE = 3.0
-"""Seconds of waiting for a node before it can be called slow."""
+_EVIDENCE = 4.0
+"""Seconds of waiting for a node before it can be called slow, by the clock and summed over requests."""
+_PAUSE = 3.0
 _MUCH_SLOWER = 8.0
 
 
@@ -32,6 +33,9 @@ class _Node:
     nbytes: float = 0.0
     seconds: float = 0.0
     measured: float = field(default_factory=time.monotonic)
+    faded: float = field(default_factory=time.monotonic)
+    busy_since: float = field(default_factory=time.monotonic)
+    """Since when requests wait for it without a long pause."""
 
 
 class Breakers:
@@ -43,7 +47,8 @@ class Breakers:
         self._nodes: dict[str, _Node] = {}
 
     def _node(self, name: str) -> _Node:
-        return self._nodes.setdefault(name, _Node(measured=self._clock()))
+        now = self._clock()
+        return self._nodes.setdefault(name, _Node(measured=now, faded=now, busy_since=now))
 
     def allowed(self, name: str) -> bool:
         """Whether the node may be asked. After its rest one request may, until that one's outcome is told."""
@@ -96,7 +101,7 @@ class Breakers:
                 self._fade(other, now)
                 if other_name != name and other.seconds >= _EVIDENCE / 2:
                     others.append(other.nbytes / other.seconds)
-            if node.seconds < _EVIDENCE or len(others) < 2:
+            if node.seconds < _EVIDENCE or now - node.busy_since < _EVIDENCE or len(others) < 2:
                 return False
             return node.nbytes / node.seconds * _MUCH_SLOWER < statistics.median(others)
 
@@ -108,10 +113,13 @@ class Breakers:
     def measured(self, name: str, nbytes: int, seconds: float) -> None:
         """A request waited so long for so many bytes of it."""
         with self._lock:
-            node = self._node(name)
-            self._fade(node, self._clock())
+            node, now = self._node(name), self._clock()
+            if now - node.measured > _PAUSE:
+                node.busy_since = now
+            self._fade(node, now)
             node.nbytes += nbytes
             node.seconds += seconds
+            node.measured = now
 
     def _rest(self, node: _Node, why: str, seconds: float) -> None:
         node.trying = False
@@ -119,10 +127,10 @@ class Breakers:
         node.rest_until = self._clock() + seconds * random.uniform(0.8, 1.2)  # noqa: S311  jitter
 
     def _fade(self, node: _Node, now: float) -> None:
-        keep = 0.5 ** ((now - node.measured) / _WINDOW)
+        keep = 0.5 ** ((now - node.faded) / _WINDOW)
         node.nbytes *= keep
         node.seconds *= keep
-        node.measured = now
+        node.faded = now
 
     def state(self, name: str) -> tuple[str, int, float | None]:
         """Why it is passed over ("" if it is not), how many wrong blocks it sent, its speed in bytes/s per request."""

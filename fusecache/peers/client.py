@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 _CHUNK = 1 << 20
 _IDLE = 20.0
 """Seconds that an unused connection is kept."""
-_KEPT = 8
+_KEPT = 32
 """Unused connections kept per node."""
 _GLANCE = 0.5
 """Seconds between looks around while nothing comes."""
@@ -69,7 +69,6 @@ class _Connection:
             sock.close()
             raise
         self.sock = sock
-        self.buffer = memoryview(bytearray(_CHUNK + FRAME.size))
         self.used = False
         self.since = 0.0
 
@@ -101,6 +100,14 @@ class PeerClient:
         self._offsets: dict[str, float] = {}
         """Seconds that a node's clock is ahead of ours, where that matters."""
         self._closed = False
+        self._local = threading.local()
+
+    def _buffer(self) -> memoryview:
+        """This thread's: it receives one body at a time."""
+        buffer: memoryview | None = getattr(self._local, "buffer", None)
+        if buffer is None:
+            buffer = self._local.buffer = memoryview(bytearray(_CHUNK + FRAME.size))
+        return buffer
 
     def close(self) -> None:
         """Close the idle connections; those in use are closed after use."""
@@ -120,9 +127,12 @@ class PeerClient:
         """
         headers = request.headers()
         connection, answer, rest = self._ask(url, request.target, headers, glance)
+        keep = False
         try:
             if answer.status != 200:
-                raise _refusal(url, answer, self._rest_of(connection, answer, rest, glance))
+                body = self._rest_of(connection, answer, rest, glance)
+                keep = len(body) == answer.length and not answer.will_close
+                raise _refusal(url, answer, body)
             overhead = FRAME.size * len(request.blocks)
             assert request.block_size is not None
             expected = overhead + sum(
@@ -131,9 +141,14 @@ class PeerClient:
             if answer.length != expected:
                 raise PeerError(f"{url}: sends {answer.length} bytes for {expected}")
         except BaseException:
-            connection.close()
+            if keep:
+                self.put_back(url, connection)
+            else:
+                connection.close()
             raise
-        return Answer(self, url, connection, request, size, rest, glance, not answer.will_close)
+        return Answer(
+            self, url, connection, self._buffer(), request, size, rest, glance, not answer.will_close
+        )
 
     def json(self, url: str, target: str, timeout: float) -> Any:
         """A short answer of a node. Raises PeerError."""
@@ -213,10 +228,11 @@ class PeerClient:
             return b""
         parts, left = [rest[:length]], length - len(rest[:length])
         while left > 0:
-            got = _receive(connection, [connection.buffer[: min(left, _CHUNK)]], glance)
+            part = bytearray(min(left, 65536))
+            got = _receive(connection, [memoryview(part)], glance)
             if not got:
                 break
-            parts.append(bytes(connection.buffer[:got]))
+            parts.append(bytes(part[:got]))
             left -= got
         return b"".join(parts)
 
@@ -261,6 +277,7 @@ class Answer:
         client: PeerClient,
         url: str,
         connection: _Connection,
+        buffer: memoryview,
         request: BlockRequest,
         size: int,
         begun: bytes,
@@ -270,6 +287,7 @@ class Answer:
         self._client = client
         self._url = url
         self._connection: _Connection | None = connection
+        self._buffer = buffer
         self._request = request
         self._size = size
         self._begun = begun
@@ -282,7 +300,7 @@ class Answer:
         connection = self._connection
         assert connection is not None
         assert self._request.block_size is not None
-        buffer = connection.buffer
+        buffer = self._buffer
         header = bytearray(FRAME.size)
         self._exactly(connection, memoryview(header))
         last = self._request.blocks.stop - 1
@@ -345,15 +363,14 @@ def _head(connection: _Connection, glance: Callable[[], None]) -> tuple[http.cli
     while (end := begun.find(b"\r\n\r\n")) < 0:
         if len(begun) > MAX_HEADER:
             raise http.client.HTTPException("the head is too long")
-        view = connection.buffer[:65536]
         try:
-            got = connection.sock.recv_into(view)
+            part = connection.sock.recv(16384)
         except (BlockingIOError, TimeoutError):
             glance()
             continue
-        if not got:
+        if not part:
             raise ConnectionResetError("the node closed the connection")
-        begun += view[:got]
+        begun += part
     answer = http.client.HTTPResponse(_Said(bytes(begun[: end + 4])), method="GET")  # type: ignore[arg-type]
     answer.begin()
     return answer, bytes(begun[end + 4 :])
