@@ -19,7 +19,7 @@ the one that had the stripe before is the next."""
 ORIGIN_REQUESTS = 64
 """To the origin at a time, of all nodes together: enough for a NIC's worth of slow connections. Few at a time, so that
 stripes come in one after the other and the others need not hold one request per stripe."""
-LEAST_STREAMS = 8
+LEAST_STREAMS = 4
 """Answers that a node sends at a time before it calls itself loaded."""
 
 
@@ -92,7 +92,7 @@ def fallback_slots(budget: int, members: int) -> int:
 def is_loaded(sending: int, receiving: int) -> bool:
     """Whether a node that sends and receives so many answers should send callers to another holder: it gives more than
     it takes, which not all can do."""
-    return sending >= max(LEAST_STREAMS, receiving + receiving // 4)
+    return sending >= max(LEAST_STREAMS, receiving)
 
 
 @dataclass

@@ -36,7 +36,8 @@ from fusecache.types import ObjectVersion
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-_CHUNK = 1 << 20
+_CHUNK = 256 << 10
+"""Blocks are passed on to other nodes as they land, so that a chunk should not be larger than a small block."""
 _IDLE = 15.0
 """Seconds that an unused connection is kept: servers and balancers close them after 20-60."""
 
