@@ -3,13 +3,14 @@ benchmarks/ runs these, too."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from fusecache.loader import Route
 from fusecache.peers.member import Member
 from fusecache.peers.placement import fetch_order, owners, stripe_count
-from fusecache.types import ObjectVersion
+from fusecache.types import ObjectId, ObjectVersion
 
 FAILURES = 3
 """Nodes that did not answer, after which a stripe comes from the origin."""
@@ -19,8 +20,10 @@ the one that had the stripe before is the next."""
 ORIGIN_REQUESTS = 64
 """To the origin at a time, of all nodes together: enough for a NIC's worth of slow connections. Few at a time, so that
 stripes come in one after the other and the others need not hold one request per stripe."""
-LEAST_STREAMS = 4
-"""Answers that a node sends at a time before it calls itself loaded."""
+FAN_OUT = 3
+"""Nodes that one node sends one stripe to, as long as others may send it, too."""
+DEPTH = 6
+"""Nodes that a stripe passes through between its owner and whoever asks."""
 
 
 def route_of(
@@ -89,32 +92,58 @@ def fallback_slots(budget: int, members: int) -> int:
     return max(1, budget // max(1, members))
 
 
-def is_loaded(sending: int, receiving: int) -> bool:
-    """Whether a node that sends and receives so many answers should send callers to another holder: it gives more than
-    it takes, which not all can do."""
-    return sending >= max(LEAST_STREAMS, receiving)
-
-
 @dataclass
-class Takers:
-    """Who got, or gets, one stripe from us, in the order they asked. Whoever is in here is served by us if it asks
-    again: a node only ever depends on one that was here before it, so nobody waits for itself."""
+class Holder:
+    """A node that has, or gets, one stripe: how many nodes it is away from us, and how many get it from there."""
 
-    names: list[str]
-    turn: int = 0
+    depth: int
+    children: int = 0
 
-    def redirect(self, asking: str, usable: Callable[[str], bool]) -> str | None:
-        """Another holder for this node, each of those before it in turn; None: serve it. Counts it as a holder."""
-        if asking in self.names:
-            return None
-        for step in range(len(self.names)):
-            found = self.names[(self.turn + step) % len(self.names)]
-            if usable(found):
-                self.turn += step + 1
-                return found
-        return None
 
-    def add(self, asking: str) -> None:
-        """It gets the stripe, from us or from whom we sent it to."""
-        if asking and asking not in self.names:
-            self.names.append(asking)
+class Spread:
+    """Who passes our stripes on. A node that many ask at once gives each stripe to few of them, and sends the others to
+    those: everybody sends about as much as it takes, and no stripe has to wait for one node's link.
+
+    Each asking node is given the holder with the fewest bytes waiting for room on their way out, as the nodes say of
+    themselves with each request. Whoever is a holder already and asks again is served by us: a node only ever depends
+    on one that came before it, so nobody waits for itself.
+    """
+
+    def __init__(self, me: str, stripes: int = 20_000) -> None:
+        self._me = me
+        self._most = stripes
+        self._stripes: OrderedDict[tuple[ObjectId, int], dict[str, Holder]] = OrderedDict()
+        self._owed: dict[str, int] = {}
+
+    def told(self, name: str, owed: int) -> None:
+        """So many bytes wait at a node for room on their way out."""
+        self._owed[name] = owed
+
+    def parent(
+        self,
+        stripe: tuple[ObjectId, int],
+        asking: str,
+        usable: Collection[str],
+        nbytes: int,
+        *,
+        direct: bool = False,
+    ) -> str:
+        """The holder that gives these `nbytes` of a stripe to `asking`, which is a holder from now on; our own name: we
+        do. `usable` are the others that are alive."""
+        holders = self._stripes.setdefault(stripe, {self._me: Holder(0)})
+        self._stripes.move_to_end(stripe)
+        while len(self._stripes) > self._most:
+            self._stripes.popitem(last=False)
+        if asking in holders or direct:
+            holders.setdefault(asking, Holder(1))
+            return self._me
+        able = [
+            name
+            for name, holder in holders.items()
+            if holder.children < FAN_OUT and holder.depth < DEPTH and (name == self._me or name in usable)
+        ]
+        chosen = min(able, key=lambda name: (self._owed.get(name, 0), holders[name].depth), default=self._me)
+        holders[chosen].children += 1
+        holders[asking] = Holder(holders[chosen].depth + 1)
+        self._owed[chosen] = self._owed.get(chosen, 0) + nbytes
+        return chosen

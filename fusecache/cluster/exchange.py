@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -45,9 +46,14 @@ Items = Generator["Buffer | Expect | Again", None, None]
 
 _EMPTY_HANDED = 10.0
 """Seconds for which a node that had nothing of an object is not asked again whether it has."""
-_SILENCE = 10.0
+_SILENCE = 20.0
 """Seconds without a byte after which a node that is alive is passed over all the same: longer than a slow origin takes
 for a block."""
+_HEDGE_EVERY = 1.0
+"""Seconds between looks for another holder of what a slow node, or the last of all, is sending."""
+_STAND_IN_AFTER = 6.0
+"""Seconds after which the node next in order is asked to fetch what a slow one does not bring."""
+_AT_RANDOM = 3
 _RANKED = 16
 """Of a ranking, as far as anybody looks."""
 
@@ -101,8 +107,16 @@ class ExchangeStats:
 class _HedgedError(Exception):
     """A second request was answered while the first was slow."""
 
-    def __init__(self, member: Member, answer: Iterator[int | memoryview], close: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        member: Member,
+        answer: Iterator[int | memoryview],
+        close: Callable[[], None],
+        *,
+        slow: bool,
+    ) -> None:
         super().__init__(member.name)
+        self.slow = slow
         self.member = member
         self.answer = answer
         self.close = close
@@ -146,6 +160,8 @@ class Exchange:
         self.crew = crew
         self.stats = ExchangeStats()
         self.breakers = Breakers()
+        self.owed: Callable[[], int] = lambda: 0
+        """Bytes that wait for room on their way to others."""
         self._name = name
         self._members = members
         self._client = client
@@ -326,6 +342,7 @@ class Exchange:
             stored_only,
             tuple(flight.failed),
             direct,
+            owed=self.owed(),
             node=self._name,
         )
 
@@ -352,13 +369,15 @@ class Exchange:
                             )
                             self._answered(member, time.monotonic() - began)
                             items, close = iter(answer), answer.close
+                            watch.stored = answer.stored
                         stack.callback(close)
                         yield from self._deliver(flight, items, watch)
                     self.breakers.succeeded(watch.member.name)
                     return
                 except _HedgedError as hedged:
-                    self.breakers.too_slow(watch.member.name)
-                    _log.info("node %s is slow: %s gives its blocks", watch.member.name, hedged.member.name)
+                    if hedged.slow:
+                        self.breakers.too_slow(watch.member.name)
+                        _log.info("node %s is slow: %s goes on", watch.member.name, hedged.member.name)
                     if flight.begun:
                         flight.begun = False
                         yield Again()
@@ -412,9 +431,9 @@ class Exchange:
             flight.version.key,
         )
 
-    def count(self, member: Member, nbytes: int, seconds: float) -> None:
+    def count(self, member: Member, nbytes: int, seconds: float, *, stored: bool) -> None:
         """So many bytes came from a node, and took so long."""
-        self.breakers.measured(member.name, nbytes, seconds)
+        self.breakers.measured(member.name, nbytes, seconds, stored=stored)
         if nbytes:
             self._members.heard(member.name)
             with self._lock:
@@ -429,31 +448,46 @@ class Exchange:
         if silent > _SILENCE:
             raise PeerError(f"{member.url}: nothing came for {_SILENCE:g} s")
 
-    def hedge(self, flight: _Flight, slow: Member) -> None:
-        """Ask the next in order, too; raises _HedgedError if it has an answer."""
-        for member in flight.may_hedge:
-            if member.name == slow.name or not self.breakers.allowed(member.name):
+    @property
+    def idle(self) -> bool:
+        """Whether most of the crew has nothing to do: what is under way is the last there is."""
+        return self._receiving < self.crew // 8
+
+    def hedge(self, flight: _Flight, now_from: Member, *, stored_only: bool) -> None:
+        """Ask another node for what is left, too: any that has it stored, or the next in order, which then fetches it.
+        Raises _HedgedError if it has an answer."""
+        if stored_only:
+            others = [
+                member
+                for member in self._members.members()
+                if member.name not in (self._name, now_from.name, *flight.failed)
+            ]
+            asked = random.sample(others, min(len(others), _AT_RANDOM))
+        else:
+            asked = [member for member in flight.may_hedge if member.name != now_from.name]
+        for member in asked:
+            if not self.breakers.allowed(member.name):
                 continue
-            asked = _Flight(
+            again = _Flight(
                 flight.version,
                 flight.blocks,
                 flight.block_size,
                 flight.deadline,
                 flight.cancelled,
                 flight.at,
-                failed=[*flight.failed, slow.name],
+                failed=list(flight.failed) if stored_only else [*flight.failed, now_from.name],
             )
-            request = self._request(asked, stored_only=False, direct=True, hops=0)
-            watch = _Watch(self, asked, member, may_hedge=False)
+            request = self._request(again, stored_only=stored_only, direct=True, hops=0)
+            watch = _Watch(self, again, member, may_hedge=False)
             try:
                 answer = self._client.blocks(member.url, request, flight.version.size, watch.glance)
             except PeerError as error:
-                _log.debug("node %s instead of %s: %s", member.name, slow.name, error)
+                _log.debug("node %s instead of %s: %s", member.name, now_from.name, error)
                 self.breakers.undecided(member.name)
                 continue
             with self._lock:
                 self.stats.hedged += 1
-            raise _HedgedError(member, iter(answer), answer.close)
+            raise _HedgedError(member, iter(answer), answer.close, slow=not stored_only)
 
 
 def _nothing() -> None:
@@ -465,12 +499,14 @@ class _Watch:
 
     def __init__(self, exchange: Exchange, flight: _Flight, member: Member, *, may_hedge: bool) -> None:
         self.member = member
+        self.stored = False
         self.nbytes = 0
         self._exchange = exchange
         self._flight = flight
         self._may_hedge = may_hedge
         self._told = 0
-        self._since = self._heard = self._looked = time.monotonic()
+        self._since = self._heard = self._looked = self._began = time.monotonic()
+        self._hedge_at = self._began + _HEDGE_EVERY
 
     def switch(self, member: Member) -> None:
         """The bytes come from another node now."""
@@ -481,7 +517,7 @@ class _Watch:
     def tell(self) -> None:
         """Count what came since the last time."""
         now = time.monotonic()
-        self._exchange.count(self.member, self.nbytes - self._told, now - self._since)
+        self._exchange.count(self.member, self.nbytes - self._told, now - self._since, stored=self.stored)
         if self.nbytes > self._told:
             self._heard = now
         self._told, self._since = self.nbytes, now
@@ -494,6 +530,13 @@ class _Watch:
         self._looked = now
         self.tell()
         self._exchange.look_around(self._flight, self.member, now - self._heard)
-        if self._may_hedge and self._exchange.breakers.is_slow(self.member.name):
+        if not self._may_hedge or now < self._hedge_at:
+            return
+        slow = self._exchange.breakers.is_slow(self.member.name)
+        if not slow and not self._exchange.idle:
+            return
+        self._hedge_at = now + _HEDGE_EVERY
+        self._exchange.hedge(self._flight, self.member, stored_only=True)
+        if slow and now - self._began > _STAND_IN_AFTER:
             self._may_hedge = False
-            self._exchange.hedge(self._flight, self.member)
+            self._exchange.hedge(self._flight, self.member, stored_only=False)

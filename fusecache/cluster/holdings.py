@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,13 +17,12 @@ import xxhash
 
 from fusecache.blocks import block_bytes
 from fusecache.cluster import choice
-from fusecache.cluster.choice import Takers
 from fusecache.cluster.exchange import Exchange, Members
 from fusecache.errors import FusecacheError
 from fusecache.loader import Loader, ObjectLoad, Waiter
 from fusecache.peers.member import Health
 from fusecache.peers.server import Offer, Piece
-from fusecache.peers.wire import MAX_HOPS, BlockRequest, RequestError
+from fusecache.peers.wire import BlockRequest, RequestError
 from fusecache.store import Store
 from fusecache.types import ObjectId, ObjectVersion
 
@@ -37,9 +35,7 @@ _PATIENCE = 5.0
 to us may be waiting for whom we keep waiting."""
 _QUEUE = 20.0
 """Most seconds in the queue for a stream; a caller that can wait longer is told to ask again."""
-_TAKERS = 20_000
-"""Stripes of which it is known who took them."""
-_RUN = 8 << 20
+_RUN = 2 << 20
 """Bytes sent at a time."""
 
 
@@ -64,15 +60,19 @@ class Holdings:
         """Requests that wait for their turn."""
         self.refused = 0
         """Requests answered 503 since the start."""
+        self.owed = 0
+        """Bytes that are there and wait for room on their way out."""
         self._health = health
         self._members = members
         self._exchange = exchange
+        exchange.owed = lambda: self.owed
         self._loader = loader
         self._store = store
         self._sources = sources
         self._metrics = metrics
         self._streams = trio.Semaphore(streams)
-        self._takers: OrderedDict[tuple[ObjectId, int], Takers] = OrderedDict()
+        self._name = health().name
+        self._spread = choice.Spread(self._name)
         self._kept: dict[ObjectId, tuple[ObjectLoad, float]] = {}
 
     async def run(self) -> None:
@@ -162,12 +162,12 @@ class Holdings:
             raise RequestError(410, "the origin has another version of the object")
         stripe = self._exchange.stripe_of(blocks.start, stored.block_size)
         order = self._exchange.ranking(load.version.id, stripe)
-        ours = choice.is_ours(order, self._health().name, request.failed)
+        ours = choice.is_ours(order, self._name, request.failed)
         if not all(stored.present(block) or stored.unverified(block) for block in blocks):
             missed = RequestError(404, "not all of these blocks are stored here")
             if request.stored_only:
                 raise missed
-            if not ours or (request.hops and order[0].name != self._health().name):
+            if not ours or (request.hops and order[0].name != self._name):
                 upstream = self._exchange.upstream(load.version.id, stripe)
                 coming = self._loader.coming(load, blocks)
                 if not coming or (request.node and upstream == request.node):
@@ -178,23 +178,17 @@ class Holdings:
         return _Offer(self, self._loader, load, request, patient=ours)
 
     def _redirect(self, request: BlockRequest, stripe: tuple[ObjectId, int]) -> None:
-        """Send a caller to another holder if there is too much to do here. Raises RequestError 307."""
+        """Send a caller on to another holder, if it is that one's turn. Raises RequestError 307."""
         if request.stored_only or not request.node:
             return
-        takers = self._takers.setdefault(stripe, Takers([]))
-        self._takers.move_to_end(stripe)
-        while len(self._takers) > _TAKERS:
-            self._takers.popitem(last=False)
-        found = None
-        if (
-            not request.direct
-            and request.hops < MAX_HOPS
-            and choice.is_loaded(self.sending, self._exchange.receiving)
-        ):
-            urls = {member.name: member.url for member in self._members.members()}
-            found = takers.redirect(request.node, lambda name: name in urls and name not in request.failed)
-        takers.add(request.node)
-        if found is not None:
+        urls = {member.name: member.url for member in self._members.members()}
+        direct = request.direct or request.hops > 0
+        self._spread.told(request.node, request.owed)
+        self._spread.told(self._name, self.owed)
+        nbytes = len(request.blocks) * self._store.block_size
+        usable = urls.keys() - {request.node, *request.failed}
+        found = self._spread.parent(stripe, request.node, usable, nbytes, direct=direct)
+        if found != self._name:
             raise RequestError(307, f"node {found} has them, too", {"Location": urls[found] + request.target})
 
     async def _turn(self, request: BlockRequest) -> None:
@@ -209,8 +203,9 @@ class Holdings:
             raise RequestError(503, "too much to do: ask again", {"Retry-After": "1"})
         self.sending += 1
 
-    def ended(self, load: ObjectLoad) -> None:
-        """An offer was closed."""
+    def ended(self, load: ObjectLoad, unsent: int) -> None:
+        """An offer was closed, `unsent` bytes of it were not sent."""
+        self.owed -= unsent
         self.sending -= 1
         self._streams.release()
         self._loader.release(load)
@@ -226,11 +221,13 @@ class _Offer:
         self.lengths: Sequence[int] = [
             block_bytes(block, load.version.size, stored.block_size) for block in request.blocks
         ]
+        self.stored = all(stored.present(block) for block in request.blocks)
         self._holdings = holdings
         self._loader = loader
         self._load = load
         self._blocks = request.blocks
         self._at = 0
+        self._given = 0
         self._patience = math.inf if patient else _PATIENCE
         self._deadline = trio.current_time() + request.deadline
         self._waiter: Waiter | None = None
@@ -239,10 +236,14 @@ class _Offer:
 
     async def next(self) -> list[Piece]:
         """See Offer."""
+        self._holdings.owed -= self._given
+        self._given = 0
         pieces = self._present()
         while not pieces:
             pieces = await self._wait()
         self._at += len(pieces)
+        self._given = sum(piece.length for piece in pieces)
+        self._holdings.owed += self._given
         return pieces
 
     def _present(self) -> list[Piece]:
@@ -294,7 +295,7 @@ class _Offer:
         """See Offer."""
         if not self._closed:
             self._closed = True
-            self._holdings.ended(self._load)
+            self._holdings.ended(self._load, self._given)
 
 
 def _digest(data: bytes) -> int:

@@ -103,7 +103,7 @@ class PeerSettings(Model):
     )
     stripe: Bytes = Field(
         default=16 << 20,
-        ge=1 << 20,
+        ge=1 << 16,
         le=1 << 30,
         description="Consecutive bytes of a file that one node fetches.",
     )

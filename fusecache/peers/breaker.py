@@ -23,6 +23,39 @@ _MUCH_SLOWER = 8.0
 
 
 @dataclass
+class _Speed:
+    """How fast bytes of one kind come."""
+
+    nbytes: float = 0.0
+    seconds: float = 0.0
+    """Summed over the requests that waited for them."""
+    faded: float = 0.0
+    last: float = -1e9
+    since: float = 0.0
+    """Since when requests wait without a long pause."""
+
+    def fade(self, now: float) -> None:
+        keep = 0.5 ** ((now - self.faded) / _WINDOW)
+        self.nbytes *= keep
+        self.seconds *= keep
+        self.faded = now
+
+    def add(self, nbytes: int, seconds: float, now: float) -> None:
+        if now - self.last > _PAUSE:
+            self.since = now
+        self.fade(now)
+        self.nbytes += nbytes
+        self.seconds += seconds
+        self.last = now
+
+    def rate(self, now: float, evidence: float) -> float | None:
+        self.fade(now)
+        if self.seconds < evidence or now - self.since < evidence:
+            return None
+        return self.nbytes / self.seconds
+
+
+@dataclass
 class _Node:
     failures: int = 0
     rest_until: float = 0.0
@@ -30,12 +63,8 @@ class _Node:
     """One request is out to see whether the node is back."""
     bad_blocks: int = 0
     why: str = ""
-    nbytes: float = 0.0
-    seconds: float = 0.0
-    measured: float = field(default_factory=time.monotonic)
-    faded: float = field(default_factory=time.monotonic)
-    busy_since: float = field(default_factory=time.monotonic)
-    """Since when requests wait for it without a long pause."""
+    stored: _Speed = field(default_factory=lambda: _Speed())
+    coming: _Speed = field(default_factory=lambda: _Speed())
 
 
 class Breakers:
@@ -47,8 +76,7 @@ class Breakers:
         self._nodes: dict[str, _Node] = {}
 
     def _node(self, name: str) -> _Node:
-        now = self._clock()
-        return self._nodes.setdefault(name, _Node(measured=now, faded=now, busy_since=now))
+        return self._nodes.setdefault(name, _Node())
 
     def allowed(self, name: str) -> bool:
         """Whether the node may be asked. After its rest one request may, until that one's outcome is told."""
@@ -93,44 +121,37 @@ class Breakers:
         with self._lock:
             now = self._clock()
             node = self._nodes.get(name)
-            if node is None:
-                return False
-            self._fade(node, now)
-            others = []
-            for other_name, other in self._nodes.items():
-                self._fade(other, now)
-                if other_name != name and other.seconds >= _EVIDENCE / 2:
-                    others.append(other.nbytes / other.seconds)
-            if node.seconds < _EVIDENCE or now - node.busy_since < _EVIDENCE or len(others) < 2:
-                return False
-            return node.nbytes / node.seconds * _MUCH_SLOWER < statistics.median(others)
+            return node is not None and any(
+                self._is_slow(node, getattr(node, kind).rate(now, _EVIDENCE), kind, now)
+                for kind in ("stored", "coming")
+            )
+
+    def _is_slow(self, node: _Node, rate: float | None, kind: str, now: float) -> bool:
+        if rate is None:
+            return False
+        others = [
+            found
+            for other in self._nodes.values()
+            if other is not node and (found := getattr(other, kind).rate(now, _EVIDENCE / 2)) is not None
+        ]
+        return len(others) >= 2 and rate * _MUCH_SLOWER < statistics.median(others)
 
     def too_slow(self, name: str) -> None:
         """Do without it for a while."""
         with self._lock:
             self._rest(self._node(name), "much slower than the other nodes", _SLOW_REST)
 
-    def measured(self, name: str, nbytes: int, seconds: float) -> None:
-        """A request waited so long for so many bytes of it."""
+    def measured(self, name: str, nbytes: int, seconds: float, *, stored: bool) -> None:
+        """A request waited so long for so many bytes of it. `stored`: the node had them; otherwise it passed them on,
+        and they came no faster than they came to it."""
         with self._lock:
-            node, now = self._node(name), self._clock()
-            if now - node.measured > _PAUSE:
-                node.busy_since = now
-            self._fade(node, now)
-            node.nbytes += nbytes
-            node.seconds += seconds
-            node.measured = now
+            node = self._node(name)
+            (node.stored if stored else node.coming).add(nbytes, seconds, self._clock())
 
     def _rest(self, node: _Node, why: str, seconds: float) -> None:
         node.trying = False
         node.why = why
         node.rest_until = self._clock() + seconds * random.uniform(0.8, 1.2)  # noqa: S311  jitter
-
-    def _fade(self, node: _Node, now: float) -> None:
-        keep = 0.5 ** ((now - node.faded) / _WINDOW)
-        node.nbytes *= keep
-        node.seconds *= keep
-        node.faded = now
 
     def state(self, name: str) -> tuple[str, int, float | None]:
         """Why it is passed over ("" if it is not), how many wrong blocks it sent, its speed in bytes/s per request."""
@@ -138,5 +159,5 @@ class Breakers:
             node = self._nodes.get(name)
             if node is None:
                 return "", 0, None
-            speed = node.nbytes / node.seconds if node.seconds >= 0.01 else None
-            return node.why, node.bad_blocks, speed
+            known = node.stored
+            return node.why, node.bad_blocks, known.nbytes / known.seconds if known.seconds >= 0.01 else None

@@ -148,7 +148,7 @@ class PeerClient:
             raise
         return Answer(
             self, url, connection, self._buffer(), request, size, rest, glance, not answer.will_close
-        )
+        ).told(answer)
 
     def json(self, url: str, target: str, timeout: float) -> Any:
         """A short answer of a node. Raises PeerError."""
@@ -284,6 +284,8 @@ class Answer:
         glance: Callable[[], None],
         keep: bool,
     ) -> None:
+        self.stored = False
+        """The node had all of it when it began to answer."""
         self._client = client
         self._url = url
         self._connection: _Connection | None = connection
@@ -293,6 +295,11 @@ class Answer:
         self._begun = begun
         self._glance = glance
         self._keep = keep
+
+    def told(self, answer: http.client.HTTPResponse) -> Answer:
+        """Take over what the head says."""
+        self.stored = answer.getheader("Fusecache-Stored") == "1"
+        return self
 
     def __iter__(self) -> Iterator[int | memoryview]:
         """For each block its checksum, then its bytes in chunks; a chunk is valid until the next is asked for. Raises

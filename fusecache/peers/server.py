@@ -50,6 +50,11 @@ _SLICE = 0.25
 """Seconds between looks at whether the server ends."""
 _TLS_CHUNK = 256 * 1024
 _BACKLOG = 1024
+_TCP_NOTSENT_LOWAT = 25
+"""tcp(7); Python 3.11 has no name for it."""
+_UNSENT = 256 * 1024
+"""Bytes that a socket takes beyond what is on its way: an answer that waits for room is seen to wait, instead of lying
+in the kernel's buffer, and the next caller can be sent elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ class Offer(Protocol):
 
     lengths: Sequence[int]
     """Of the blocks, in bytes."""
+    stored: bool
+    """All of them are there already."""
 
     async def next(self) -> list[Piece]:
         """The next blocks, in order, at least one: waits until it is there. Raises FusecacheError when it can't be
@@ -168,6 +175,7 @@ class PeerServer:
                     raw = socket.socket(fileno=os.dup(stream.socket.fileno()))
                     stack.callback(raw.close)
                     raw.setblocking(False)
+                    raw.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, _UNSENT)
                     await _Connection(self, stream, raw).run()
                     return
                 secure = trio.SSLStream(stream, self._tls, server_side=True)
@@ -299,6 +307,7 @@ class _Connection:
             head = [
                 ("Content-Type", CONTENT_TYPE if request.frames else "application/octet-stream"),
                 ("Content-Length", str(length)),
+                ("Fusecache-Stored", "1" if offer.stored else "0"),
             ]
             await self._send_all(self._http.send(h11.Response(status_code=200, headers=head, reason=b"OK")))
             left = len(offer.lengths)

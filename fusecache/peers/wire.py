@@ -67,6 +67,8 @@ class BlockRequest:
     direct: bool = False
     """Do not send us to another holder."""
     frames: bool = True
+    owed: int = 0
+    """Bytes that wait, at whoever asks, for room on their way to others."""
     node: str = ""
     """Who asks, as far as it said and, if requests are signed, proved."""
 
@@ -91,6 +93,7 @@ class BlockRequest:
             found["Fusecache-Failed"] = ",".join(self.failed)
         if self.node:
             found["Fusecache-Node"] = self.node
+            found["Fusecache-Owed"] = str(self.owed)
         return found
 
     def asked_again(self, blocks: range, deadline: float) -> BlockRequest:
@@ -139,6 +142,7 @@ def parse_request(target: str, headers: Mapping[str, str]) -> BlockRequest:
         failed,
         headers.get("fusecache-direct") == "1",
         match[4] is None,
+        _number(headers, "fusecache-owed", 0),
         node,
     )
 
