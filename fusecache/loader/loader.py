@@ -8,7 +8,7 @@ prefetch. A waiter is woken when its own blocks are in, by the thread that lande
 
 Ownership: `_lock` guards all scheduling state (loads, waiters, queues) and is held for microseconds, never
 across I/O or a callback. Flights belong to the crew, not to who asked for them: a reader that goes away
-cancels nothing that others may wait for.
+cancels nothing others may wait for.
 
 Interleavings worth knowing. (1) A block lands between a reader's look at the store and its `request`: request
 looks again under the lock that `land` takes, so it is found there. (2) A block is found bad while somebody
@@ -71,7 +71,7 @@ _PLAN_AGAIN = 60.0
 
 
 class Loader:
-    """Brings object versions into `store` from `origins` (by source name), or from where `supplier` has them.
+    """Brings object versions into `store` from `origins` (by source name), or where `supplier` has them.
     Thread-safe; `start` and `close`, or a with block, own the crew."""
 
     def __init__(
@@ -260,7 +260,7 @@ class Loader:
             return True
 
     def waits(self, waiter: Waiter) -> bool:
-        """Whether it is not settled yet."""
+        """Whether it is unsettled."""
         with self._lock:
             return waiter in self._waiters
 

@@ -7,7 +7,7 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +35,11 @@ class RealMount:
 
 
 def command(
-    *arguments: str, env: Mapping[str, str] | None = None, check: bool = True
+    *arguments: str, env: Mapping[str, str] | None = None, check: bool = True, prefix: Sequence[str] = ()
 ) -> subprocess.CompletedProcess[str]:
-    """Run `fusecache ARGUMENTS`; its output is in the error when it fails."""
+    """Run `fusecache ARGUMENTS`, by the command `prefix`; its output is in the error when it fails."""
     done = subprocess.run(
-        [sys.executable, "-m", "fusecache.cli.main", *arguments],
+        [*prefix, sys.executable, "-m", "fusecache.cli.main", *arguments],
         env=os.environ if env is None else env,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -71,6 +71,7 @@ def mounted(
     *,
     env: Mapping[str, str] | None = None,
     config: Path | None = None,
+    prefix: Sequence[str] = (),
     **options: object,
 ) -> Iterator[RealMount]:
     """`fusecache mount SOURCE work/mnt -o options`, unmounted at the end whatever happened."""
@@ -82,7 +83,7 @@ def mounted(
     if config is not None:
         arguments += ["--config", str(config)]
     environment = {**(os.environ if env is None else env), "FUSECACHE_RUNTIME_DIR": str(work / "run")}
-    command(*arguments, env=environment)
+    command(*arguments, env=environment, prefix=prefix)
     try:
         yield RealMount(mountpoint, environment)
     finally:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cluster.lab import Host
 from fusecache import control, mounts
 from tests.support import live
+from tests.support.content import content
 from tests.support.mounting import RealMount, command, mounted
 from tests.support.servers import S3Bucket, free_port, running, wait_until
 
@@ -38,20 +42,23 @@ class Nodes:
         self.ports = dict(ports)
         self.mounts: dict[str, RealMount] = {}
         self._stack = stack
+        self.hosts: dict[str, Host] = {}
+        """Where nodes run that have a namespace of their own."""
         self.secret = work / "secret"
         self.secret.write_text(SECRET)
         self.secret.chmod(0o600)
 
     def url(self, name: str) -> str:
         """Where a node serves."""
-        return f"http://127.0.0.1:{self.ports[name]}"
+        host = self.hosts[name].address if name in self.hosts else "127.0.0.1"
+        return f"http://{host}:{self.ports[name]}"
 
     def options(self, name: str, **more: object) -> dict[str, object]:
         """Its options: names with a dot are given with `peers__name`."""
         given: dict[str, object] = {
             "peers.discovery": "static",
             "peers.members": ";".join(self.url(other) for other in self.ports),
-            "peers.listen": f"127.0.0.1:{self.ports[name]}",
+            "peers.listen": self.url(name).removeprefix("http://"),
             "peers.node": name,
             "peers.secret_file": self.secret,
             "peers.stripe": "1MiB",
@@ -65,8 +72,9 @@ class Nodes:
         """Mount one; returns when it has looked at the others."""
         work = self.work / name
         work.mkdir(exist_ok=True)
+        prefix = self.hosts[name].command([]) if name in self.hosts else []
         made = self._stack.enter_context(
-            mounted(self.source, work, env=self.env, **self.options(name, **options))
+            mounted(self.source, work, env=self.env, prefix=prefix, **self.options(name, **options))
         )
         self.mounts[name] = made
         return made
@@ -135,14 +143,44 @@ def kill_node(mount: RealMount) -> None:
 
 def fill(bucket: S3Bucket, prefix: str, files: int, size: int) -> list[str]:
     """Put objects of checkable content; returns their keys below the prefix."""
-    from tests.support.content import content
-
     keys = [f"model-{number:05d}-of-{files:05d}.safetensors" for number in range(1, files + 1)]
     for key in keys:
         bucket.put(f"{prefix}/{key}", content(key, 1, 0, size))
     return keys
 
 
+def daemon_pid(mount: RealMount) -> int:
+    """The daemon that serves a mount now."""
+    return int(live.asked(mount, "status")["process"]["pid"])
+
+
 def report(mount: RealMount) -> dict[str, Any]:
     """`fusecache peers --json`."""
     return dict(json.loads(command("peers", str(mount.path), "--json", env=mount.env).stdout))
+
+
+@contextlib.contextmanager
+def answering(port: int, pages: Mapping[str, object]) -> Iterator[None]:
+    """Something else than a node at this port: answers these paths with JSON."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps(pages.get(self.path)).encode()
+            self.send_response(200 if self.path in pages else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(10)
