@@ -1,7 +1,7 @@
 """The client's end of the exchange: blocking sockets for worker threads, kept open and used again.
 
-Bodies are received with one recvmsg(MSG_WAITALL) per block, straight into a buffer that is used again and again, with
-the next block's frame behind it. SO_RCVTIMEO ends each wait after a moment, so that whoever waits can look around:
+Bodies are received with one recv(MSG_WAITALL) per chunk, straight into a buffer that is used again and again.
+SO_RCVTIMEO ends each wait after a moment, so that whoever waits can look around:
 whether the node is still alive, and whether the reader still is.
 """
 
@@ -106,7 +106,7 @@ class PeerClient:
         """This thread's: it receives one body at a time."""
         buffer: memoryview | None = getattr(self._local, "buffer", None)
         if buffer is None:
-            buffer = self._local.buffer = memoryview(bytearray(_CHUNK + FRAME.size))
+            buffer = self._local.buffer = memoryview(bytearray(_CHUNK))
         return buffer
 
     def close(self) -> None:
@@ -229,7 +229,7 @@ class PeerClient:
         parts, left = [rest[:length]], length - len(rest[:length])
         while left > 0:
             part = bytearray(min(left, 65536))
-            got = _receive(connection, [memoryview(part)], glance)
+            got = _receive(connection, memoryview(part), glance)
             if not got:
                 break
             parts.append(bytes(part[:got]))
@@ -309,19 +309,15 @@ class Answer:
         assert self._request.block_size is not None
         buffer = self._buffer
         header = bytearray(FRAME.size)
-        self._exactly(connection, memoryview(header))
-        last = self._request.blocks.stop - 1
         for block in self._request.blocks:
+            # not along with the block before: its sender may have to wait for this one
+            self._exactly(connection, memoryview(header))
             length = block_bytes(block, self._size, self._request.block_size)
             yield frame_of(header, block, length)
             left = length
-            behind = FRAME.size if block < last else 0
             while left:
                 want = min(left, _CHUNK)
-                with_frame = behind if want == left else 0
-                self._exactly(connection, buffer[: want + with_frame])
-                if with_frame:
-                    header[:] = buffer[want : want + with_frame]
+                self._exactly(connection, buffer[:want])
                 left -= want
                 yield buffer[:want]
         if self._keep:
@@ -336,7 +332,7 @@ class Answer:
             self._begun = self._begun[done:]
         while done < len(into):
             try:
-                got = _receive(connection, [into[done:]], self._glance)
+                got = _receive(connection, into[done:], self._glance)
             except OSError as error:
                 raise PeerError(f"{self._url}: {_reason(error)}") from error
             if not got:
@@ -351,13 +347,13 @@ class Answer:
             self._connection = None
 
 
-def _receive(connection: _Connection, into: list[memoryview], glance: Callable[[], None]) -> int:
+def _receive(connection: _Connection, into: memoryview, glance: Callable[[], None]) -> int:
     """At least one byte, or 0 at the end. Raises OSError, and what `glance` raises."""
     while True:
         try:
             if connection.secure:
-                return connection.sock.recv_into(into[0])
-            return connection.sock.recvmsg_into(into, 0, socket.MSG_WAITALL)[0]
+                return connection.sock.recv_into(into)
+            return connection.sock.recv_into(into, 0, socket.MSG_WAITALL)
         except (BlockingIOError, TimeoutError):
             glance()
         except InterruptedError:
