@@ -7,6 +7,7 @@ is seen everywhere. Names carry the pid of this process; what an earlier one lef
 from __future__ import annotations
 
 import contextlib
+import functools
 import ipaddress
 import json
 import os
@@ -73,6 +74,11 @@ class Lab:
         self._network = _free_network()
         self._bridge = f"{self._tag}b"
 
+    @property
+    def gateway(self) -> str:
+        """This machine's own address on the bridge, whose link has no limit."""
+        return str(self._network[1])
+
     def __enter__(self) -> Lab:
         _remove_stale()
         try:
@@ -119,6 +125,7 @@ def laboratory() -> Iterator[Lab]:
         yield lab
 
 
+@functools.cache
 def possible() -> str:
     """Why no lab can be made here; empty: it can."""
     if os.geteuid() != 0:

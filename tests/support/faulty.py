@@ -111,7 +111,13 @@ class _Answer:
 class FaultyServer:
     """See the module. `url` is where it listens; `seen` lists the requests so far; use it in a with block."""
 
-    def __init__(self, upstream: str | None = None, objects: dict[str, bytes] | None = None) -> None:
+    def __init__(
+        self,
+        upstream: str | None = None,
+        objects: dict[str, bytes] | None = None,
+        *,
+        host: str = "127.0.0.1",
+    ) -> None:
         self.objects: dict[str, bytes] = {} if objects is None else objects
         self._upstream = urllib.parse.urlsplit(upstream) if upstream else None
         self._whole: Callable[[str], bytes] | None = None
@@ -127,8 +133,8 @@ class FaultyServer:
         class Handler(_Handler):
             server_room = outer
 
-        self._server = _Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._server = _Server((host, 0), Handler)
+        self.url = f"http://{host}:{self._server.server_address[1]}"
 
     def __enter__(self) -> FaultyServer:
         thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
