@@ -16,7 +16,7 @@ from fusecache.config import MountConfig, SourceConfig, Tuning, load_mount_confi
 from fusecache.mount.helper import translate
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "SEMANTICS.md", "docs/OPTIONS.md")
+DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "SEMANTICS.md", "docs/OPTIONS.md", "docs/PROTOCOL.md")
 _LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _OPTIONS = {*MountConfig.model_fields, *SourceConfig.model_fields, *Tuning.model_fields, "config", "nonempty"}
