@@ -156,6 +156,11 @@ class ObjectLoad:
                 if not waiters:
                     del self.waiting[block]
 
+    def stays_partial(self) -> bool:
+        """Whether it is not to be expected that all of it will be in the store soon."""
+        elsewhere = self.route is not None and not self.route.keep and 1 in self.route.remote
+        return elsewhere or bool(self.failures) or self.gone is not None
+
     def unwanted(self) -> bool:
         """Whether it can be closed: nobody has it open, and nothing is or will be under way."""
         return not (self.opens or self.jobs or self.waiting)

@@ -319,7 +319,7 @@ class Loader:
         """How long it will take, at the pace of the last second, until this load is complete: infinity if it is not
         being fetched, None if not known yet."""
         with self._lock:
-            if load not in self._board.active or load.failures or load.gone is not None:
+            if load not in self._board.active or load.stays_partial():
                 return math.inf
             pace = self._pace.per_second(time.monotonic())
             return self._board.before(load) / pace if pace else None

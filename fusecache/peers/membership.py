@@ -182,17 +182,29 @@ class Membership:
     async def _watch(self, candidate: _Candidate) -> None:
         with candidate.scope:
             while True:
-                try:
-                    await self._look(candidate)
-                finally:
-                    candidate.probed = True
-                self._judge(candidate)
-                self._publish()
-                self._count_round()
+                if not self._heard_lately(candidate):
+                    try:
+                        await self._look(candidate)
+                    finally:
+                        candidate.probed = True
+                    self._judge(candidate)
+                    self._publish()
+                    self._count_round()
                 every = max(self._interval, len(self._candidates) / _PROBES_PER_SECOND)
                 candidate.hurry = trio.Event()
                 with trio.move_on_after(every * random.uniform(0.8, 1.2)):  # noqa: S311  jitter
                     await candidate.hurry.wait()
+
+    def _heard_lately(self, candidate: _Candidate) -> bool:
+        """Whether it is alive by what it sends, so that a probe would tell nothing. A node that is busy with others
+        has no time to lose on those."""
+        heard = self._heard.get(candidate.name)
+        if heard is None or candidate.state != "alive" or candidate.suspected:
+            return False
+        if trio.current_time() - heard > self._interval:
+            return False
+        candidate.success = heard
+        return True
 
     async def _look(self, candidate: _Candidate) -> None:
         timeout = _SECOND_LOOK if candidate.suspected else min(self._interval, 2.0)

@@ -31,6 +31,7 @@ class World:
         self.urls = frozenset(urls)
         self.found: Found | None = None
         self.changes = 0
+        self.probes = 0
 
     async def run(self, found: Found) -> None:
         self.found = found
@@ -38,6 +39,7 @@ class World:
         await trio.sleep_forever()
 
     async def probe(self, url: str) -> Health:
+        self.probes += 1
         if url in self.hanging:
             await trio.sleep_forever()
         if url not in self.nodes:
@@ -134,6 +136,21 @@ async def test_bytes_are_a_sign_of_life(clock: MockClock) -> None:
             membership.heard("a")
             await trio.sleep(1)
             assert names(membership) == ["a", "me"]
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_sends_bytes_is_not_probed(clock: MockClock) -> None:
+    world = World(url_of(1))
+    world.nodes = {url_of(1): health("a")}
+    async with trio.open_nursery() as nursery:
+        membership = await start(world, nursery)
+        before = world.probes
+        for _ in range(20):
+            membership.heard("a")
+            await trio.sleep(1)
+        assert world.probes <= before + 1
+        await trio.sleep(10)
+        assert world.probes > before + 2
         nursery.cancel_scope.cancel()
 
 
