@@ -346,6 +346,17 @@ def test_the_limit_holds_and_the_oldest_goes(store: Store) -> None:
     assert disk_usage(store) == store.usage().used
 
 
+def test_what_is_elsewhere_too_goes_first(store: Store) -> None:
+    spare = {version(f"k{i}", blocks=9).id for i in (4, 7)}
+    store.is_spare = spare.__contains__
+    for i in range(12):
+        stored = store.open(version(f"k{i}", blocks=9))
+        fill(stored)
+        stored.close()
+    keys = {info.version.key for info in store.objects()}
+    assert keys == {f"k{i}" for i in range(12)} - {"k4", "k7"}
+
+
 def disk_usage(store: Store) -> int:
     data = Layout(store.directory).data
     return sum(path.stat().st_blocks * 512 for path in data.rglob("*") if path.is_file())

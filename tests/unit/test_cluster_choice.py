@@ -1,0 +1,188 @@
+"""The rules of the exchange: whom to ask, whom to send where, whom to leave alone."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusecache.cluster import choice
+from fusecache.cluster.slots import Slots
+from fusecache.errors import CancelledReadError, UnavailableError
+from fusecache.peers.breaker import Breakers
+from fusecache.peers.member import Member
+from fusecache.types import ObjectId, ObjectVersion
+
+OBJECT = ObjectId("ab" * 16)
+
+
+def members(count: int) -> list[Member]:
+    return [Member(f"n{number}", f"http://10.0.0.{number}:1", 1 << 40) for number in range(count)]
+
+
+def names(found: list[Member]) -> list[str]:
+    return [member.name for member in found]
+
+
+def test_the_nodes_ahead_of_us_are_asked_and_no_others() -> None:
+    order = members(5)
+    asked, passed = choice.ask_order(order, "n2", lambda name: name != "n0")
+    assert names(asked) == ["n1"]
+    assert passed == ["n0"]
+    asked, passed = choice.ask_order(order, "elsewhere", lambda _: True)
+    assert names(asked) == ["n0", "n1", "n2"]
+    assert choice.ask_order(order, "n0", lambda _: True) == ([], [])
+
+
+def test_a_stripe_is_ours_when_all_ahead_of_us_failed() -> None:
+    order = members(4)
+    assert choice.is_ours(order, "n0", ())
+    assert not choice.is_ours(order, "n2", ("n0",))
+    assert choice.is_ours(order, "n2", ("n1", "n0"))
+    assert not choice.is_ours(order, "elsewhere", ("n0", "n1", "n2", "n3"))
+
+
+def test_who_may_have_it_stored() -> None:
+    assert names(choice.heirs(members(5), "n0")) == ["n1", "n2"]
+    assert names(choice.heirs(members(5), "n1")) == ["n0", "n2"]
+    assert choice.heirs(members(1), "n0") == []
+
+
+def test_budgets_are_shared_by_those_alive() -> None:
+    assert [choice.origin_slots(16, count) for count in (1, 4, 8, 16, 100)] == [16, 16, 8, 4, 2]
+    assert [choice.fallback_slots(8, count) for count in (1, 4, 8, 100)] == [8, 2, 1, 1]
+
+
+def test_a_route_is_none_without_others_and_marks_whose_is_what() -> None:
+    version = ObjectVersion("o", "k", "", 100 << 20, 0)
+    assert choice.route_of(version, 1 << 20, 4 << 20, members(1), "n0") is None
+    route = choice.route_of(version, 1 << 20, 4 << 20, members(4), "n0")
+    assert route is not None
+    assert route.stripe == 4
+    assert sorted(route.order) == list(range(25))
+    assert len(route.remote) == 25
+    assert not route.remote[route.order[0]]
+    outside = choice.route_of(version, 1 << 20, 4 << 20, members(4), "elsewhere")
+    assert outside is not None
+    assert all(outside.remote)
+
+
+@given(st.integers(2, 20), st.integers(0, 10_000))
+def test_nobody_depends_on_itself_or_on_who_came_later(count: int, seed: int) -> None:
+    chance = random.Random(seed)
+    spread = choice.Spread("me")
+    others = {f"n{number}" for number in range(count)}
+    came: dict[str, int] = {"me": -1}
+    for number, asking in enumerate(chance.sample(sorted(others), count)):
+        spread.told(asking, chance.randrange(1 << 24))
+        parent = spread.parent((OBJECT, 0), asking, others - {asking}, 1 << 20)
+        assert came[parent] < number
+        came[asking] = number
+        assert spread.parent((OBJECT, 0), asking, others, 1 << 20) == "me"
+
+
+def test_who_owes_least_gives() -> None:
+    spread = choice.Spread("me")
+    everybody = {"a", "b", "c"}
+    assert spread.parent((OBJECT, 0), "a", everybody, 10) == "me"
+    spread.told("me", 1000)
+    spread.told("a", 0)
+    assert spread.parent((OBJECT, 0), "b", everybody, 10) == "a"
+    assert spread.parent((OBJECT, 0), "c", everybody - {"a"}, 10) == "b"
+    assert spread.parent((OBJECT, 1), "c", everybody, 10, direct=True) == "me"
+
+
+def test_all_nodes_give_about_as_much_as_they_take() -> None:
+    chance = random.Random(3)
+    spread = choice.Spread("n0")
+    others = [f"n{number}" for number in range(1, 16)]
+    given_by: dict[str, int] = {}
+    for stripe in range(400):
+        for asking in chance.sample(others, len(others)):
+            parent = spread.parent((OBJECT, stripe), asking, set(others), 1)
+            given_by[parent] = given_by.get(parent, 0) + 1
+    assert max(given_by.values()) < 1.3 * 400 * 15 / 16
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_breaker_rests_tries_once_and_closes() -> None:
+    clock = Clock()
+    breakers = Breakers(clock)
+    assert breakers.allowed("a")
+    breakers.failed("a", "no answer")
+    assert not breakers.allowed("a")
+    assert breakers.state("a")[0] == "no answer"
+    clock.now += 1.3
+    assert breakers.allowed("a")
+    assert not breakers.allowed("a")
+    breakers.failed("a", "no answer")
+    clock.now += 1.3
+    assert not breakers.allowed("a")
+    clock.now += 1.3
+    assert breakers.allowed("a")
+    breakers.succeeded("a")
+    assert breakers.allowed("a")
+    assert breakers.allowed("a")
+
+
+def test_who_sends_wrong_bytes_is_avoided_for_long() -> None:
+    clock = Clock()
+    breakers = Breakers(clock)
+    breakers.sent_wrong_bytes("a")
+    clock.now += 40
+    assert not breakers.allowed("a")
+    assert breakers.state("a")[:2] == ("sent wrong bytes", 1)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_slow_is_who_is_much_slower_than_the_others_at_the_same(stored: bool) -> None:
+    clock = Clock()
+    breakers = Breakers(clock)
+
+    def pass_by(seconds: int, **rates: int) -> None:
+        for _ in range(seconds):
+            clock.now += 1
+            for name, rate in rates.items():
+                breakers.measured(name, rate, 1.0, stored=stored)
+
+    pass_by(3, a=100, b=10_000, c=12_000)
+    assert not breakers.is_slow("a")
+    pass_by(4, a=100, b=10_000, c=12_000)
+    assert breakers.is_slow("a")
+    assert not breakers.is_slow("b")
+    pass_by(60, a=100, b=120, c=90)
+    assert not breakers.is_slow("a")
+
+
+def test_slots_are_given_in_order_and_not_beyond_the_deadline() -> None:
+    slots = Slots(lambda: 1)
+    with slots.hold(time.monotonic, time.monotonic() + 10, lambda: False):
+        with pytest.raises(UnavailableError), slots.hold(time.monotonic, time.monotonic(), lambda: False):
+            pass
+        with (
+            pytest.raises(CancelledReadError),
+            slots.hold(time.monotonic, time.monotonic() + 10, lambda: True),
+        ):
+            pass
+        got = threading.Event()
+
+        def wait() -> None:
+            with slots.hold(time.monotonic, time.monotonic() + 20, lambda: False):
+                got.set()
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert not got.is_set()
+    assert got.wait(20)
+    thread.join(20)
