@@ -6,9 +6,10 @@ to is decided at LOOKUP. When the decision is out of date at OPEN, the answer is
 path up again, once, and opens what it finds: so a file that became complete is served by passthrough from its
 next open on, without waiting for old handles, and without a notification.
 
-ESTALE must not come twice for one open(2). So the backing of the twin is prepared before the base is bounced; an
-open that comes back to the base without a LOOKUP in between (through /proc/self/fd, say) is served as it is; and so
-is one that was sent back for another reason just before (`_sent_back`): its version was replaced, or evicted.
+ESTALE must not come twice for one open(2). So the backing of the twin is prepared before the base is bounced; and an
+open that comes back to a base all the same (through /proc/self/fd, say, or when the version was replaced or evicted) is
+served as it is. Who comes back is known by the thread, which is in its open(2) until then (`_sent_back`): other ranks
+that open the same file at that moment are sent to the twin, too.
 
 Ownership: `_lock` guards the table; it is never held across I/O, so that the event loop may take it. `_opening`
 lets one thread at a time do the I/O of opening. Closing is left to the `chores` thread. Lock order: `_opening`,
@@ -124,9 +125,9 @@ class Handles:
         """Versions known to be whole and verified, so that LOOKUP leads to the twin. A hint: OPEN looks itself."""
         self._refused: set[ObjectId] = set()
         """Versions whose data file the kernel did not take for passthrough."""
-        self._bounced: dict[int, float] = {}
-        self._sent_back: dict[str | None, float] = {}
-        """Path (None: not known) -> when an open of it was answered ESTALE. Of the event loop."""
+        self._sent_back: dict[tuple[str | None, int], float] = {}
+        """Path (None: not known) and thread -> when its open was answered ESTALE. Of the event loop. Threads of other
+        pid namespaces, a container's, are all 0."""
         self._lock = threading.Lock()
         self._opening = threading.Lock()
         self._chores: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -185,37 +186,35 @@ class Handles:
             return False
         if version.id in self._refused:
             return False
-        self._bounced.pop(entry.nodeid, None)
         return True
 
-    async def open(self, nodeid: int, flags: int) -> None:
-        """Open a file, either twin. Raises VersionChangedError when the other twin is the right one now, or the
+    async def open(self, nodeid: int, flags: int, thread: int) -> None:
+        """Open a file, either twin, for this thread. Raises VersionChangedError when the other twin is the right one now, or the
         version is gone, and StoreError when not even an empty place in the cache can be had."""
         entry = self._catalog.get(inode_number(nodeid))
         path = entry.path if entry is not None else None
-        second = self._comes_again(path)
+        second = self._comes_again(path, thread)
         load = None
         if entry is not None and not second and not is_passthrough(nodeid):
             load = await self._wait_until_whole(entry)
         try:
             await trio.to_thread.run_sync(self._open, nodeid, not second, limiter=self._limiter)
         except VersionChangedError:
-            self.sent_back(path)
+            self.sent_back(path, thread)
             raise
         finally:
             if load is not None:
                 self.later(functools.partial(self._loader.release, load))
 
-    def sent_back(self, path: str | None) -> None:
+    def sent_back(self, path: str | None, thread: int) -> None:
         """See operations.Handles."""
-        self._sent_back[path] = time.monotonic()
+        self._sent_back[path, thread] = time.monotonic()
         while len(self._sent_back) > 10_000:
             del self._sent_back[next(iter(self._sent_back))]
 
-    def _comes_again(self, path: str | None) -> bool:
-        """Whether an open of this path was answered ESTALE just before: several may be, by ranks that start at once,
-        and who of them this one is can't be known."""
-        last = max(self._sent_back.get(path, -_BOUNCE), self._sent_back.get(None, -_BOUNCE))
+    def _comes_again(self, path: str | None, thread: int) -> bool:
+        """Whether this thread's open of this path was answered ESTALE just before."""
+        last = max(self._sent_back.get((known, thread), -_BOUNCE) for known in (path, None))
         return time.monotonic() - last < _BOUNCE
 
     async def _wait_until_whole(self, entry: Entry) -> ObjectLoad | None:
@@ -372,14 +371,12 @@ class Handles:
         assert file.load is not None
         if not (self.passthrough.active and file.load.stored.complete and file.version.size):
             return False
-        now = time.monotonic()
-        if now - self._bounced.pop(file.nodeid, -_BOUNCE) < _BOUNCE or file.version.id in self._refused:
+        if file.version.id in self._refused:
             return False
         twin = passthrough_twin(file.nodeid)
         if twin not in self._files and not self._prepare(twin, file.version, file.source):
             return False
         self._complete[file.version.id] = None
-        self._bounced[file.nodeid] = now
         return True
 
     def _open_twin(self, nodeid: int) -> None:
@@ -465,8 +462,6 @@ class Handles:
                 del self._files[file.nodeid]
         for file in stale:
             self._chores.put(lambda file=file: self._let_go(file))  # type: ignore[misc]
-        while len(self._bounced) > 10_000:
-            self._bounced.pop(next(iter(self._bounced)), None)
 
     # -- closing, in the chores thread
 

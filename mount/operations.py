@@ -62,11 +62,12 @@ class Handles(Protocol):
     def use_passthrough(self, entry: Entry) -> bool:
         """Whether LOOKUP leads to the passthrough twin."""
 
-    async def open(self, nodeid: int, flags: int) -> None:
-        """Open a file, either twin. Raises FusecacheError."""
+    async def open(self, nodeid: int, flags: int, thread: int) -> None:
+        """Open a file, either twin, for this thread. Raises FusecacheError."""
 
-    def sent_back(self, path: str | None) -> None:
-        """An open of this path (None: not known) is answered ESTALE: the VFS comes back once, and only once."""
+    def sent_back(self, path: str | None, thread: int) -> None:
+        """This thread's open of this path (None: not known) is answered ESTALE: the VFS comes back once, and only
+        once."""
 
     def release(self, nodeid: int) -> None:
         """One open less."""
@@ -261,11 +262,11 @@ class Operations(pyfuse3.Operations):
                 _read_only()
             found = self._catalog.get(inode_number(inode))
             if found is None or not self._catalog.is_current(found.nodeid):
-                self._handles.sent_back(found.path if found is not None else None)
+                self._handles.sent_back(found.path if found is not None else None, ctx.pid)
                 raise FUSEError(errno.ESTALE)
             if found.is_dir:
                 raise FUSEError(errno.EISDIR)
-            await self._handles.open(inode, flags)
+            await self._handles.open(inode, flags, ctx.pid)
             return FileInfo(fh=inode, keep_cache=True, direct_io=False)
 
     async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]

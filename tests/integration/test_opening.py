@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -60,6 +62,26 @@ def test_a_cold_file_of_weights_is_opened_with_passthrough(
         pytest.skip(status(mount)["mode"]["why"])
     check((mount.path / SHARD).read_bytes(), SHARD, 1)
     assert status(mount)["opens"] == {"passthrough": 1, "daemon": 0}
+
+
+def test_ranks_that_open_a_cold_shard_at_once_are_all_given_passthrough(
+    source: Path, tmp_path: Path, stack: ExitStack
+) -> None:
+    put(source, SHARD, 1)
+    mount = stack.enter_context(mounted(f"file://{source}", tmp_path))
+    if not passthrough(mount):
+        pytest.skip(status(mount)["mode"]["why"])
+    ranks = 8
+    together = Barrier(ranks)
+
+    def rank(_number: int) -> bytes:
+        together.wait(20)
+        return (mount.path / SHARD).read_bytes()
+
+    with ThreadPoolExecutor(ranks) as pool:
+        for read in pool.map(rank, range(ranks)):
+            check(read, SHARD, 1)
+    assert status(mount)["opens"] == {"passthrough": ranks, "daemon": 0}
 
 
 def test_without_the_wait_the_next_open_is_passthrough(

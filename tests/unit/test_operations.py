@@ -42,15 +42,15 @@ class Played:
         self.released: list[int] = []
         self.error: Exception | None = None
         self.space = (40 << 20, 100 << 20)
-        self.sent_back_paths: list[str | None] = []
+        self.sent_back_to: list[tuple[str | None, int]] = []
 
-    def sent_back(self, path: str | None) -> None:
-        self.sent_back_paths.append(path)
+    def sent_back(self, path: str | None, thread: int) -> None:
+        self.sent_back_to.append((path, thread))
 
     def use_passthrough(self, entry: Entry) -> bool:
         return entry.nodeid in self.twins
 
-    async def open(self, nodeid: int, flags: int) -> None:
+    async def open(self, nodeid: int, flags: int, thread: int) -> None:
         if self.error is not None:
             raise self.error
         self.opened.append((nodeid, flags))
@@ -218,7 +218,7 @@ async def test_another_version_is_another_file_and_the_old_handle_goes_on() -> N
     assert (await made.operations.getattr(old.st_ino, context())).st_size == 10_000
     # the VFS looks the path up again on ESTALE, and opens the new version
     assert await number_of(made.operations.open(old.st_ino, os.O_RDONLY, context())) == errno.ESTALE
-    assert made.handles.sent_back_paths == ["a"]
+    assert made.handles.sent_back_to == [("a", os.getpid())]
     assert bytes(await made.operations.read(old.st_ino, 0, 2)) == b"01"
     await made.operations.forget([(old.st_ino, 1)])
     assert await number_of(made.operations.getattr(old.st_ino, context())) == errno.ESTALE
