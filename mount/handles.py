@@ -41,6 +41,7 @@ from fusecache.loader import Loader, ObjectLoad, is_shard
 from fusecache.mount import protocol
 from fusecache.mount.journal import Journal, OpenRecord
 from fusecache.mount.nodeids import inode_number, is_passthrough, passthrough_twin
+from fusecache.mount.patience import Patience
 from fusecache.store import Store, StoredObject
 from fusecache.types import ObjectId, ObjectVersion
 
@@ -237,10 +238,9 @@ class Handles:
         whole = self._whole.setdefault(version.id, trio.Event())
         try:
             self._loader.hurry(load)
-            started = trio.current_time()
+            patience = Patience(self._open_wait, trio.current_time())
             while not load.stored.complete:
-                waited = trio.current_time() - started
-                if waited + (self._loader.seconds_left(load) or 0.0) > self._open_wait:
+                if patience.ends(trio.current_time(), self._loader.seconds_left(load)):
                     break
                 with trio.move_on_after(_LOOK):
                     await whole.wait()
