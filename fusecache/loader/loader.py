@@ -1,10 +1,9 @@
 """The loader: one fetch per block, whole files on their first read, then the shards behind them.
 
 Theory of operation. Readers ask for bytes that are not there (`request`) and are told when they are; a fixed
-crew of threads flies. A free thread takes, in this order: a block somebody waits for, with the idle blocks
-behind it up to `range_bytes`; the next run ahead of a reader, of each file in turn; a file of the prefetch
-plan. A quarter of the crew takes only the first kind, so that a reader who jumps does not queue behind the
-prefetch. A waiter is woken when its own blocks are in, by the thread that landed the last of them.
+crew of threads (crew.py) flies. A free thread takes, in this order: a block somebody waits for, with the idle
+blocks behind it up to `range_bytes`; the next run ahead of a reader, of each file in turn; a file of the
+prefetch plan. A waiter is woken when its own blocks are in, by the thread that landed the last of them.
 
 Ownership: `_lock` guards all scheduling state (loads, waiters, queues) and is held for microseconds, never
 across I/O or a callback. Flights belong to the crew, not to who asked for them: a reader that goes away
@@ -39,6 +38,7 @@ from fusecache.errors import (
 from fusecache.loader import flight
 from fusecache.loader.ahead import shards_behind
 from fusecache.loader.board import Board
+from fusecache.loader.crew import Crew
 from fusecache.loader.gather import gather
 from fusecache.loader.interface import (
     Library,
@@ -88,9 +88,7 @@ class Loader:
         self._library = library
         self._settings = settings
         self._lock = threading.Lock()
-        self._wake_any = threading.Condition(self._lock)
-        self._wake_demand = threading.Condition(self._lock)
-        self._wake_remote = threading.Condition(self._lock)
+        self._crew = Crew(self._lock, self)
         self._wake_clock = threading.Condition(self._lock)
         self._loads: dict[ObjectId, ObjectLoad] = {}
         self._board = Board(max(1, settings.range_bytes // store.block_size), self._begin)
@@ -98,26 +96,14 @@ class Loader:
         self._pace = Pace()
         self._waiters: set[Waiter] = set()
         self._stopping = False
-        self._threads: list[threading.Thread] = []
+        self._clock_thread = threading.Thread(target=self._clock, name="loader-clock", daemon=True)
 
     # -- life
 
     def start(self) -> None:
         """Start the crew."""
-        # One thread at least must be free of tasks, which may wait for bytes.
-        reserved = max(1, self._settings.concurrency // 4)
-        for number in range(max(2, self._settings.concurrency)):
-            wake = self._wake_demand if number < reserved else self._wake_any
-            self._thread(f"loader-{number}", self._work, wake, number < reserved, False)
-        for number in range(self._supplier.crew):
-            wanted_only = number < self._supplier.crew // 4
-            self._thread(f"peers-{number}", self._work, self._wake_remote, wanted_only, True)
-        self._thread("loader-clock", self._clock)
-
-    def _thread(self, name: str, work: Callable[..., None], *args: object) -> None:
-        thread = threading.Thread(target=work, args=args, name=name, daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        self._crew.start(self._settings.concurrency, self._supplier.crew)
+        self._clock_thread.start()
 
     def close(self, timeout: float = 10.0) -> None:
         """Stop the crew: flights are cancelled, waiters get CancelledReadError. Waits `timeout` seconds at most."""
@@ -126,12 +112,13 @@ class Loader:
             waiters = list(self._waiters)
             for waiter in waiters:
                 self._forget(waiter)
-            for condition in (self._wake_any, self._wake_demand, self._wake_remote, self._wake_clock):
-                condition.notify_all()
+            self._crew.dismiss()
+            self._wake_clock.notify_all()
         settle(waiters, CancelledReadError("the mount is going away"))
         deadline = time.monotonic() + timeout
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        self._crew.join(deadline)
+        if self._clock_thread.is_alive():
+            self._clock_thread.join(max(0.0, deadline - time.monotonic()))
         with self._lock:
             loads = list(self._loads.values())
             self._loads.clear()
@@ -182,7 +169,7 @@ class Loader:
             for load, route in routes:
                 load.follow(route)
                 self._call_for(load, list(load.waiting))
-            self._wake_all()
+            self._crew.call_all()
 
     def release(self, load: ObjectLoad) -> None:
         """Drop one open. What was begun goes on."""
@@ -304,7 +291,7 @@ class Loader:
             known.update(load.version.id for load in self._board.active)
             fresh = [(version, source) for version, source in versions if version.id not in known]
             self._board.ahead.extend(fresh)
-            self._wake_all()
+            self._crew.call_all()
 
     def hurry(self, load: ObjectLoad) -> None:
         """Somebody is going to read all of this: fetch it, and then what follows."""
@@ -341,7 +328,7 @@ class Loader:
             while len(self._planned) > 10_000:
                 del self._planned[next(iter(self._planned))]
             self._board.tasks.append(lambda: self._plan(version, source))
-            self._wake_any.notify()
+            self._crew.any.notify()
 
     def progress(self) -> dict[str, int]:
         """What is going on, for `fusecache status`."""
@@ -358,28 +345,19 @@ class Loader:
 
     # -- the crew
 
-    def _work(self, wake: threading.Condition, demand_only: bool, remote: bool) -> None:
-        while True:
-            with self._lock:
-                job = self._take(demand_only, remote)
-                while job is None and not self._stopping:
-                    wake.wait()
-                    job = self._take(demand_only, remote)
-                if self._stopping:
-                    return
-            try:
-                if isinstance(job, Job):
-                    self._fly(job)
-                elif job is not None:
-                    job()
-            except Exception:
-                _log.exception("a task failed")
-
-    def _take(self, demand_only: bool, remote: bool) -> Job | Callable[[], None] | None:
+    def take(self, demand_only: bool, remote: bool) -> Job | Callable[[], None] | None:
+        """See crew.Employer."""
         job = self._board.take(demand_only, time.monotonic(), remote)
         if job is not None and self._board.urgent(remote):
-            (self._wake_remote if remote else self._wake_any).notify()
+            (self._crew.remote if remote else self._crew.any).notify()
         return job
+
+    def do(self, job: Job | Callable[[], None]) -> None:
+        """See crew.Employer."""
+        if isinstance(job, Job):
+            self._fly(job)
+        else:
+            job()
 
     def _fly(self, job: Job) -> None:
         load, started = job.load, time.monotonic()
@@ -504,16 +482,11 @@ class Loader:
 
     def _call_for(self, load: ObjectLoad, blocks: Iterable[int]) -> None:
         if self._board.call_for(load, blocks):
-            for condition in (self._wake_any, self._wake_demand, self._wake_remote):
-                condition.notify()
-
-    def _wake_all(self) -> None:
-        self._wake_any.notify_all()
-        self._wake_remote.notify_all()
+            self._crew.call()
 
     def _want_all(self, load: ObjectLoad) -> None:
         if self._settings.prefetch and self._board.activate(load):
-            self._wake_all()
+            self._crew.call_all()
 
     def _forget(self, waiter: Waiter) -> None:
         self._waiters.discard(waiter)
@@ -530,7 +503,7 @@ class Loader:
         with self._lock:
             load.read = True
             if self._board.activate(load):
-                self._wake_all()
+                self._crew.call_all()
             complete = load.stored.complete
         if complete:
             self._library.completed(version)
@@ -558,8 +531,8 @@ class Loader:
                 now = time.monotonic()
                 for load, blocks in self._board.due(now):
                     self._call_for(load, load.give_back(blocks))
-                    self._wake_any.notify()
-                    self._wake_remote.notify()
+                    self._crew.any.notify()
+                    self._crew.remote.notify()
                 expired = [waiter for waiter in self._waiters if waiter.deadline <= now]
                 for waiter in expired:
                     self._forget(waiter)
