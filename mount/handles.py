@@ -185,13 +185,11 @@ class Handles:
         version = entry.version
         if version is None or not self.passthrough.active or version.id not in self._complete:
             return False
-        if version.id in self._refused:
-            return False
-        return True
+        return version.id not in self._refused
 
     async def open(self, nodeid: int, flags: int, thread: int) -> None:
-        """Open a file, either twin, for this thread. Raises VersionChangedError when the other twin is the right one now, or the
-        version is gone, and StoreError when not even an empty place in the cache can be had."""
+        """Open a file, either twin, for this thread. Raises VersionChangedError when the other twin is the right one
+        now, or the version is gone, and StoreError when not even an empty place in the cache can be had."""
         entry = self._catalog.get(inode_number(nodeid))
         path = entry.path if entry is not None else None
         second = self._comes_again(path, thread)

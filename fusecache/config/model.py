@@ -222,7 +222,8 @@ class MountConfig(Model):
     )
     prefetch: Literal["auto", "off"] = Field(
         default="auto",
-        description="Whether the first read of a file fetches all of it, and then its siblings.",
+        description="Whether the first read of a file fetches all of it, and then its siblings, and a read of a "
+        "model's `config.json` its weights.",
     )
     open_wait: Seconds = Field(
         default=5.0,

@@ -104,6 +104,13 @@ class Board:
         with contextlib.suppress(ValueError):
             self.active.remove(load)
 
+    def drop(self, unwanted: Callable[[ObjectVersion], bool]) -> list[ObjectLoad]:
+        """Fetch no more of these files, but for those that somebody has open; returns the loads that were retired."""
+        self.ahead = deque(item for item in self.ahead if not unwanted(item[0]))
+        dropped = [load for load in self.active if not load.opens and unwanted(load.version)]
+        self.active = deque(load for load in self.active if load not in dropped)
+        return dropped
+
     def put_off(self, due: float, load: ObjectLoad, blocks: range) -> None:
         """These blocks, taken and not landed, are to be looked at again at `due`."""
         heapq.heappush(self._later, (due, next(self._order), load, blocks))

@@ -37,6 +37,7 @@ from fusecache.errors import (
 )
 from fusecache.loader import flight
 from fusecache.loader.ahead import shards_behind
+from fusecache.loader.announced import Announced
 from fusecache.loader.board import Board
 from fusecache.loader.crew import Crew
 from fusecache.loader.gather import gather
@@ -50,7 +51,7 @@ from fusecache.loader.interface import (
 )
 from fusecache.loader.load import Job, ObjectLoad
 from fusecache.loader.pace import Pace
-from fusecache.loader.plan import is_shard
+from fusecache.loader.plan import is_config, is_shard
 from fusecache.loader.waiters import Waiter, settle
 from fusecache.store import Store
 from fusecache.types import ObjectId, ObjectVersion
@@ -93,6 +94,7 @@ class Loader:
         self._loads: dict[ObjectId, ObjectLoad] = {}
         self._board = Board(max(1, settings.range_bytes // store.block_size), self._begin)
         self._planned: dict[ObjectId, float] = {}
+        self._announced = Announced()
         self._pace = Pace()
         self._waiters: set[Waiter] = set()
         self._stopping = False
@@ -317,18 +319,28 @@ class Loader:
             self._board.pause()
 
     def follow(self, version: ObjectVersion, source: str) -> None:
-        """A file is being read: fetch the shards behind it, too."""
-        if not self._settings.prefetch or not is_shard(version.key):
+        """A file is being read: fetch the shards behind it, too; those beside it, if it is a model's config."""
+        shard = is_shard(version.key)
+        if not self._settings.prefetch or not (shard or is_config(version.key)):
             return
         now = time.monotonic()
+        void: list[str] = []
+        closing: list[ObjectLoad] = []
         with self._lock:
-            if now - self._planned.get(version.id, -_PLAN_AGAIN) < _PLAN_AGAIN:
-                return
-            self._planned[version.id] = now
-            while len(self._planned) > 10_000:
-                del self._planned[next(iter(self._planned))]
-            self._board.tasks.append(lambda: self._plan(version, source))
-            self._crew.any.notify()
+            if shard:
+                self._announced.loaded(_folder(version))
+            elif void := self._announced.add(_folder(version), now):
+                dropped = self._board.drop(lambda other: _folder(other) in void)
+                closing = [load for load in dropped if self._closable(load)]
+            planned = now - self._planned.get(version.id, -_PLAN_AGAIN) < _PLAN_AGAIN
+            if not void and not planned:
+                self._planned[version.id] = now
+                while len(self._planned) > 10_000:
+                    del self._planned[next(iter(self._planned))]
+                self._board.tasks.append(lambda: self._plan(version, source))
+                self._crew.any.notify()
+        for load in closing:
+            load.stored.close()
 
     def progress(self) -> dict[str, int]:
         """What is going on, for `fusecache status`."""
@@ -510,7 +522,7 @@ class Loader:
         self.release(load)
 
     def _plan(self, version: ObjectVersion, source: str) -> None:
-        """Queue the shards behind this one, within the budget."""
+        """Queue the shards behind this one, or those of this config, within the budget."""
 
         def read_index(index: ObjectVersion) -> bytes:
             load = self.open(index, source)
@@ -520,6 +532,9 @@ class Loader:
                 self.release(load)
 
         behind = shards_behind(version, self._library.siblings(version), read_index, self._settings.budget)
+        with self._lock:
+            if is_config(version.key) and self._announced.add(_folder(version), time.monotonic()):
+                return
         self.want((other, source) for other in behind)
 
     def _clock(self) -> None:
@@ -546,3 +561,7 @@ class Loader:
             for waiter in expired:
                 text = f"{waiter.load.version.key}: not within the deadline of {self._settings.deadline:g} s"
                 settle([waiter], UnavailableError(text))
+
+
+def _folder(version: ObjectVersion) -> str:
+    return f"{version.origin}/{version.key.rpartition('/')[0]}"

@@ -2,7 +2,7 @@
 
 A model is a folder of shards: the order of `model.safetensors.index.json` (of PyTorch's index, too), or that
 of the names. After the shard that is being read come those behind it, then, round about, those before it,
-which another rank may want.
+which another rank may want. Who reads the folder's config.json is about to load all of it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ INDEX_SUFFIX = ".index.json"
 INDEX_LIMIT = 64 << 20
 """Bytes; the largest real index (a model of a few hundred thousand tensors) has some 40 MiB."""
 
+CONFIG = "config.json"
+"""What an engine reads of a model first."""
+
 _DIGITS = re.compile(r"(\d+)")
+_NUMBERED = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
 
 
 def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
@@ -30,14 +34,19 @@ def is_shard(name: str) -> bool:
     return name.lower().endswith(SHARD_SUFFIXES)
 
 
+def is_config(name: str) -> bool:
+    """Whether whoever reads this file is about to load the model beside it."""
+    return name == CONFIG or name.endswith("/" + CONFIG)
+
+
 def suffix_of(name: str) -> str:
     """The kind of shard a name belongs to, '' for none."""
     return next((suffix for suffix in SHARD_SUFFIXES if name.lower().endswith(suffix)), "")
 
 
 def index_for(name: str, siblings: Sequence[str]) -> str | None:
-    """The index file among `siblings` that orders the shards of `name`'s kind."""
-    suffix = suffix_of(name)
+    """The index file among `siblings` that orders the shards of `name`'s kind; of a config: those that are loaded."""
+    suffix = _loaded(siblings) if is_config(name) else suffix_of(name)
     found = [other for other in siblings if other.endswith(suffix + INDEX_SUFFIX)] if suffix else []
     return min(found, key=len, default=None)
 
@@ -55,9 +64,11 @@ def index_order(text: bytes) -> list[str]:
 def following(name: str, siblings: Sequence[str], index: Sequence[str] = ()) -> list[str]:
     """The shards to fetch after `name`, in order. `siblings` are the names of its folder, `index` the order
     that an index file gives, if there is one that names it."""
+    present = set(siblings)
+    if is_config(name):
+        return [other for other in index if other in present] or _of_model(siblings)
     if not is_shard(name):
         return []
-    present = set(siblings)
     if name in index:
         order = [other for other in index if other in present]
     else:
@@ -67,3 +78,18 @@ def following(name: str, siblings: Sequence[str], index: Sequence[str] = ()) -> 
         return []
     at = order.index(name)
     return order[at + 1 :] + order[:at]
+
+
+def _loaded(siblings: Sequence[str]) -> str:
+    """The kind of shards that engines take where there are several."""
+    return next((suffix for suffix in (".safetensors", ".bin") if _of_model(siblings, suffix)), "")
+
+
+def _of_model(siblings: Sequence[str], *suffixes: str) -> list[str]:
+    """The shards of a folder's model by their usual names: files of other names may be another variant of it."""
+    for suffix in suffixes or (".safetensors", ".bin"):
+        numbered = [name for name in siblings if name.endswith(suffix) and _NUMBERED.search(name)]
+        whole = [name for name in (f"model{suffix}", f"pytorch_model{suffix}") if name in siblings]
+        if numbered or whole:
+            return whole or sorted(numbered, key=natural_key)
+    return []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from fusecache.loader.plan import following, index_for, index_order, is_shard, natural_key
+from fusecache.loader.plan import following, index_for, index_order, is_config, is_shard, natural_key
 
 NAMES = [f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
 
@@ -49,7 +49,7 @@ def test_what_is_no_index() -> None:
 
 
 def test_only_shards_have_followers() -> None:
-    assert following("config.json", ["config.json", *NAMES]) == []
+    assert following("generation_config.json", ["generation_config.json", *NAMES]) == []
     assert is_shard("x.GGUF")
     assert not is_shard("x.json")
 
@@ -58,4 +58,30 @@ def test_the_index_of_the_same_kind_is_found() -> None:
     siblings = [*NAMES, "model.safetensors.index.json", "pytorch_model.bin.index.json"]
     assert index_for(NAMES[0], siblings) == "model.safetensors.index.json"
     assert index_for("pytorch_model-1.bin", siblings) == "pytorch_model.bin.index.json"
-    assert index_for("config.json", siblings) is None
+    assert index_for("tokenizer.json", siblings) is None
+
+
+def test_a_config_leads_to_the_shards_that_are_loaded() -> None:
+    index = "model.safetensors.index.json"
+    others = ["pytorch_model-00001-of-00001.bin", "consolidated.safetensors", "tokenizer.json", "q4.gguf"]
+    siblings = [*reversed(NAMES), *others, "config.json"]
+    assert is_config("llama/config.json")
+    assert not is_config("llama/adapter_config.json")
+    assert following("config.json", siblings) == NAMES
+    assert index_for("config.json", [*siblings, index, "pytorch_model.bin.index.json"]) == index
+    assert following("config.json", siblings, [NAMES[1], NAMES[0], "missing.safetensors"]) == [
+        NAMES[1],
+        NAMES[0],
+    ]
+
+
+def test_a_config_of_one_file_or_another_kind_leads_to_it() -> None:
+    assert following("config.json", ["model.fp16.safetensors", "model.safetensors"]) == ["model.safetensors"]
+    assert following("config.json", ["pytorch_model.bin", "optimizer.bin"]) == ["pytorch_model.bin"]
+    bin_index = "pytorch_model.bin.index.json"
+    assert index_for("config.json", ["pytorch_model-00001-of-00002.bin", bin_index]) == bin_index
+    assert index_for("config.json", [bin_index]) is None
+
+
+def test_a_config_beside_files_of_other_names_leads_nowhere() -> None:
+    assert following("config.json", ["unet.safetensors", "unet.fp16.safetensors", "a.gguf", "b.pth"]) == []
