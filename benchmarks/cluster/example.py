@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -68,11 +68,16 @@ def _show(console: Console, work: Path, size: int, shards: int, nodes: int) -> N
         secret.write_text(os.urandom(24).hex())
         secret.chmod(0o600)
         ports = {f"node-{number + 1}": free_port() for number in range(nodes)}
-        mounts = {name: stack.enter_context(_node(work, name, bucket, ports, secret)) for name in ports}
+        mounts = {
+            name: stack.enter_context(
+                mounted_node(work, name, bucket, ports, secret, {"peers.stripe": "4MiB"})
+            )
+            for name in ports
+        }
         console.print(
             f"{nodes} nodes are mounted; each reads all {model.size / _MIB:.0f} MiB at the same moment"
         )
-        _wait_joined(mounts)
+        wait_joined(mounts)
 
         def read(mountpoint: Path) -> None:
             for name, digest in expected.items():
@@ -98,7 +103,15 @@ def _show(console: Console, work: Path, size: int, shards: int, nodes: int) -> N
 
 
 @contextlib.contextmanager
-def _node(work: Path, name: str, bucket: Bucket, ports: dict[str, int], secret: Path) -> Iterator[Path]:
+def mounted_node(
+    work: Path,
+    name: str,
+    bucket: Bucket,
+    ports: Mapping[str, int],
+    secret: Path,
+    more: Mapping[str, object],
+) -> Iterator[Path]:
+    """The mount of one node of a cluster on the loopback, whose ports are given by name; `more` options."""
     home = work / name
     mountpoint = home / "mnt"
     mountpoint.mkdir(parents=True)
@@ -110,7 +123,7 @@ def _node(work: Path, name: str, bucket: Bucket, ports: dict[str, int], secret: 
         "peers.listen": f"127.0.0.1:{ports[name]}",
         "peers.node": name,
         "peers.secret_file": secret,
-        "peers.stripe": "4MiB",
+        **more,
     }
     words = ",".join(f"{key}={value}" for key, value in options.items())
     pid = 0
@@ -127,7 +140,9 @@ def _node(work: Path, name: str, bucket: Bucket, ports: dict[str, int], secret: 
             end(pid)
 
 
-def _wait_joined(mounts: dict[str, Path]) -> None:
+def wait_joined(mounts: Mapping[str, Path]) -> None:
+    """Until all nodes see each other."""
+
     def joined() -> bool:
         found = [
             json.loads(run([program("fusecache"), "status", str(path), "--json"], timeout=30))

@@ -70,7 +70,9 @@ class Cluster:
         self._client_tls = tls
         self._verifier = None if secret is None else Verifier(secret, settings.tenant)
         signer = None if secret is None else Signer(secret, settings.node, settings.tenant)
-        self._client = PeerClient(settings.node, signer=signer, tls=tls, connect_timeout=settings.timeout)
+        self._client = PeerClient(
+            settings.node, signer=signer, tls=tls, connect_timeout=settings.timeout, window=store.block_size
+        )
         self._url = self._own_url()
         self._coverage: dict[str, dict[ObjectId, int]] = {}
         """Node -> object -> bytes, as last seen."""

@@ -133,6 +133,7 @@ class _Flight:
     cancelled: Callable[[], bool]
     at: int
     begun: bool = False
+    urgent: bool = True
     failed: list[str] = field(default_factory=list)
     may_hedge: list[Member] = field(default_factory=list)
 
@@ -218,9 +219,10 @@ class Exchange:
         *,
         deadline: float,
         cancelled: Callable[[], bool],
+        urgent: bool,
     ) -> Items:
         """See loader.Supplier."""
-        flight = _Flight(version, blocks, block_size, deadline, cancelled, blocks.start)
+        flight = _Flight(version, blocks, block_size, deadline, cancelled, blocks.start, urgent=urgent)
         order = self.ranking(version.id, self.stripe_of(blocks.start, block_size))
         asked, flight.failed = choice.ask_order(order, self._name, self.breakers.allowed)
         for number, member in enumerate(asked):
@@ -342,6 +344,7 @@ class Exchange:
             stored_only,
             tuple(flight.failed),
             direct,
+            urgent=flight.urgent,
             owed=self.owed(),
             node=self._name,
         )
@@ -475,6 +478,7 @@ class Exchange:
                 flight.deadline,
                 flight.cancelled,
                 flight.at,
+                urgent=flight.urgent,
                 failed=list(flight.failed) if stored_only else [*flight.failed, now_from.name],
             )
             request = self._request(again, stored_only=stored_only, direct=True, hops=0)

@@ -229,6 +229,7 @@ class _Offer:
         self._at = 0
         self._given = 0
         self._patience = math.inf if patient else _PATIENCE
+        self._urgent = request.urgent
         self._deadline = trio.current_time() + request.deadline
         self._waiter: Waiter | None = None
         self._token = trio.lowlevel.current_trio_token()
@@ -269,7 +270,7 @@ class _Offer:
                 _log.debug("a block landed for a server that has ended")
 
         offset = block * self._load.stored.block_size
-        waiter = self._loader.request(self._load, offset, length, settled, whole=False)
+        waiter = self._loader.request(self._load, offset, length, settled, whole=False, urgent=self._urgent)
         if waiter is None:
             pieces = self._present()
             return pieces or [await self._copied(block, offset, length)]

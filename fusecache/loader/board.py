@@ -1,6 +1,7 @@
 """What is to be fetched, and in which order. Guarded by the loader's lock; does no I/O.
 
-Order: a block somebody waits for, with the idle blocks behind it; tasks; the next run ahead of a reader, of each
+Order: a block a reader waits for, with the idle blocks behind it; tasks; the same for a block that another node's
+prefetch waits for; the next run ahead of a reader, of each
 file that is being read in turn; the other files, one after the other, so that the first of them is whole soon and
 can be read while the next one comes; a file of the prefetch plan.
 """
@@ -10,11 +11,18 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
 from fusecache.loader.load import Job, ObjectLoad
 from fusecache.types import ObjectVersion
+
+_AT_ONCE = 3
+"""Files under way, up to which the crew that fetches from other nodes goes on with the next: a node whose own share of
+a file comes late would otherwise be late for the others' shares of the next one, too."""
+
+
+_Demand = tuple[deque[tuple[ObjectLoad, int]], deque[tuple[ObjectLoad, int]]]
 
 
 class Board:
@@ -30,14 +38,18 @@ class Board:
         self.tasks: deque[Callable[[], None]] = deque()
         self._limit = limit
         self._begin = begin
-        self._demand: tuple[deque[tuple[ObjectLoad, int]], ...] = (deque(), deque())
-        """What somebody waits for: from the origin or the disk, and from other nodes."""
+        self._urgent: _Demand = (deque(), deque())
+        """What readers wait for: from the origin or the disk, and from other nodes."""
+        self._patient: _Demand = (deque(), deque())
+        """The same for the prefetch of other nodes."""
+        self._lanes: Counter[str] = Counter()
+        """Flights ahead that are under way from other nodes, by the lane of their route."""
         self._later: list[tuple[float, int, ObjectLoad, range]] = []
         self._order = itertools.count()
 
     def urgent(self, remote: bool) -> bool:
         """Whether somebody may be waiting for work of this kind that nobody took yet."""
-        return bool(self._demand[remote])
+        return bool(self._urgent[remote] or self._patient[remote])
 
     @property
     def next_due(self) -> float | None:
@@ -47,39 +59,54 @@ class Board:
     def take(self, demand_only: bool, now: float, remote: bool = False) -> Job | Callable[[], None] | None:
         """The next thing to do: what comes from other nodes, or all the rest. They never do each other's work: all
         threads of all nodes could wait for one another."""
-        demand = self._demand[remote]
-        while demand:
-            load, block = demand.popleft()
-            if load.idle[block] and block in load.waiting:
-                if load.is_remote(block) is not remote:
-                    self._demand[not remote].append((load, block))
-                    continue
-                return load.take(block, self._limit)
-        if demand_only or self.paused:
-            return None
+        job = self._demanded(self._urgent, remote)
+        if job is not None or demand_only:
+            return job
         if self.tasks and not remote:
             return self.tasks.popleft()
+        job = self._demanded(self._patient, remote)
+        if job is not None or self.paused:
+            return job
         for being_read in (True, False):
             for load in list(self.active):
                 if load.being_read is not being_read or load.resting_until > now:
                     continue
-                job = load.take_ahead(self._limit, remote)
+                job = load.take_ahead(self._limit, remote, self._lanes)
                 if job is not None:
+                    if job.lane is not None:
+                        self._lanes[job.lane] += 1
                     if being_read:
                         self.active.remove(load)
                         self.active.append(load)
                     return job
-        if self.ahead and not remote:
+        if self.ahead and (not remote or len(self.active) < _AT_ONCE):
             version, source = self.ahead.popleft()
             return lambda: self._begin(version, source)
         return None
+
+    def _demanded(self, demand: _Demand, remote: bool) -> Job | None:
+        queue = demand[remote]
+        while queue:
+            load, block = queue.popleft()
+            if load.idle[block] and block in load.waiting:
+                if load.is_remote(block) is remote:
+                    return load.take(block, self._limit, urgent=demand is self._urgent)
+                demand[not remote].append((load, block))
+        return None
+
+    def ended(self, job: Job) -> None:
+        """This flight is over."""
+        job.load.jobs -= 1
+        if job.lane is not None:
+            self._lanes[job.lane] -= 1
 
     def call_for(self, load: ObjectLoad, blocks: Iterable[int]) -> bool:
         """Somebody waits for these blocks; returns whether there is something to do about it."""
         called = False
         for block in blocks:
             if load.idle[block]:
-                self._demand[load.is_remote(block)].append((load, block))
+                demand = self._urgent if load.is_urgent(block) else self._patient
+                demand[load.is_remote(block)].append((load, block))
                 called = True
         return called
 

@@ -8,8 +8,8 @@ somebody waits for are handed over from memory, and nobody notices.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Protocol
 
 import xxhash
 
@@ -17,6 +17,9 @@ from fusecache.blocks import block_bytes
 from fusecache.errors import StoreError
 from fusecache.loader.interface import Again, Expect, Supplier
 from fusecache.loader.load import ObjectLoad
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +56,7 @@ def fetch(
     *,
     deadline: float,
     cancelled: Callable[[], bool],
+    urgent: bool = True,
 ) -> list[int]:
     """Fetch blocks; returns those that did not land though nothing failed.
 
@@ -77,28 +81,27 @@ def fetch(
             sink = _Sink(load, tower)
         if blocks:
             try:
-                _stream(load, blocks, supplier, sink, deadline, cancelled)
+                items = supplier.supply(
+                    load.version,
+                    load.source,
+                    blocks,
+                    load.stored.block_size,
+                    deadline=deadline,
+                    cancelled=cancelled,
+                    urgent=urgent,
+                )
+                _receive(load, blocks, items, sink)
             finally:
                 sink.close()
         return left
 
 
-def _stream(
-    load: ObjectLoad,
-    blocks: range,
-    supplier: Supplier,
-    sink: _Sink,
-    deadline: float,
-    cancelled: Callable[[], bool],
-) -> None:
+def _receive(load: ObjectLoad, blocks: range, items: Iterator[Buffer | Expect | Again], sink: _Sink) -> None:
     block_size, size = load.stored.block_size, load.version.size
     block = blocks.start
     offset = block * block_size
     room = block_bytes(block, size, block_size)
     expected: Expect | None = None
-    items = supplier.supply(
-        load.version, load.source, blocks, block_size, deadline=deadline, cancelled=cancelled
-    )
     for item in items:
         if isinstance(item, Expect | Again):
             expected = item if isinstance(item, Expect) else None

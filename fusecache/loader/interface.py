@@ -53,12 +53,19 @@ class LoaderStats:
 class Route:
     """Where the stripes of one object come from. A stripe is `stripe` blocks, the last one may be shorter; flights do
     not cross its ends. `remote` has a byte per stripe, 1: from another node. `order` is that of fetching ahead. `keep`:
-    what comes from other nodes is stored; otherwise it is only handed to who waits for it."""
+    what comes from other nodes is stored; otherwise it is only handed to who waits for it. `lanes` names the owner of
+    each stripe; of one owner's, `window` are fetched ahead at a time."""
 
     stripe: int
     remote: bytes
     order: Sequence[int]
     keep: bool = True
+    lanes: Sequence[str] = ()
+    window: int = 1 << 30
+
+    def lane(self, stripe: int) -> str | None:
+        """Whose window this stripe takes room in; None: nobody's."""
+        return self.lanes[stripe] if self.lanes else None
 
 
 class Expect:
@@ -93,9 +100,10 @@ class Supplier(Protocol):
         *,
         deadline: float,
         cancelled: Callable[[], bool],
+        urgent: bool,
     ) -> Iterator[Buffer | Expect | Again]:
         """The bytes of these blocks in order, in chunks that are valid until the next is asked for. `deadline` is a
-        time.monotonic(). Raises what Origin.read raises."""
+        time.monotonic(); `urgent`: a reader waits for them. Raises what Origin.read raises."""
         ...
 
 
@@ -120,6 +128,7 @@ class OriginSupplier:
         *,
         deadline: float,
         cancelled: Callable[[], bool],
+        urgent: bool,
     ) -> Iterator[Buffer | Expect | Again]:
         """See Supplier."""
         offset = blocks.start * block_size

@@ -7,7 +7,7 @@ idle blocks and gives back those it did not land.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fusecache.blocks import block_bytes
@@ -25,6 +25,10 @@ class Job:
     load: ObjectLoad
     blocks: range
     verify: bool
+    urgent: bool = False
+    """A reader waits for it."""
+    lane: str | None = None
+    """The lane of its route that it takes room in."""
 
 
 class ObjectLoad:
@@ -80,8 +84,8 @@ class ObjectLoad:
         route = self.route
         return route is None or route.keep or not route.remote[block // route.stripe]
 
-    def take(self, block: int, limit: int) -> Job:
-        """The flight of at most `limit` blocks that begins with this idle one."""
+    def take(self, block: int, limit: int, *, urgent: bool = False, lane: str | None = None) -> Job:
+        """The flight of at most `limit` blocks that begins with this idle one; see Job."""
         verify = self.stored.unverified(block)
         stop = block + 1
         end = min(len(self.idle), block + limit)
@@ -91,16 +95,23 @@ class ObjectLoad:
             stop += 1
         self.idle[block:stop] = bytes(stop - block)
         self.jobs += 1
-        return Job(self, range(block, stop), verify)
+        return Job(self, range(block, stop), verify, urgent, lane)
 
-    def take_ahead(self, limit: int, remote: bool = False) -> Job | None:
+    def is_urgent(self, block: int) -> bool:
+        """Whether a reader waits for this block."""
+        return any(waiter.urgent for waiter in self.waiting.get(block, ()))
+
+    def take_ahead(self, limit: int, remote: bool, taken: Mapping[str, int]) -> Job | None:
         """The next flight nobody waits for: ahead of the reader, then what is left. With a route, only what comes
-        from other nodes, or only what does not."""
+        from other nodes, or only what does not. `taken` is how much of each lane's window is taken."""
         if self.route is not None:
             if remote and not self.route.keep:
                 return None
-            block = self._routed(self.route, remote)
-            return None if block is None else self.take(block, limit)
+            block = self._routed(self.route, remote, taken)
+            if block is None:
+                return None
+            lane = self.route.lane(block // self.route.stripe) if remote else None
+            return self.take(block, limit, lane=lane)
         if remote:
             return None
         block = self.idle.find(1, self.position)
@@ -108,18 +119,29 @@ class ObjectLoad:
             block = self.idle.find(1)
         return None if block < 0 else self.take(block, limit)
 
-    def _routed(self, route: Route, remote: bool) -> int | None:
+    def _routed(self, route: Route, remote: bool, taken: Mapping[str, int]) -> int | None:
         if self.being_read:
             block = self.idle.find(1, self.position, self.position + route.stripe)
             if block >= 0 and self.is_remote(block) is remote:
                 return block
+        first = None
+        full: set[str | None] = set()
         for at in range(self._cursors[remote], len(route.order)):
-            start = route.order[at] * route.stripe
+            stripe = route.order[at]
+            lane = route.lane(stripe) if remote else None
+            if lane in full:
+                continue
+            start = stripe * route.stripe
             block = self.idle.find(1, start, start + route.stripe)
-            if block >= 0 and self.is_remote(block) is remote:
-                self._cursors[remote] = at
+            if block < 0 or self.is_remote(block) is not remote:
+                continue
+            if first is None:
+                first = self._cursors[remote] = at
+            if lane is None or taken.get(lane, 0) < route.window:
                 return block
-        self._cursors[remote] = len(route.order)
+            full.add(lane)
+        if first is None:
+            self._cursors[remote] = len(route.order)
         return None
 
     def give_back(self, blocks: Iterable[int]) -> list[int]:

@@ -1,9 +1,10 @@
 """The loader: one fetch per block, whole files on their first read, then the shards behind them.
 
 Theory of operation. Readers ask for bytes that are not there (`request`) and are told when they are; a fixed
-crew of threads (crew.py) flies. A free thread takes, in this order: a block somebody waits for, with the idle
-blocks behind it up to `range_bytes`; the next run ahead of a reader, of each file in turn; a file of the
-prefetch plan. A waiter is woken when its own blocks are in, by the thread that landed the last of them.
+crew of threads (crew.py) flies. A free thread takes, in this order: a block a reader waits for, with the idle
+blocks behind it up to `range_bytes`; a block that another node's prefetch waits for; the next run ahead of a
+reader, of each file in turn; a file of the prefetch plan. A waiter is woken when its own blocks are in, by the
+thread that landed the last of them.
 
 Ownership: `_lock` guards all scheduling state (loads, waiters, queues) and is held for microseconds, never
 across I/O or a callback. Flights belong to the crew, not to who asked for them: a reader that goes away
@@ -198,9 +199,11 @@ class Loader:
         settled: Callable[[Waiter], None],
         *,
         whole: bool = True,
+        urgent: bool = True,
     ) -> Waiter | None:
         """Ask for bytes. None: they are in the store; otherwise `settled` will be called (see Waiter). Raises the
-        error that this version can't be had any more. `whole`: a reader asks, so fetch all of the file."""
+        error that this version can't be had any more. `whole`: a reader asks, so fetch all of the file. `urgent`: it
+        goes before what nobody waits for, and before other nodes' prefetch."""
         stored = load.stored
         blocks = block_range(offset, length, load.version.size, stored.block_size)
         with self._lock:
@@ -222,6 +225,7 @@ class Loader:
                     since=now,
                     deadline=now + self._settings.deadline,
                     settled=settled,
+                    urgent=urgent,
                 )
                 self._waiters.add(waiter)
                 for block in missing:
@@ -388,6 +392,7 @@ class Loader:
                     self,
                     deadline=started + self._settings.deadline,
                     cancelled=lambda: self._stopping or load.gone is not None,
+                    urgent=job.urgent,
                 )
         except NotFoundError as exc:
             error = VersionChangedError(f"{load.version.key} was deleted at the origin: open it again")
@@ -405,7 +410,7 @@ class Loader:
         failed: list[Waiter] = []
         gone = False
         with self._lock:
-            load.jobs -= 1
+            self._board.ended(job)
             if error is None:
                 load.failures = 0
                 self._call_for(load, load.give_back(left))

@@ -19,10 +19,21 @@ class Waiter:
 
     `settled` is called exactly once, from any thread and without a lock: when the bytes are there (`error` is
     None), or when they can't be had. It is not called after a successful cancel. `pieces` holds the blocks
-    that could not be stored; all others are in the store.
+    that could not be stored; all others are in the store. `urgent`: a reader waits, and not somebody's prefetch.
     """
 
-    __slots__ = ("deadline", "error", "length", "load", "missing", "offset", "pieces", "settled", "since")
+    __slots__ = (
+        "deadline",
+        "error",
+        "length",
+        "load",
+        "missing",
+        "offset",
+        "pieces",
+        "settled",
+        "since",
+        "urgent",
+    )
 
     def __init__(
         self,
@@ -34,6 +45,7 @@ class Waiter:
         since: float,
         deadline: float,
         settled: Callable[[Waiter], None],
+        urgent: bool = True,
     ) -> None:
         self.load = load
         self.offset = offset
@@ -42,6 +54,7 @@ class Waiter:
         self.since = since
         self.deadline = deadline
         self.settled = settled
+        self.urgent = urgent
         self.error: FusecacheError | None = None
         self.pieces: dict[int, bytes] = {}
 

@@ -47,13 +47,17 @@ _MAX_ANSWER = 64 << 20
 """Bytes of a JSON answer."""
 
 
+_SO_RCVBUFFORCE = 33
+"""socket(7); Python 3.11 has no name for it."""
+
+
 class _Connection:
     """A kept connection; used by one request at a time."""
 
-    def __init__(self, url: str, tls: ssl.SSLContext | None, timeout: float) -> None:
+    def __init__(self, url: str, tls: ssl.SSLContext | None, timeout: float, window: int) -> None:
         parts = urlsplit(url)
         self.netloc = parts.netloc
-        sock = socket.create_connection((parts.hostname or "", parts.port or 0), timeout)
+        sock = _connected(parts.hostname or "", parts.port or 0, timeout, window)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.secure = parts.scheme == "https"
@@ -77,10 +81,35 @@ class _Connection:
             self.sock.close()
 
 
+def _connected(host: str, port: int, timeout: float, window: int) -> socket.socket:
+    """Raises OSError. The buffer has to be set before the connection is made: its window's scale is agreed on then."""
+    error: OSError | None = None
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            if window:
+                _set_buffer(sock, window // 2)  # the kernel doubles it, and keeps half for its own accounting
+            sock.settimeout(timeout)
+            sock.connect(address)
+            return sock
+        except OSError as exc:
+            sock.close()
+            error = exc
+    raise error or OSError("the name has no address")
+
+
+def _set_buffer(sock: socket.socket, size: int) -> None:
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, size)
+    except PermissionError:  # no CAP_NET_ADMIN: net.core.rmem_max is the limit
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+
+
 class PeerClient:
     """Asks other nodes for blocks. Thread-safe; its lock guards the idle connections and the clocks, and is a leaf.
 
-    `node` is this node's name; `connect_timeout` in seconds.
+    `node` is this node's name; `connect_timeout` in seconds; `window` bytes at most are on their way on one connection
+    (0: as the kernel finds right): many nodes send at once, and what the last switch can't hold is sent twice.
     """
 
     def __init__(
@@ -90,11 +119,13 @@ class PeerClient:
         signer: Signer | None = None,
         tls: ssl.SSLContext | None = None,
         connect_timeout: float = 2.0,
+        window: int = 0,
     ) -> None:
         self._node = node
         self._signer = signer
         self._tls = tls
         self._connect_timeout = connect_timeout
+        self._window = window
         self._lock = threading.Lock()
         self._idle: dict[str, list[_Connection]] = {}
         self._offsets: dict[str, float] = {}
@@ -252,7 +283,7 @@ class PeerClient:
         if found is not None:
             return found
         try:
-            return _Connection(url, self._tls, self._connect_timeout)
+            return _Connection(url, self._tls, self._connect_timeout, self._window)
         except ssl.SSLError as error:
             raise PeerRefusedError(f"{url}: TLS: {error.reason or error}") from error
         except OSError as error:

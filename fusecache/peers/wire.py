@@ -32,6 +32,10 @@ MAX_HEADER = 16 * 1024
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _PATH = re.compile(r"/v1/objects/([0-9a-f]{32})/blocks/(\d{1,12})-(\d{1,12})(\?frames=0)?")
 _NUMBER = re.compile(r"\d{1,18}")
+_URGENCY = re.compile(r"(?:^|,)\s*u=([0-7])(?:\s*[,;]|\s*$)")
+_DEFAULT_URGENCY = 3
+_AHEAD = 5
+"""Urgency of what is fetched ahead: RFC 9218 counts from 0, the most urgent, to 7."""
 _DECIMAL = re.compile(r"\d{1,9}(\.\d{1,9})?")
 
 
@@ -67,6 +71,8 @@ class BlockRequest:
     direct: bool = False
     """Do not send us to another holder."""
     frames: bool = True
+    urgent: bool = True
+    """A reader waits for them; otherwise they are fetched ahead."""
     owed: int = 0
     """Bytes that wait, at whoever asks, for room on their way to others."""
     node: str = ""
@@ -89,6 +95,8 @@ class BlockRequest:
             found["Fusecache-Only"] = "stored"
         if self.direct:
             found["Fusecache-Direct"] = "1"
+        if not self.urgent:
+            found["Priority"] = f"u={_AHEAD}"
         if self.failed:
             found["Fusecache-Failed"] = ",".join(self.failed)
         if self.node:
@@ -142,9 +150,17 @@ def parse_request(target: str, headers: Mapping[str, str]) -> BlockRequest:
         failed,
         headers.get("fusecache-direct") == "1",
         match[4] is None,
+        _urgency(headers) < _AHEAD,
         _number(headers, "fusecache-owed", 0),
         node,
     )
+
+
+def _urgency(headers: Mapping[str, str]) -> int:
+    """Of the header Priority (RFC 9218), whose other parameters do not matter here; what can't be read counts as not
+    said, as the RFC has it."""
+    match = _URGENCY.search(headers.get("priority", ""))
+    return int(match[1]) if match else _DEFAULT_URGENCY
 
 
 def _number(headers: Mapping[str, str], name: str, default: int) -> int:

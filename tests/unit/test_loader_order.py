@@ -41,9 +41,10 @@ def test_files_that_are_waited_for_are_made_whole_one_after_the_other(tmp_path: 
 def test_files_that_are_read_take_turns(tmp_path: Path) -> None:
     files = [version(f"{n}.dat", 64 * BLOCK) for n in range(2)]
     origin, library = ScriptedOrigin(files), Recorder(files)
-    reached = threading.Event()
+    asked, reached = threading.Event(), threading.Event()
 
     def gate(found: ObjectVersion, offset: int) -> None:
+        assert asked.wait(WAIT)
         if found.key == "1.dat" and offset >= 8 * BLOCK:
             reached.set()
         if found.key == "0.dat" and offset >= 32 * BLOCK:
@@ -56,6 +57,9 @@ def test_files_that_are_read_take_turns(tmp_path: Path) -> None:
         Loader(store, {"": origin}, library, settings) as loader,
     ):
         loads = [loader.open(file, "") for file in files]
+        for load in loads:
+            loader.request(load, 0, 10, lambda _waiter: None)
+        asked.set()
         for load, file in zip(loads, files, strict=True):
             check(loader.read(load, 0, 10), file.key, "1")
         for file in files:

@@ -57,6 +57,7 @@ class Script:
         *,
         deadline: float,
         cancelled: Callable[[], bool],
+        urgent: bool,
     ) -> Iterator[bytes | Expect | Again]:
         self.asked.append((threading.current_thread().name.partition("-")[0], blocks))
         for block in blocks:

@@ -50,9 +50,21 @@ def test_a_request_is_understood_as_it_was_meant(
     version = dataclasses.replace(VERSION, key=key)
     request = BlockRequest(
         version.id, range(first, first + count), version, 1 << 20, 12.5, hops, stored, tuple(failed), direct,
-        frames, owed=77, node="me",
+        frames, urgent=frames, owed=77, node="me",
     )  # fmt: skip
     assert parse_request(request.target, lower(request.headers())) == request
+
+
+@pytest.mark.parametrize(
+    ("priority", "urgent"),
+    [
+        ("", True), ("u=3", True), ("u=1, i", True), ("i, u=5", False), ("u=7;x=1", False), ("u=9", True),
+        ("u=", True), ("x" * 900, True), ("au=6", True),
+    ],
+)  # fmt: skip
+def test_the_urgency_is_that_of_rfc_9218(priority: str, urgent: bool) -> None:
+    found = parse_request(f"/v1/objects/{VERSION.id}/blocks/0-1", {"priority": priority})
+    assert found.urgent is urgent
 
 
 def test_who_knows_the_id_alone_gets_what_is_stored() -> None:
