@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.engines import models
-from tests.engines.library import Library
+from tests.engines.library import Library, Mounts
 from tests.engines.process import Engine, EngineError
 from tests.support.mounting import needs_fuse
 
@@ -79,10 +79,10 @@ def lies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("how", ["mmap", "pread", "eager"])
-def test_safetensors_that_lie(how: str, library: Library, loaders: Engine, lies: Path) -> None:
+@pytest.mark.parametrize(("how", "mode"), [("mmap", "daemon"), ("pread", "kernel"), ("eager", "kernel")])
+def test_safetensors_that_lie(how: str, mode: str, mounts: Mounts, loaders: Engine, lies: Path) -> None:
     """The error is that of a local disk, and the other shards can be read."""
-    served = library.serve(f"lies-{how}", lies)
+    served = mounts[mode].serve(f"lies-{how}", lies)
     for name in _SAFETENSORS:
         local, folder = lies / name, served / name
         results = [

@@ -44,8 +44,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("name", "options"),
     [
         ("default", _DEFAULT),
-        ("staggered", {"stagger": 1}),
-        ("staggered-in-fours", {"stagger": 4}),
+        ("staggered", {"stagger": 2}),
         ("without-mmap", {"how": "read"}),
         ("dropping-caches", {"drop": True}),
     ],

@@ -16,7 +16,7 @@ from tests.support.mounting import needs_fuse
 
 pytestmark = [needs_fuse, pytest.mark.engines]
 
-_FIRST = 120.0
+_FIRST = 100.0
 """Seconds for a call that may import torch first."""
 
 
