@@ -21,6 +21,7 @@ DOCUMENTS = (
     "ARCHITECTURE.md",
     "CHANGELOG.md",
     "SEMANTICS.md",
+    "docs/ENGINES.md",
     "docs/OPTIONS.md",
     "docs/PROTOCOL.md",
 )
@@ -145,14 +146,14 @@ def spoken(cell: str) -> list[str]:
     return [word for word in words if word not in ("tuning", "o")]
 
 
-@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md"])
+@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md", "docs/ENGINES.md"])
 def test_shell_blocks_are_well_formed(name: str) -> None:
     for block in blocks(name, "sh"):
         done = subprocess.run(["bash", "-n", "-c", block], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md"])
+@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md", "docs/ENGINES.md"])
 def test_files_that_are_named_exist(name: str) -> None:
     pattern = r"`((?:fusecache|mount|tests|benchmarks|scripts|docs)/[\w./]+)`"
     named = [path for path in re.findall(pattern, text(name)) if "results/" not in path]
