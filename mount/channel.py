@@ -30,6 +30,7 @@ from fusecache.loader import Loader, ObjectLoad, Waiter
 from fusecache.mount import protocol
 from fusecache.mount.errnos import errno_of
 from fusecache.mount.nodeids import is_passthrough
+from fusecache.mount.processes import Processes
 from fusecache.mount.splice import ShortReadError, ThreadSplicers
 
 _log = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class Channel:
         self._ready = threading.Event()
         self._ended = threading.Event()
         self._splicers = ThreadSplicers()
+        self._processes = Processes()
         self._limits = replace(limits, max_pages=min(limits.max_pages, self._splicers.most_pages))
         self._threads = _Threads()
         self._stats_local = threading.local()
@@ -202,10 +204,10 @@ class Channel:
                     _log.error("the FUSE device failed: %s", error.strerror)
                 self._end()
                 return
-            _, opcode, unique, nodeid, *_ = header.unpack_from(buffer)
+            _, opcode, unique, nodeid, _, _, pid, *_ = header.unpack_from(buffer)
             if opcode == protocol.READ:
                 try:
-                    self._read(descriptor, unique, nodeid, *read_in.unpack_from(buffer, 40)[1:])
+                    self._read(descriptor, unique, nodeid, pid, *read_in.unpack_from(buffer, 40)[1:])
                 except Exception:
                     _log.exception("a READ failed in an unforeseen way")
                     self._fail(descriptor, unique, errno.EIO)
@@ -240,9 +242,11 @@ class Channel:
 
     # -- READ
 
-    def _read(self, descriptor: int, unique: int, nodeid: int, offset: int, size: int) -> None:
+    def _read(self, descriptor: int, unique: int, nodeid: int, thread: int, offset: int, size: int) -> None:
         try:
             load = self._files.reading(nodeid)
+            if load.model is not None:
+                load.heard(offset, size, self._processes.of(thread))
             length = min(size, load.version.size - offset)
             if length <= 0:
                 self._write(descriptor, protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size, 0, unique))

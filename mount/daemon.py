@@ -41,7 +41,7 @@ from fusecache.mount.operations import AttributePolicy, Operations
 from fusecache.mount.service import Facts, Service
 from fusecache.mounts import SOCKET_NAME, mount_directory
 from fusecache.origin import Origin, open_origin
-from fusecache.store import Store
+from fusecache.store import Orders, Store
 from fusecache.telemetry.logs import configure_logging
 from fusecache.telemetry.metrics import StatusCollector
 from fusecache.telemetry.server import MetricsServer, metrics_page
@@ -194,12 +194,16 @@ async def _serve(config: MountConfig, inherited: Inherited, facts: Facts) -> int
             deadline=config.tuning.deadline,
             prefetch=config.prefetch == "auto",
             budget=int(config.cache_limit() * _BUDGET_SHARE) if budget is None else budget,
+            learn=config.learn == "auto",
+            read_ahead=min(config.read_ahead, mounting.READ_AHEAD_LITTLE),
         )
         cluster = _cluster(config, store, origins)
         supplier = cluster.exchange if cluster is not None else None
         journal = Journal(directory / "open", fresh=inherited.replay is None)
         upgrade = False
-        with Loader(store, origins, library, settings, supplier) as loader:
+        orders = Orders(config.cache_dir)
+        others = cluster.share(orders) if cluster is not None else None
+        with Loader(store, origins, library, settings, supplier, orders, others) as loader:
             passthrough = _passthrough(config, inherited)
             handles = Handles(
                 catalog,
@@ -209,6 +213,7 @@ async def _serve(config: MountConfig, inherited: Inherited, facts: Facts) -> int
                 device=inherited.device,
                 passthrough=passthrough,
                 open_wait=config.open_wait if config.prefetch == "auto" else 0.0,
+                set_read_ahead=mounting.ReadAhead(config.mountpoint, config.read_ahead).set_little,
             )
             library.handles = handles
             token = trio.lowlevel.current_trio_token()
@@ -253,6 +258,7 @@ async def _serve(config: MountConfig, inherited: Inherited, facts: Facts) -> int
                 handles=handles,
                 channel=channel,
                 cluster=cluster,
+                orders=orders,
             )
             handles.start()
             try:

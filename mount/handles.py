@@ -107,7 +107,10 @@ class Handles:
         device: int,
         passthrough: Passthrough,
         open_wait: float = 0.0,
+        set_read_ahead: Callable[[bool], None] | None = None,
     ) -> None:
+        self._set_read_ahead = set_read_ahead
+        """Told, before an open is answered, whether the kernel is to read little ahead of its reader."""
         self._open_wait = open_wait
         self._whole: dict[ObjectId, trio.Event] = {}
         """Set when a version that an open waits for is complete."""
@@ -267,6 +270,7 @@ class Handles:
             last = file.count <= 0
             if last:
                 del self._files[nodeid]
+                self.later(functools.partial(self._loader.learning.left, file.version))
         self._chores.put(lambda: self._journal.released(nodeid))
         if last:
             self._chores.put(lambda: self._let_go(file))
@@ -361,6 +365,8 @@ class Handles:
             if fresh:
                 self._loader.release(load)
             raise
+        if self._set_read_ahead is not None:
+            self._set_read_ahead(load.is_listened_to())
         self._count(file)
         self.stats.daemon += 1
 
@@ -423,7 +429,10 @@ class Handles:
     def _count(self, file: OpenFile) -> None:
         with self._lock:
             file.count += 1
+            first = file.count == 1
             self._files[file.nodeid] = file
+        if first:
+            self._loader.learning.entered(file.version, whole=file.load is None)
         self._journal.opened(file.nodeid, file.version, file.source, file.backing)
 
     def _find(self, nodeid: int) -> tuple[ObjectVersion, str]:

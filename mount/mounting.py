@@ -28,6 +28,11 @@ DEVICE = "/dev/fuse"
 MAX_READ = 1 << 20
 """Bytes of the largest READ: what the channel splices through one pipe."""
 
+READ_AHEAD_LITTLE = 1016 << 10
+"""Bytes: one READ, as large as it comes. The kernel asks for half of that around a fault and twice as much behind a
+reader, so that little is taken for read that is not; with 8 MiB a tensor of 8 MiB looks like one of 24. Warm reads
+through the daemon are as fast with it (2.5 GB/s), those of a file that arrives at full speed lose some 5 %."""
+
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOATIME = 1, 2, 4, 1024
 _MNT_FORCE, _MNT_DETACH, _UMOUNT_NOFOLLOW = 1, 2, 8
 _IOC_CLONE = 0x8004E500
@@ -202,6 +207,23 @@ def set_read_ahead(mountpoint: Path, size: int) -> None:
     if device is None:
         raise MountError(f"{mountpoint} is not mounted")
     Path(f"/sys/class/bdi/{device}/read_ahead_kb").write_text(f"{max(1, size >> 10)}\n", encoding="ascii")
+
+
+class ReadAhead:
+    """How far the kernel reads ahead, as it is when a file is opened: it takes that over into the open file. `size` in
+    bytes is for most files; little, READ_AHEAD_LITTLE, for those whose readers are listened to."""
+
+    def __init__(self, mountpoint: Path, size: int) -> None:
+        self._mountpoint = mountpoint
+        self._size = size
+        self._little = False
+
+    def set_little(self, little: bool) -> None:
+        """For the files that are opened from now on. Fails silently: it stays as it is then."""
+        if little != self._little and self._size > READ_AHEAD_LITTLE:
+            with contextlib.suppress(OSError, MountError):
+                set_read_ahead(self._mountpoint, READ_AHEAD_LITTLE if little else self._size)
+                self._little = little
 
 
 def abort(connection: int) -> bool:

@@ -19,7 +19,7 @@ from fusecache.loader import Loader
 from fusecache.mount.channel import Channel
 from fusecache.mount.handles import Handles
 from fusecache.origin import Origin
-from fusecache.store import Store
+from fusecache.store import Orders, Store
 from fusecache.types import ObjectId, ObjectVersion
 
 _DRAIN = 10.0
@@ -50,7 +50,9 @@ class Service:
         handles: Handles,
         channel: Channel,
         cluster: Cluster | None = None,
+        orders: Orders,
     ) -> None:
+        self._orders = orders
         self._config = config
         self._facts = facts
         self._catalog = catalog
@@ -122,6 +124,11 @@ class Service:
                 "flights": self._loader.stats.flights,
                 "flights_failed": self._loader.stats.flights_failed,
                 "bytes_uncached": self._loader.stats.bytes_uncached,
+            },
+            "orders": {
+                "stored": self._orders.count(),
+                "replaying": progress["replaying"],
+                **vars(self._loader.learning.stats),
             },
             **({"peers": self._cluster.counters()} if self._cluster is not None else {}),
             "reads": {"answered": reads.reads, "waited_bytes": reads.bytes_fetched, "failed": reads.errors},

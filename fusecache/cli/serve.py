@@ -22,7 +22,7 @@ from fusecache.errors import ConfigError, FusecacheError
 from fusecache.loader import Loader, LoaderSettings
 from fusecache.mounts import SOCKET_NAME, mount_directory, served_as
 from fusecache.origin import Origin, open_origin
-from fusecache.store import Store
+from fusecache.store import Orders, Store
 from fusecache.telemetry import MetricsServer, StatusCollector, configure_logging
 from fusecache.telemetry.server import metrics_page
 from fusecache.types import ObjectVersion
@@ -108,6 +108,7 @@ async def _serve(config: MountConfig) -> None:
             deadline=config.tuning.deadline,
             prefetch=False,
         )
+        cluster.share(Orders(config.cache_dir))
         loader = stack.enter_context(Loader(store, origins, _NoCatalog(), settings, cluster.exchange))
 
         def status() -> dict[str, Any]:

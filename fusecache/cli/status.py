@@ -134,6 +134,17 @@ def _work(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         text += f", {format_size(loader.get('bytes_to_fetch', 0))} to go"
         text += f", {loader.get('waiting_reads', 0)} reads waiting"
         yield "loading", text
+    orders = status.get("orders", {})
+    if orders:
+        text = f"{orders.get('stored', 0)} stored, {orders.get('recorded', 0)} recorded"
+        text += f", {orders.get('replayed', 0)} loads replayed"
+        if orders.get("replaying"):
+            text += f", {orders['replaying']} just now"
+        if orders.get("wrong"):
+            text += f", {orders['wrong']} of them read otherwise"
+        if orders.get("from_nodes"):
+            text += f", {orders['from_nodes']} from other nodes"
+        yield "learned", text
     catalog = status.get("catalog", {})
     if catalog:
         text = f"{catalog.get('files', 0)} files, {format_size(catalog.get('bytes', 0))}"

@@ -16,6 +16,7 @@ import trio
 import fusecache
 from fusecache.cluster.exchange import Exchange
 from fusecache.cluster.holdings import Holdings
+from fusecache.cluster.orders import SharedOrders
 from fusecache.config import PeerSettings, split_address
 from fusecache.config.peers import is_loopback
 from fusecache.errors import ConfigError, FusecacheError
@@ -29,7 +30,7 @@ from fusecache.peers.membership import Membership
 from fusecache.peers.placement import ranking
 from fusecache.peers.probe import HttpProbe
 from fusecache.peers.server import PeerServer
-from fusecache.store import Store
+from fusecache.store import Orders, Store
 from fusecache.types import ObjectId
 
 if TYPE_CHECKING:
@@ -89,7 +90,13 @@ class Cluster:
             keep=settings.local_copies == "all",
         )
         self._holdings: Holdings | None = None
+        self._orders: SharedOrders | None = None
         store.is_spare = self._is_spare
+
+    def share(self, shelf: Orders) -> SharedOrders:
+        """Give recordings on this shelf to other nodes, and put there what they have; before `run`."""
+        self._orders = SharedOrders(self._settings.node, self._members, self._client, shelf)
+        return self._orders
 
     def _own_url(self) -> str | None:
         """Where others reach this node; None: it does not serve. Raises ConfigError."""
@@ -152,6 +159,7 @@ class Cluster:
             {origin.identity: name for name, origin in self._origins.items()},
             streams=settings.streams,
             metrics=lambda: self.metrics(),
+            orders=self._orders,
         )
         host, port = split_address(settings.listen)
         server = PeerServer(

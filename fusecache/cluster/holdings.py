@@ -18,6 +18,7 @@ import xxhash
 from fusecache.blocks import block_bytes
 from fusecache.cluster import choice
 from fusecache.cluster.exchange import Exchange, Members
+from fusecache.cluster.orders import SharedOrders
 from fusecache.errors import FusecacheError
 from fusecache.loader import Loader, ObjectLoad, Waiter
 from fusecache.peers.member import Health
@@ -53,6 +54,7 @@ class Holdings:
         *,
         streams: int,
         metrics: Callable[[], str],
+        orders: SharedOrders | None = None,
     ) -> None:
         self.sending = 0
         """Answers under way."""
@@ -70,6 +72,7 @@ class Holdings:
         self._store = store
         self._sources = sources
         self._metrics = metrics
+        self._orders = orders
         self._streams = trio.Semaphore(streams)
         self._name = health().name
         self._spread = choice.Spread(self._name)
@@ -111,6 +114,15 @@ class Holdings:
             }
             for info in self._store.objects()
         ]
+
+    def order(self, name: str, node: str, have: bool) -> bytes | None:
+        """See Node."""
+        if self._orders is None:
+            return None
+        data = self._orders.given(name)
+        if data is None and have:
+            self._orders.offered(name, node)
+        return data
 
     def sent(self, node: str, nbytes: int) -> None:
         """See Node."""

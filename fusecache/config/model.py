@@ -231,6 +231,12 @@ class MountConfig(Model):
         description="Opening a file of weights that is not in the cache yet waits until it is, if that will take "
         "no longer than this: then the kernel reads it by itself, without the daemon. 0: never wait.",
     )
+    learn: Literal["auto", "off"] = Field(
+        default="auto",
+        description="Whether the order in which a model is read is taken down at its first load, a few KiB in the "
+        "cache directory and at other nodes, and followed at the next one: what that load left out is not fetched "
+        "ahead.",
+    )
     prefetch_budget: Bytes | None = Field(
         default=None, description="Most bytes of following shards to fetch ahead; unset: as the cache holds."
     )

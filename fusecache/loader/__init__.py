@@ -4,6 +4,7 @@ from fusecache.loader.interface import Again, Expect, Library, LoaderSettings, L
 from fusecache.loader.load import ObjectLoad
 from fusecache.loader.loader import Loader
 from fusecache.loader.plan import is_shard
+from fusecache.loader.recording import RecordingError, unpack
 from fusecache.loader.waiters import Waiter
 
 __all__ = [
@@ -14,8 +15,10 @@ __all__ = [
     "LoaderSettings",
     "LoaderStats",
     "ObjectLoad",
+    "RecordingError",
     "Route",
     "Supplier",
     "Waiter",
     "is_shard",
+    "unpack",
 ]

@@ -1,9 +1,9 @@
 """What is to be fetched, and in which order. Guarded by the loader's lock; does no I/O.
 
 Order: a block a reader waits for, with the idle blocks behind it; tasks; the same for a block that another node's
-prefetch waits for; the next run ahead of a reader, of each
-file that is being read in turn; the other files, one after the other, so that the first of them is whole soon and
-can be read while the next one comes; a file of the prefetch plan.
+prefetch waits for; headers; in turn, the next run ahead of each reader and the next one of a recording; the other
+files, one after the other, so that the first of them is whole soon and can be read while the next one comes; a file of
+the prefetch plan; when nobody has asked for anything for a while, what recordings left out.
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
 from fusecache.loader.load import Job, ObjectLoad
+from fusecache.loader.replay import Replay
 from fusecache.types import ObjectVersion
 
 _AT_ONCE = 3
 """Files under way, up to which the crew that fetches from other nodes goes on with the next: a node whose own share of
 a file comes late would otherwise be late for the others' shares of the next one, too."""
+QUIET = 10.0
+"""Seconds without a reader who asks, after which what no recording names is fetched, too."""
+_SLOWLY = 2
+"""Flights at a time of such a file."""
 
 
 _Demand = tuple[deque[tuple[ObjectLoad, int]], deque[tuple[ObjectLoad, int]]]
@@ -36,12 +41,22 @@ class Board:
         self.ahead: deque[tuple[ObjectVersion, str]] = deque()
         """Versions, and their sources, that are wanted when nothing else is."""
         self.tasks: deque[Callable[[], None]] = deque()
+        self.replays: deque[Replay] = deque()
+        """Recordings that are followed now."""
+        self.slow: deque[ObjectLoad] = deque()
+        """Loads that nobody reads, and whose rest is wanted when all is quiet."""
+        self.asked = 0.0
+        """When a reader asked last, as a time.monotonic()."""
         self._limit = limit
         self._begin = begin
         self._urgent: _Demand = (deque(), deque())
         """What readers wait for: from the origin or the disk, and from other nodes."""
         self._patient: _Demand = (deque(), deque())
         """The same for the prefetch of other nodes."""
+        self._heads: _Demand = (deque(), deque())
+        """The same for headers, which nobody waits for."""
+        self._replay_next = False
+        self._reminders: list[tuple[float, int, Callable[[], None]]] = []
         self._lanes: Counter[str] = Counter()
         """Flights ahead that are under way from other nodes, by the lane of their route."""
         self._later: list[tuple[float, int, ObjectLoad, range]] = []
@@ -54,7 +69,7 @@ class Board:
     @property
     def next_due(self) -> float | None:
         """When something that was put off is due."""
-        return self._later[0][0] if self._later else None
+        return min([entries[0][0] for entries in (self._later, self._reminders) if entries], default=None)
 
     def take(self, demand_only: bool, now: float, remote: bool = False) -> Job | Callable[[], None] | None:
         """The next thing to do: what comes from other nodes, or all the rest. They never do each other's work: all
@@ -67,21 +82,47 @@ class Board:
         job = self._demanded(self._patient, remote)
         if job is not None or self.paused:
             return job
-        for being_read in (True, False):
-            for load in list(self.active):
-                if load.being_read is not being_read or load.resting_until > now:
-                    continue
-                job = load.take_ahead(self._limit, remote, self._lanes)
-                if job is not None:
-                    if job.lane is not None:
-                        self._lanes[job.lane] += 1
-                    if being_read:
-                        self.active.remove(load)
-                        self.active.append(load)
-                    return job
+        job = self._demanded(self._heads, remote) or self._in_turn(now, remote)
+        if job is not None:
+            return job
+        for load in self.active:
+            if not load.being_read and (job := self._ahead_of(load, now, remote)) is not None:
+                return job
         if self.ahead and (not remote or len(self.active) < _AT_ONCE):
             version, source = self.ahead.popleft()
             return lambda: self._begin(version, source)
+        if now - self.asked >= QUIET:
+            for load in self.slow:
+                if load.jobs < _SLOWLY and (job := self._ahead_of(load, now, remote)) is not None:
+                    return job
+        return None
+
+    def _ahead_of(self, load: ObjectLoad, now: float, remote: bool) -> Job | None:
+        if load.resting_until > now:
+            return None
+        job = load.take_ahead(self._limit, remote, self._lanes)
+        if job is not None and job.lane is not None:
+            self._lanes[job.lane] += 1
+        return job
+
+    def _in_turn(self, now: float, remote: bool) -> Job | None:
+        """Ahead of readers, or along a recording: each has its turn, since either may be wrong."""
+        self._replay_next = not self._replay_next
+        job = self._along_recordings(now, remote) if self._replay_next else None
+        if job is not None:
+            return job
+        for load in list(self.active):
+            if load.being_read and (job := self._ahead_of(load, now, remote)) is not None:
+                self.active.remove(load)
+                self.active.append(load)
+                return job
+        return None if self._replay_next else self._along_recordings(now, remote)
+
+    def _along_recordings(self, now: float, remote: bool) -> Job | None:
+        for replay in self.replays:
+            job = replay.take(self._limit, remote, now)
+            if job is not None:
+                return job
         return None
 
     def _demanded(self, demand: _Demand, remote: bool) -> Job | None:
@@ -90,7 +131,13 @@ class Board:
             load, block = queue.popleft()
             if load.idle[block] and block in load.waiting:
                 if load.is_remote(block) is remote:
-                    return load.take(block, self._limit, urgent=demand is self._urgent)
+                    limit = self._limit
+                    if demand is self._heads:
+                        # no more of it: the headers of the other files come before the tensors of this one
+                        limit = next(
+                            n for n in range(1, limit + 1) if n == limit or block + n not in load.waiting
+                        )
+                    return load.take(block, limit, urgent=demand is self._urgent)
                 demand[not remote].append((load, block))
         return None
 
@@ -100,19 +147,22 @@ class Board:
         if job.lane is not None:
             self._lanes[job.lane] -= 1
 
-    def call_for(self, load: ObjectLoad, blocks: Iterable[int]) -> bool:
-        """Somebody waits for these blocks; returns whether there is something to do about it."""
+    def call_for(self, load: ObjectLoad, blocks: Iterable[int], *, head: bool = False) -> bool:
+        """Somebody waits for these blocks; returns whether there is something to do about it. `head`: they hold a
+        header, and no reader waits."""
         called = False
         for block in blocks:
             if load.idle[block]:
-                demand = self._urgent if load.is_urgent(block) else self._patient
+                demand = self._heads if head else self._urgent if load.is_urgent(block) else self._patient
                 demand[load.is_remote(block)].append((load, block))
                 called = True
         return called
 
     def activate(self, load: ObjectLoad) -> bool:
-        """All of this file is wanted; returns whether that is new."""
+        """All of this file is wanted; returns whether that is new. Not while a recording says what is."""
         if self.paused or load in self.active or load.stored.complete or load.gone is not None:
+            return False
+        if load.wanted is not None:
             return False
         self.active.append(load)
         return True
@@ -120,6 +170,10 @@ class Board:
     def before(self, load: ObjectLoad) -> int:
         """Bytes that will be fetched before the last of this active load's, its own included."""
         total = 0
+        for replay in self.replays:
+            total += replay.before(load)
+            if load in replay.loads:
+                return total
         for other in self.active:
             total += other.stored.missing * other.stored.block_size
             if other is load:
@@ -128,8 +182,23 @@ class Board:
 
     def retire(self, load: ObjectLoad) -> None:
         """From now on only what somebody waits for is wanted of this file."""
-        with contextlib.suppress(ValueError):
-            self.active.remove(load)
+        for loads in (self.active, self.slow):
+            with contextlib.suppress(ValueError):
+                loads.remove(load)
+
+    def holds(self, load: ObjectLoad) -> bool:
+        """Whether it is among those whose file is wanted."""
+        return load in self.active or load in self.slow
+
+    def look_again(self, load: ObjectLoad) -> None:
+        """Blocks of this load were handed out, and did not come."""
+        for replay in self.replays:
+            if load in replay.loads:
+                replay.again()
+
+    def remind(self, due: float, task: Callable[[], None]) -> None:
+        """Have this done by the crew at `due`."""
+        heapq.heappush(self._reminders, (due, next(self._order), task))
 
     def drop(self, unwanted: Callable[[ObjectVersion], bool]) -> list[ObjectLoad]:
         """Fetch no more of these files, but for those that somebody has open; returns the loads that were retired."""
@@ -147,7 +216,9 @@ class Board:
         return any(other is load and block in blocks for _, _, other, blocks in self._later)
 
     def due(self, now: float) -> list[tuple[ObjectLoad, range]]:
-        """What was put off until now."""
+        """What was put off until now; reminders become tasks."""
+        while self._reminders and self._reminders[0][0] <= now:
+            self.tasks.append(heapq.heappop(self._reminders)[2])
         found = []
         while self._later and self._later[0][0] <= now:
             _, _, load, blocks = heapq.heappop(self._later)
@@ -160,3 +231,5 @@ class Board:
         self.ahead.clear()
         self.tasks.clear()
         self.active.clear()
+        self.slow.clear()
+        self.replays.clear()

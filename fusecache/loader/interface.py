@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class LoaderSettings:
     """`range_bytes` per request to the origin, `deadline` in seconds for a waiter and a flight, `budget` in bytes
-    of shards fetched ahead of the file being read; `concurrency` is the size of the crew."""
+    of shards fetched ahead of the file being read; `concurrency` is the size of the crew. `learn`: take down in which
+    order models are read, and follow it; `read_ahead` is what the kernel reads ahead then, in bytes."""
 
     concurrency: int = 16
     range_bytes: int = 16 << 20
     deadline: float = 60.0
     prefetch: bool = True
     budget: int = 1 << 62
+    learn: bool = True
+    read_ahead: int = 1 << 20
 
 
 class Library(Protocol):
@@ -37,6 +40,30 @@ class Library(Protocol):
 
     def gone(self, version: ObjectVersion) -> None:
         """The origin does not have this version any more."""
+
+
+class Shelf(Protocol):
+    """Where recordings are kept on this node, by the ids of models. Thread-safe; fails silently."""
+
+    def load(self, name: str) -> bytes | None:
+        """What was saved under this name."""
+        ...
+
+    def save(self, name: str, data: bytes) -> None:
+        """Keep it, instead of what was there."""
+        ...
+
+
+class Others(Protocol):
+    """What other nodes may know. Thread-safe."""
+
+    def find(self, name: str) -> bytes | None:
+        """The recording of this name that one of them has; takes a second at most."""
+        ...
+
+    def offer(self, name: str) -> None:
+        """Let them know that it is here; takes a second at most."""
+        ...
 
 
 @dataclass

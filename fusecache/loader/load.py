@@ -7,15 +7,20 @@ idle blocks and gives back those it did not land.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fusecache.blocks import block_bytes
+from fusecache.blocks import block_bytes, block_range
 from fusecache.errors import FusecacheError
 from fusecache.loader.interface import Route
 from fusecache.loader.waiters import Waiter
 from fusecache.store import StoredObject
 from fusecache.types import ObjectVersion
+
+if TYPE_CHECKING:
+    from fusecache.loader.models import Model
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,13 @@ class ObjectLoad:
         self.waiting: dict[int, list[Waiter]] = {}
         self.position = 0
         """Block behind the last one that was asked for."""
+        self.model: Model | None = None
+        """What it is a part of, if the order in which it is read can be learned; `file` is its number there."""
+        self.file = 0
+        self.wanted: bytearray | None = None
+        """The blocks that a recording says will be read, 1 for each; None: all of them."""
+        self.strayed = 0
+        """Blocks that were read though they are far from any of those."""
         self.route: Route | None = None
         self._cursors = [0, 0]
         """Per kind (0: from the origin, 1: from nodes), where in the route's order the next idle block may be."""
@@ -91,11 +103,36 @@ class ObjectLoad:
         end = min(len(self.idle), block + limit)
         if self.route is not None:
             end = min(end, (block // self.route.stripe + 1) * self.route.stripe)
+        if self.wanted is not None and not self.strays(block):
+            # what the kernel reads around a fault: nothing behind it is wanted by anybody
+            end = next((at for at in range(stop, end) if not (self.wanted[at] or at in self.waiting)), end)
         while stop < end and self.idle[stop] and self.stored.unverified(stop) == verify:
             stop += 1
         self.idle[block:stop] = bytes(stop - block)
         self.jobs += 1
         return Job(self, range(block, stop), verify, urgent, lane)
+
+    def heard(self, offset: int, length: int, process: int) -> None:
+        """A reader, of this process, asks for these bytes. Without the lock; takes microseconds."""
+        model = self.model
+        if model is None:
+            return
+        model.heard = time.monotonic()
+        recorder = model.recorder
+        if recorder is not None:
+            blocks = block_range(offset, length, self.version.size, self.stored.block_size)
+            recorder.asked(self.file, blocks.start, blocks.stop, process)
+
+    def is_listened_to(self) -> bool:
+        """Whether what readers ask for ought to be what they are after, and little more."""
+        return self.wanted is not None or (self.model is not None and self.model.learning)
+
+    def strays(self, block: int) -> bool:
+        """Whether this block is one that the recording knows nothing of, and not what the kernel reads beside one."""
+        if self.wanted is None or self.model is None:
+            return False
+        near = self.model.edge
+        return self.wanted.find(1, max(0, block - near), block + near + 1) < 0
 
     def is_urgent(self, block: int) -> bool:
         """Whether a reader waits for this block."""
@@ -181,7 +218,7 @@ class ObjectLoad:
     def stays_partial(self) -> bool:
         """Whether it is not to be expected that all of it will be in the store soon."""
         elsewhere = self.route is not None and not self.route.keep and 1 in self.route.remote
-        return elsewhere or bool(self.failures) or self.gone is not None
+        return elsewhere or bool(self.failures) or self.gone is not None or self.wanted is not None
 
     def unwanted(self) -> bool:
         """Whether it can be closed: nobody has it open, and nothing is or will be under way."""

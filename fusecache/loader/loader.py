@@ -37,8 +37,7 @@ from fusecache.errors import (
     VersionChangedError,
 )
 from fusecache.loader import flight
-from fusecache.loader.ahead import shards_behind
-from fusecache.loader.announced import Announced
+from fusecache.loader.ahead import Ahead
 from fusecache.loader.board import Board
 from fusecache.loader.crew import Crew
 from fusecache.loader.gather import gather
@@ -47,12 +46,14 @@ from fusecache.loader.interface import (
     LoaderSettings,
     LoaderStats,
     OriginSupplier,
+    Others,
     Route,
+    Shelf,
     Supplier,
 )
+from fusecache.loader.learning import Learning
 from fusecache.loader.load import Job, ObjectLoad
 from fusecache.loader.pace import Pace
-from fusecache.loader.plan import is_config, is_shard
 from fusecache.loader.waiters import Waiter, settle
 from fusecache.store import Store
 from fusecache.types import ObjectId, ObjectVersion
@@ -68,8 +69,8 @@ _REST = 5.0
 """Seconds without flights nobody waits for after one failed; grows with the failures."""
 _GIVE_UP = 5
 """Failed flights in a row after which a file nobody has open is left as it is."""
-_PLAN_AGAIN = 60.0
-"""Seconds before another first read of a file looks again for the shards behind it."""
+_SLOW = 256 << 20
+"""Bytes per second up to which the daemon keeps up with what arrives: then its readers can be listened to."""
 
 
 class Loader:
@@ -83,19 +84,22 @@ class Loader:
         library: Library,
         settings: LoaderSettings,
         supplier: Supplier | None = None,
+        shelf: Shelf | None = None,
+        others: Others | None = None,
     ) -> None:
         self.store = store
         self.stats = LoaderStats()
         self._supplier: Supplier = supplier or OriginSupplier(origins)
         self._library = library
         self._settings = settings
-        self._lock = threading.Lock()
+        self.lock = self._lock = threading.Lock()
         self._crew = Crew(self._lock, self)
         self._wake_clock = threading.Condition(self._lock)
         self._loads: dict[ObjectId, ObjectLoad] = {}
-        self._board = Board(max(1, settings.range_bytes // store.block_size), self._begin)
-        self._planned: dict[ObjectId, float] = {}
-        self._announced = Announced()
+        limit = max(1, settings.range_bytes // store.block_size)
+        self._board = Board(limit, lambda *file: self._ahead.begin(*file))
+        self._ahead = Ahead(self, self._board, library, settings.budget)
+        self.learning = Learning(self, self._board, library, settings, self._ahead, shelf, others)
         self._pace = Pace()
         self._waiters: set[Waiter] = set()
         self._stopping = False
@@ -110,6 +114,7 @@ class Loader:
 
     def close(self, timeout: float = 10.0) -> None:
         """Stop the crew: flights are cancelled, waiters get CancelledReadError. Waits `timeout` seconds at most."""
+        self.learning.close()
         with self._lock:
             self._stopping = True
             waiters = list(self._waiters)
@@ -139,11 +144,12 @@ class Loader:
 
     def open(self, version: ObjectVersion, source: str) -> ObjectLoad:
         """The load of this version, opened once more; does disk I/O. Pair with `release`."""
-        load = self._obtain(version, source)
+        load = self.obtain(version, source)
         load.stored.touch()
         return load
 
-    def _obtain(self, version: ObjectVersion, source: str) -> ObjectLoad:
+    def obtain(self, version: ObjectVersion, source: str) -> ObjectLoad:
+        """See Office."""
         with self._lock:
             load = self._loads.get(version.id)
             if load is not None and not load.stored.retired:
@@ -152,6 +158,7 @@ class Loader:
         stored = self.store.open(version)
         fresh = ObjectLoad(version, source, stored)
         fresh.follow(self._supplier.route(version, stored.block_size))
+        self.learning.attach(fresh)
         with self._lock:
             load = self._loads.get(version.id)
             if load is None or load.stored.retired:
@@ -184,7 +191,7 @@ class Loader:
 
     def _closable(self, load: ObjectLoad) -> bool:
         """Whether this call took it out of the table, so that the caller has to close it."""
-        if not load.unwanted() or load in self._board.active:
+        if not load.unwanted() or self._board.holds(load):
             return False
         if self._loads.get(load.version.id) is load:
             del self._loads[load.version.id]
@@ -200,10 +207,11 @@ class Loader:
         *,
         whole: bool = True,
         urgent: bool = True,
+        head: bool = False,
     ) -> Waiter | None:
         """Ask for bytes. None: they are in the store; otherwise `settled` will be called (see Waiter). Raises the
         error that this version can't be had any more. `whole`: a reader asks, so fetch all of the file. `urgent`: it
-        goes before what nobody waits for, and before other nodes' prefetch."""
+        goes before what nobody waits for, and before other nodes' prefetch. `head`: nobody waits for it."""
         stored = load.stored
         blocks = block_range(offset, length, load.version.size, stored.block_size)
         with self._lock:
@@ -230,7 +238,9 @@ class Loader:
                 self._waiters.add(waiter)
                 for block in missing:
                     load.waiting.setdefault(block, []).append(waiter)
-                self._call_for(load, missing)
+                if whole:
+                    self.learning.asked(load, missing)
+                self._call_for(load, missing, head=head)
                 if len(self._waiters) == 1:
                     self._wake_clock.notify()
             if first:
@@ -238,6 +248,12 @@ class Loader:
         if first:
             self.follow(load.version, load.source)
         return waiter
+
+    def request_head(
+        self, load: ObjectLoad, offset: int, length: int, settled: Callable[[Waiter], None]
+    ) -> Waiter | None:
+        """See Office."""
+        return self.request(load, offset, length, settled, whole=False, urgent=False, head=True)
 
     def coming(self, load: ObjectLoad, blocks: range) -> bool:
         """Whether each of these blocks is in the store or on its way."""
@@ -292,12 +308,7 @@ class Loader:
 
     def want(self, versions: Iterable[tuple[ObjectVersion, str]]) -> None:
         """Fetch these versions (of these sources), in this order, without a reader."""
-        with self._lock:
-            known = {version.id for version, _ in self._board.ahead}
-            known.update(load.version.id for load in self._board.active)
-            fresh = [(version, source) for version, source in versions if version.id not in known]
-            self._board.ahead.extend(fresh)
-            self._crew.call_all()
+        self._ahead.want(versions)
 
     def hurry(self, load: ObjectLoad) -> None:
         """Somebody is going to read all of this: fetch it, and then what follows."""
@@ -312,9 +323,12 @@ class Loader:
         """How long it will take, at the pace of the last second, until this load is complete: infinity if it is not
         being fetched, None if not known yet."""
         with self._lock:
+            now = time.monotonic()
             if load not in self._board.active or load.stays_partial():
                 return math.inf
-            pace = self._pace.per_second(time.monotonic())
+            if load.is_listened_to() and self._pace.is_below(_SLOW, now):
+                return math.inf
+            pace = self._pace.per_second(now)
             return self._board.before(load) / pace if pace else None
 
     def pause(self) -> None:
@@ -323,28 +337,9 @@ class Loader:
             self._board.pause()
 
     def follow(self, version: ObjectVersion, source: str) -> None:
-        """A file is being read: fetch the shards behind it, too; those beside it, if it is a model's config."""
-        shard = is_shard(version.key)
-        if not self._settings.prefetch or not (shard or is_config(version.key)):
-            return
-        now = time.monotonic()
-        void: list[str] = []
-        closing: list[ObjectLoad] = []
-        with self._lock:
-            if shard:
-                self._announced.loaded(_folder(version))
-            elif void := self._announced.add(_folder(version), now):
-                dropped = self._board.drop(lambda other: _folder(other) in void)
-                closing = [load for load in dropped if self._closable(load)]
-            planned = now - self._planned.get(version.id, -_PLAN_AGAIN) < _PLAN_AGAIN
-            if not void and not planned:
-                self._planned[version.id] = now
-                while len(self._planned) > 10_000:
-                    del self._planned[next(iter(self._planned))]
-                self._board.tasks.append(lambda: self._plan(version, source))
-                self._crew.any.notify()
-        for load in closing:
-            load.stored.close()
+        """A file is being read: fetch what its reader will want next, if it is a shard, or the config of a model."""
+        if self._settings.prefetch and not self.learning.follow(version, source):
+            self._ahead.follow(version, source)
 
     def progress(self) -> dict[str, int]:
         """What is going on, for `fusecache status`."""
@@ -353,6 +348,7 @@ class Loader:
                 "loads": len(self._loads),
                 "fetching": len(self._board.active),
                 "planned": len(self._board.ahead),
+                "replaying": len(self._board.replays),
                 "waiting_reads": len(self._waiters),
                 "bytes_to_fetch": sum(
                     load.idle.count(1) * load.stored.block_size for load in self._board.active
@@ -418,8 +414,9 @@ class Loader:
                     self._want_all(load)  # it was set aside for want of space, or after failures
             else:
                 self.stats.flights_failed += 1
+                self._board.look_again(load)
                 failed, gone = self._failed(job, started, error)
-            if load.stored.complete or (gone and load in self._board.active):
+            if load.stored.complete or (gone and self._board.holds(load)):
                 self._board.retire(load)
             closing = self._closable(load)
             complete = load.stored.complete
@@ -451,7 +448,7 @@ class Loader:
         load.resting_until = time.monotonic() + _REST * min(load.failures, 12)
         if load.failures in (1, 10) or load.failures % 100 == 0:
             _log.warning("%s: %s", load.version.key, error)
-        if load.failures >= _GIVE_UP and not load.opens and load in self._board.active:
+        if load.failures >= _GIVE_UP and not load.opens and self._board.holds(load):
             self._board.retire(load)
         self._board.put_off(load.resting_until, load, range(0))
         self._wake_clock.notify()
@@ -491,56 +488,49 @@ class Loader:
         """See flight.Tower."""
         with self._lock:
             stop = max((block + 1 for block in blocks if block in load.waiting), default=blocks.start)
-            if stop == blocks.start and load.keeps(blocks.start) and load in self._board.active:
+            if stop == blocks.start and load.keeps(blocks.start) and self._board.holds(load):
                 self._board.retire(load)  # no space, and nobody waits: what is read later is asked for then
             return range(blocks.start, stop)
 
     # -- under the lock
 
-    def _call_for(self, load: ObjectLoad, blocks: Iterable[int]) -> None:
-        if self._board.call_for(load, blocks):
+    def _call_for(self, load: ObjectLoad, blocks: Iterable[int], *, head: bool = False) -> None:
+        if self._board.call_for(load, blocks, head=head):
             self._crew.call()
 
     def _want_all(self, load: ObjectLoad) -> None:
-        if self._settings.prefetch and self._board.activate(load):
-            self._crew.call_all()
+        if self._settings.prefetch:
+            self.learning.first_read(load)
+            if self._board.activate(load):
+                self._crew.call_all()
 
     def _forget(self, waiter: Waiter) -> None:
         self._waiters.discard(waiter)
         waiter.load.drop(waiter)
 
+    def loaded(self, object_id: ObjectId) -> ObjectLoad | None:
+        """See Office."""
+        return self._loads.get(object_id)
+
+    def wake(self) -> None:
+        """See Office."""
+        self._crew.call_all()
+        self._wake_clock.notify()
+
     # -- without the lock
 
-    def _begin(self, version: ObjectVersion, source: str) -> None:
-        try:
-            load = self._obtain(version, source)
-        except FusecacheError as error:
-            _log.warning("%s is not fetched ahead: %s", version.key, error)
-            return
+    def task(self, work: Callable[[], None]) -> None:
+        """See Office."""
         with self._lock:
-            load.read = True
-            if self._board.activate(load):
-                self._crew.call_all()
-            complete = load.stored.complete
-        if complete:
-            self._library.completed(version)
-        self.release(load)
+            self._board.tasks.append(work)
+            self._crew.any.notify()
 
-    def _plan(self, version: ObjectVersion, source: str) -> None:
-        """Queue the shards behind this one, or those of this config, within the budget."""
-
-        def read_index(index: ObjectVersion) -> bytes:
-            load = self.open(index, source)
-            try:
-                return self.read(load, 0, index.size)
-            finally:
-                self.release(load)
-
-        behind = shards_behind(version, self._library.siblings(version), read_index, self._settings.budget)
+    def let_go(self, load: ObjectLoad) -> None:
+        """See Office."""
         with self._lock:
-            if is_config(version.key) and self._announced.add(_folder(version), time.monotonic()):
-                return
-        self.want((other, source) for other in behind)
+            closing = self._closable(load)
+        if closing:
+            load.stored.close()
 
     def _clock(self) -> None:
         """Expire waiters, and look again at what was put off."""
@@ -553,6 +543,8 @@ class Loader:
                     self._call_for(load, load.give_back(blocks))
                     self._crew.any.notify()
                     self._crew.remote.notify()
+                if self._board.tasks:
+                    self._crew.any.notify()
                 expired = [waiter for waiter in self._waiters if waiter.deadline <= now]
                 for waiter in expired:
                     self._forget(waiter)
@@ -566,7 +558,3 @@ class Loader:
             for waiter in expired:
                 text = f"{waiter.load.version.key}: not within the deadline of {self._settings.deadline:g} s"
                 settle([waiter], UnavailableError(text))
-
-
-def _folder(version: ObjectVersion) -> str:
-    return f"{version.origin}/{version.key.rpartition('/')[0]}"

@@ -7,6 +7,8 @@ from collections import deque
 _WINDOW = 1.0
 _LEAST = 0.1
 """Seconds of arrivals before a pace is worth telling: the first connections are just starting up."""
+_SURE = 0.5
+"""Seconds of arrivals after which a pace that is slow is not just the beginning."""
 
 
 class Pace:
@@ -32,3 +34,8 @@ class Pace:
         if not self._arrivals or now - self._arrivals[0][0] < _LEAST:
             return None
         return self._total / (now - self._arrivals[0][0])
+
+    def is_below(self, limit: float, now: float) -> bool:
+        """Whether bytes arrive, and have for a while, more slowly than this."""
+        pace = self.per_second(now)
+        return pace is not None and pace < limit and now - self._arrivals[0][0] >= _SURE

@@ -11,6 +11,8 @@ import json
 import re
 from collections.abc import Sequence
 
+from fusecache.types import ObjectVersion
+
 SHARD_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 INDEX_SUFFIX = ".index.json"
 INDEX_LIMIT = 64 << 20
@@ -20,6 +22,7 @@ CONFIG = "config.json"
 """What an engine reads of a model first."""
 
 _DIGITS = re.compile(r"(\d+)")
+_PART = re.compile(r"(.*?)[-._]?\d+-of-(\d+)(\.\w+)", re.DOTALL)
 _NUMBERED = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
 
 
@@ -59,6 +62,43 @@ def index_order(text: bytes) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
     return list(dict.fromkeys(names))
+
+
+def beside(version: ObjectVersion, siblings: Sequence[ObjectVersion]) -> dict[str, ObjectVersion]:
+    """Those of `siblings` that lie in the folder of this one, by name."""
+    folder = version.key.rpartition("/")[0]
+    parts = [(other.key.rpartition("/"), other) for other in siblings]
+    return {name: other for (parent, _, name), other in parts if parent == folder}
+
+
+def announces(name: str) -> bool:
+    """Whether the reading of a file of this name says that shards beside it will be looked at next."""
+    return is_config(name) or name.endswith(INDEX_SUFFIX)
+
+
+def group_of(name: str) -> str:
+    """Two shards of one folder belong to one model if this is the same for both: `m-1-of-2` and `m-2-of-2` do, and
+    so do `part-1.bin` and `part-2.bin`; two quantizations in GGUF do not."""
+    match = _PART.fullmatch(name)
+    if match is not None:
+        return f"{match[1]}-#-of-{match[2]}{match[3]}"
+    return name if suffix_of(name) == ".gguf" else _DIGITS.sub("#", name)
+
+
+def model_of(name: str, siblings: Sequence[str]) -> list[str]:
+    """The shards that make up one model with this one, sorted; after its index or config: those that an engine will
+    take, the first kind of SHARD_SUFFIXES that is there."""
+    shards = [other for other in siblings if is_shard(other)]
+    if is_shard(name):
+        group = group_of(name)
+        return sorted(other for other in shards if group_of(other) == group)
+    for suffix in SHARD_SUFFIXES:
+        named = f"{suffix}{INDEX_SUFFIX}"
+        found = [other for other in shards if suffix_of(other) == suffix]
+        if found and (is_config(name) or name.endswith(named)):
+            largest = max(found, key=lambda other: sum(group_of(each) == group_of(other) for each in found))
+            return sorted(other for other in found if group_of(other) == group_of(largest))
+    return []
 
 
 def following(name: str, siblings: Sequence[str], index: Sequence[str] = ()) -> list[str]:

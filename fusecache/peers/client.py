@@ -31,7 +31,7 @@ from fusecache.peers.errors import (
     PeerMissError,
     PeerRefusedError,
 )
-from fusecache.peers.wire import FRAME, MAX_HEADER, BlockRequest, frame_of
+from fusecache.peers.wire import FRAME, MAX_HEADER, MAX_ORDER, BlockRequest, frame_of, order_target
 
 _log = logging.getLogger(__name__)
 
@@ -200,6 +200,36 @@ class PeerClient:
                 raise PeerError(f"{url}{target}: the answer is not JSON") from None
         finally:
             connection.close()
+
+    def order(self, url: str, name: str, timeout: float, *, have: bool = False) -> bytes | None:
+        """The recording of this name that a node has; None: it has none. `have`: we do, and it may come and take it.
+        Raises PeerError."""
+        until = time.monotonic() + timeout
+
+        def glance() -> None:
+            if time.monotonic() > until:
+                raise PeerError(f"{url}: no answer within {timeout:g} s")
+
+        headers = {"Fusecache-Node": self._node}
+        if have:
+            headers["Fusecache-Have"] = "1"
+        connection, answer, rest = self._ask(url, order_target(name), headers, glance)
+        keep = False
+        try:
+            body = self._rest_of(connection, answer, rest, glance, MAX_ORDER)
+            keep = len(body) == answer.length and not answer.will_close
+            if answer.status == 404:
+                return None
+            if answer.status != 200:
+                raise _refusal(url, answer, body)
+            if len(body) != answer.length:
+                raise PeerError(f"{url}: a recording of {answer.length} bytes, or broken off")
+            return body
+        finally:
+            if keep:
+                self.put_back(url, connection)
+            else:
+                connection.close()
 
     def _ask(
         self, url: str, target: str, headers: dict[str, str], glance: Callable[[], None]

@@ -35,6 +35,7 @@ from fusecache.peers.wire import (
     BlockRequest,
     RequestError,
     pack_health,
+    parse_order,
     parse_request,
 )
 
@@ -100,6 +101,10 @@ class Node(Protocol):
 
     def metrics(self) -> str:
         """In the text format of Prometheus. In a thread."""
+        ...
+
+    def order(self, name: str, node: str, have: bool) -> bytes | None:
+        """The recording of this name; `have`: who asks, this node, has it. In a thread."""
         ...
 
     async def offer(self, request: BlockRequest) -> Offer:
@@ -287,6 +292,12 @@ class _Connection:
         elif target == "/metrics":
             text = await server.in_thread(server.node.metrics)
             await self._short(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+        elif (name := parse_order(target)) is not None:
+            node, have = asking or headers.get("fusecache-node", ""), headers.get("fusecache-have") == "1"
+            data = await server.in_thread(lambda: server.node.order(name, node, have))
+            if data is None:
+                raise RequestError(404, "no recording of this name is here")
+            await self._short(200, data, "application/octet-stream")
         else:
             wanted = parse_request(target, headers)
             if asking and wanted.node and asking != wanted.node:

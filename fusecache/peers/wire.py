@@ -29,8 +29,12 @@ MAX_DEADLINE = 120.0
 MAX_HEADER = 16 * 1024
 """Bytes of a request's or answer's head."""
 
+MAX_ORDER = 64 * 1024
+"""Bytes of a recording (loader/recording.py)."""
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _PATH = re.compile(r"/v1/objects/([0-9a-f]{32})/blocks/(\d{1,12})-(\d{1,12})(\?frames=0)?")
+_ORDER = re.compile(r"/v1/orders/([0-9a-f]{32})")
 _NUMBER = re.compile(r"\d{1,18}")
 _URGENCY = re.compile(r"(?:^|,)\s*u=([0-7])(?:\s*[,;]|\s*$)")
 _DEFAULT_URGENCY = 3
@@ -163,6 +167,17 @@ def _urgency(headers: Mapping[str, str]) -> int:
     return int(match[1]) if match else _DEFAULT_URGENCY
 
 
+def order_target(name: str) -> str:
+    """Where a recording is asked for."""
+    return f"/v1/orders/{name}"
+
+
+def parse_order(target: str) -> str | None:
+    """The name in such a target; None: it is another resource."""
+    match = _ORDER.fullmatch(target)
+    return None if match is None else match[1]
+
+
 def _number(headers: Mapping[str, str], name: str, default: int) -> int:
     text = headers.get(name)
     if text is None:
@@ -233,13 +248,16 @@ __all__ = [
     "MAX_DEADLINE",
     "MAX_HEADER",
     "MAX_HOPS",
+    "MAX_ORDER",
     "NAME",
     "PROTOCOL",
     "BlockRequest",
     "RequestError",
     "frame_of",
+    "order_target",
     "pack_health",
     "pack_version",
+    "parse_order",
     "parse_request",
     "unpack_health",
     "unpack_version",

@@ -3,6 +3,7 @@
 from fusecache.store.info import ObjectInfo, StoreUsage
 from fusecache.store.locks import Claim
 from fusecache.store.object import StoredObject
+from fusecache.store.orders import Orders
 from fusecache.store.store import Store
 
-__all__ = ["Claim", "ObjectInfo", "Store", "StoreUsage", "StoredObject"]
+__all__ = ["Claim", "ObjectInfo", "Orders", "Store", "StoreUsage", "StoredObject"]

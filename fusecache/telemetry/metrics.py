@@ -109,6 +109,20 @@ METRICS: tuple[Definition, ...] = (
     Definition(
         "fusecache_loader_fetching_bytes", "gauge", "loader.bytes_to_fetch", "Bytes still to fetch ahead."
     ),
+    Definition("fusecache_orders_stored", "gauge", "orders.stored", "Recordings of how models are read."),
+    Definition("fusecache_orders_recorded_total", "counter", "orders.recorded", "Recordings made."),
+    Definition(
+        "fusecache_orders_replayed_total", "counter", "orders.replayed", "Cold loads that followed one."
+    ),
+    Definition(
+        "fusecache_orders_wrong_total", "counter", "orders.wrong", "Loads that read otherwise than recorded."
+    ),
+    Definition(
+        "fusecache_orders_received_total",
+        "counter",
+        "orders.from_nodes",
+        "Recordings that came from other nodes.",
+    ),
     Definition("fusecache_catalog_files", "gauge", "catalog.files", "Files in the tree."),
     Definition("fusecache_catalog_bytes", "gauge", "catalog.bytes", "Sum of their sizes."),
     Definition("fusecache_catalog_age_seconds", "gauge", "catalog.age", "Age of the listing."),

@@ -32,7 +32,7 @@ from fusecache.peers.errors import (
 from fusecache.peers.member import PROTOCOL, Health
 from fusecache.peers.probe import HttpProbe
 from fusecache.peers.server import PeerServer, Piece
-from fusecache.peers.wire import BlockRequest, RequestError
+from fusecache.peers.wire import MAX_ORDER, BlockRequest, RequestError
 from fusecache.types import ObjectVersion
 
 BLOCK = 300_000
@@ -75,6 +75,8 @@ class FakeNode:
         self.refusal: RequestError | None = None
         self.asked: list[BlockRequest] = []
         self.bytes_sent = 0
+        self.orders: dict[str, bytes] = {}
+        self.orders_asked: list[tuple[str, str, bool]] = []
         self.before: Callable[[int], Any] = self._at_once
 
     async def _at_once(self, block: int) -> None:
@@ -88,6 +90,10 @@ class FakeNode:
 
     def metrics(self) -> str:
         return "up 1\n"
+
+    def order(self, name: str, node: str, have: bool) -> bytes | None:
+        self.orders_asked.append((name, node, have))
+        return self.orders.get(name)
 
     async def offer(self, request: BlockRequest) -> FakeOffer:
         self.asked.append(request)
@@ -372,3 +378,18 @@ async def test_mutual_tls(serve: Any, certificates: Path) -> None:
     for wrong in (client_tls(tls(certificates, "other")), anybody):
         with pytest.raises(PeerError):
             await in_thread(fetch, PeerClient("me", tls=wrong), url_of(server, "https"), request())
+
+
+async def test_recordings_are_given_to_who_asks_by_name(node: FakeNode, serve: Any) -> None:
+    name = "0123456789abcdef" * 2
+    node.orders[name] = b"in this order"
+    server = await serve()
+    client = PeerClient("me")
+    get = functools.partial(client.order, url_of(server))
+    assert await in_thread(functools.partial(get, name, 5.0, have=True)) == b"in this order"
+    assert await in_thread(get, name[::-1], 5.0) is None
+    assert node.orders_asked == [(name, "me", True), (name[::-1], "me", False)]
+    node.orders[name] = bytes(MAX_ORDER + 1)
+    with pytest.raises(PeerError):
+        await in_thread(get, name, 5.0)
+    client.close()

@@ -162,6 +162,7 @@ STATUS: dict[str, Any] = {
         "refused": 7,
         "sending": 8,
     },
+    "orders": {"stored": 1, "recorded": 2, "replayed": 3, "wrong": 4, "from_nodes": 5},
     "catalog": {"files": 10, "bytes": 1000, "age": 2.5},
     "errors": {"unavailable": 3},
     "process": {"pid": 1, "rss": 1 << 20, "cpu_seconds": 1.5, "uptime": 60.0, "keeper_pid": 2, "restarts": 0},

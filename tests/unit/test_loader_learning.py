@@ -1,0 +1,182 @@
+"""Headers first, recordings kept and followed: the loader with the real store and an origin that a test watches."""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from fusecache.loader import Loader, LoaderSettings
+from fusecache.loader.plan import group_of, model_of
+from fusecache.loader.recording import Recording, Run, model_id, pack
+from fusecache.store import Store
+from fusecache.types import ObjectVersion
+from tests.support.content import check
+from tests.support.scripted import WAIT, ScriptedOrigin, version
+from tests.support.servers import wait_until
+from tests.unit.test_loader import BLOCK, Recorder
+
+BLOCKS = 40
+FILES = [version(f"m-{number}-of-3.safetensors", BLOCKS * BLOCK) for number in (1, 2, 3)]
+
+
+class Kept:
+    """A shelf, and other nodes, in memory."""
+
+    def __init__(self) -> None:
+        self.here: dict[str, bytes] = {}
+        self.elsewhere: dict[str, bytes] = {}
+        self.offered: list[str] = []
+        self.found = threading.Event()
+
+    def load(self, name: str) -> bytes | None:
+        return self.here.get(name)
+
+    def save(self, name: str, data: bytes) -> None:
+        self.here[name] = data
+
+    def find(self, name: str) -> bytes | None:
+        self.found.set()
+        return self.elsewhere.get(name)
+
+    def offer(self, name: str) -> None:
+        self.offered.append(name)
+
+
+def recorded(*runs: Run, files: Sequence[ObjectVersion] = FILES) -> bytes:
+    return pack(Recording(model_id(files), BLOCK, runs))
+
+
+SPARSE = (Run(2, 30, 36), Run(0, 8, 14), Run(1, 20, 24), Run(0, 0, 2))
+
+
+class Bench:
+    def __init__(self, directory: Path, kept: Kept, *, others: bool = False) -> None:
+        self.kept = kept
+        self.origin = ScriptedOrigin(FILES, chunk=BLOCK)
+        self.store = Store(directory, limit=1 << 30, free_floor=0, block_size=BLOCK)
+        settings = LoaderSettings(concurrency=2, range_bytes=2 * BLOCK, deadline=WAIT, read_ahead=BLOCK)
+        self.loader = Loader(
+            self.store, {"": self.origin}, Recorder(FILES), settings, None, kept, kept if others else None
+        )
+        self.loader.start()
+
+    def close(self) -> None:
+        self.loader.close()
+        self.store.close()
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """(file, block) as they were asked of the origin."""
+        numbers = {file.key: number for number, file in enumerate(FILES)}
+        return [
+            (numbers[key], at // BLOCK)
+            for key, offset, length in self.origin.reads
+            for at in range(offset, offset + length, BLOCK)
+        ]
+
+
+@pytest.fixture
+def kept() -> Kept:
+    return Kept()
+
+
+@pytest.fixture
+def bench(tmp_path: Path, kept: Kept) -> Iterator[Bench]:
+    made = Bench(tmp_path / "cache", kept)
+    yield made
+    made.close()
+
+
+def read(bench: Bench, file: int, block: int) -> None:
+    """As the kernel does it for a reader, who opens and closes the file."""
+    load = bench.loader.open(FILES[file], "")
+    bench.loader.learning.entered(FILES[file], whole=False)
+    load.heard(block * BLOCK, BLOCK, 7)
+    check(bench.loader.read(load, block * BLOCK, BLOCK), FILES[file].key, "1", block * BLOCK)
+    bench.loader.learning.left(FILES[file])
+    bench.loader.release(load)
+
+
+def test_the_headers_of_all_files_come_before_the_bulk_of_any(bench: Bench) -> None:
+    read(bench, 0, 0)
+    wait_until(lambda: len(bench.origin.reads) > 8, "some bulk", 20)
+    asked = bench.blocks()
+    demanded = 2  # the flight of the reader's own block
+    assert {(1, 0), (2, 0)} <= set(asked[: demanded + 2])
+
+
+def test_a_recording_is_followed_and_nothing_else_is_fetched(bench: Bench, kept: Kept) -> None:
+    kept.here[model_id(FILES)] = recorded(*SPARSE)
+    read(bench, 0, 0)
+    wanted = [(run.file, block) for run in SPARSE for block in range(run.start, run.stop)]
+    wait_until(lambda: set(wanted) <= set(bench.blocks()), "what was recorded", 20)
+    asked = bench.blocks()
+    assert set(asked) == set(wanted) | {(1, 0), (2, 0)}
+    in_order = [entry for entry in asked if entry in wanted and entry not in ((0, 0), (0, 1))]
+    assert in_order == [entry for entry in wanted if entry not in ((0, 0), (0, 1))]
+    assert bench.loader.learning.stats.replayed == 1
+
+
+def test_a_reader_who_strays_gets_all_of_it_fetched(bench: Bench, kept: Kept) -> None:
+    kept.here[model_id(FILES)] = recorded(*SPARSE)
+    for block in (39, 24, 28, 32, 36, 20):
+        read(bench, 0, block)
+    wait_until(lambda: len(set(bench.blocks())) == 3 * BLOCKS, "everything", 20)
+    assert bench.loader.learning.stats.wrong == 1
+
+
+def test_a_recording_of_another_version_is_not_followed(bench: Bench, kept: Kept) -> None:
+    other = [*FILES[:2], version(FILES[2].key, BLOCKS * BLOCK, "2")]
+    kept.here[model_id(FILES)] = recorded(*SPARSE, files=other)
+    read(bench, 0, 0)
+    wait_until(lambda: len(set(bench.blocks())) == 3 * BLOCKS, "everything", 20)
+    assert bench.loader.learning.stats.replayed == 0
+
+
+def test_a_load_is_recorded_and_offered_when_it_is_over(tmp_path: Path, kept: Kept) -> None:
+    bench = Bench(tmp_path / "cache", kept, others=True)
+    for file, block in ((2, 5), (2, 6), (0, 11), (1, 0), (2, 7), (2, 8)):
+        read(bench, file, block)
+    for block in range(20, 30):
+        read(bench, 1, block)
+    bench.close()
+    assert kept.offered == [model_id(FILES)]
+    assert set(kept.here) == {model_id(FILES)}
+
+
+def test_what_another_node_recorded_is_followed_and_kept(tmp_path: Path, kept: Kept) -> None:
+    name = model_id(FILES)
+    kept.elsewhere[name] = recorded(*SPARSE)
+    bench = Bench(tmp_path / "cache", kept, others=True)
+    read(bench, 0, 0)
+    wanted = {(run.file, block) for run in SPARSE for block in range(run.start, run.stop)}
+    wait_until(lambda: wanted <= set(bench.blocks()), "what was recorded", 20)
+    assert set(bench.blocks()) == wanted | {(1, 0), (2, 0)}
+    assert kept.here[name] == kept.elsewhere[name]
+    bench.close()
+
+
+@pytest.mark.parametrize("data", [b"", b"junk" * 100, struct.pack("<8s16sI", b"FCORDER9", bytes(16), 1)])
+def test_junk_from_another_node_is_passed_over(tmp_path: Path, kept: Kept, data: bytes) -> None:
+    kept.elsewhere[model_id(FILES)] = data
+    bench = Bench(tmp_path / "cache", kept, others=True)
+    read(bench, 0, 0)
+    wait_until(lambda: len(set(bench.blocks())) == 3 * BLOCKS, "everything", 20)
+    assert kept.here == {}
+    bench.close()
+
+
+def test_which_files_make_up_a_model() -> None:
+    names = ["config.json", "m-1-of-2.safetensors", "m-2-of-2.safetensors", "a-Q4_0.gguf", "a-Q8_0.gguf",
+             "b-1-of-2.gguf", "b-2-of-2.gguf", "x-1-of-2.bin", "x-2-of-2.bin", "training_args.bin"]  # fmt: skip
+    assert model_of(names[1], names) == names[1:3]
+    assert model_of("config.json", names) == names[1:3]
+    assert model_of("x.bin.index.json", names) == names[7:9]
+    assert model_of(names[3], names) == [names[3]]
+    assert model_of(names[5], names) == names[5:7]
+    assert model_of(names[9], names) == [names[9]]
+    assert model_of("config.json", ["config.json"]) == []
+    assert group_of("part-1.bin") == group_of("part-22.bin") != group_of("part.bin")
