@@ -37,7 +37,9 @@ STAGES = ("warm", "against", "listing", "memory")
 COPIES = 6  # of the model, at the worst moment: objects, JuiceFS's own, a copy, two in a cache, one to spare
 
 
-def _names(known: tuple[str, ...]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+def names_of(known: tuple[str, ...]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """A callback for an option that takes names of these, separated by commas."""
+
     def parse(_context: click.Context, _parameter: click.Parameter, value: str) -> list[str]:
         names = [name for name in value.split(",") if name]
         for name in names:
@@ -55,9 +57,15 @@ def _names(known: tuple[str, ...]) -> Callable[[click.Context, click.Parameter, 
     "--shards", type=click.IntRange(1, 4), default=4, show_default=True, help="Shards of the model."
 )
 @click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Rounds.")
-@click.option("--only", callback=_names(STAGES), default=",".join(STAGES), show_default=True, help="Stages.")
 @click.option(
-    "--tools", callback=_names(tuple(TOOLS)), default=",".join(TOOLS), show_default=True, help="Competitors."
+    "--only", callback=names_of(STAGES), default=",".join(STAGES), show_default=True, help="Stages."
+)
+@click.option(
+    "--tools",
+    callback=names_of(tuple(TOOLS)),
+    default=",".join(TOOLS),
+    show_default=True,
+    help="Competitors.",
 )
 @click.option(
     "--work",
@@ -83,7 +91,7 @@ def main(quick: bool, size: int, shards: int, repeat: int, only: list[str], tool
     clean_environment()
     report = Report({"quick": quick, "shards": shards, "shard_mib": size, "rounds": repeat, "stages": only})
     try:
-        _check_space(work, COPIES * shards * size * MIB)
+        check_space(work, COPIES * shards * size * MIB)
         with tempfile.TemporaryDirectory(prefix="fcb.", dir=work, ignore_cleanup_errors=True) as folder:
             report.machine = machine_facts(Path(folder))
             _measure(report, Path(folder), console, only, [TOOLS[name]() for name in tools])
@@ -99,7 +107,8 @@ def main(quick: bool, size: int, shards: int, repeat: int, only: list[str], tool
     raise SystemExit(1 if report.failed() else 0)
 
 
-def _check_space(work: Path, needed: int) -> None:
+def check_space(work: Path, needed: int) -> None:
+    """Raises BenchmarkError when this folder has no room for so many bytes."""
     free = shutil.disk_usage(work).free
     memory = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]
     if work.resolve() == Path("/dev/shm").resolve():

@@ -63,10 +63,14 @@ class S5cmd:
         target.mkdir(parents=True)
         try:
             started = time.perf_counter()
-            self._run(bucket, 900, "cp", *self._options, f"{bucket.url}/*", f"{target}/")
+            self.fetch(bucket, target)
             return time.perf_counter() - started
         finally:
             shutil.rmtree(target, ignore_errors=True)
+
+    def fetch(self, bucket: Bucket, target: Path) -> None:
+        """Copy all objects of the folder into `target`."""
+        self._run(bucket, 900, "cp", *self._options, f"{bucket.url}/*", f"{target}/")
 
     def _run(self, bucket: Bucket, timeout: float, *arguments: str) -> None:
         command = [binary(), "--log=error", f"--endpoint-url={bucket.endpoint}", *arguments]
