@@ -4,7 +4,7 @@ benchmarks/ runs these, too."""
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from fusecache.loader import Route
@@ -89,6 +89,73 @@ def is_ours(order: Sequence[Member], me: str, failed: Collection[str]) -> bool:
         if member.name not in failed:
             return False
     return False
+
+
+def fetches(order: Sequence[Member], me: str, failed: Collection[str], hops: int) -> bool:
+    """Whether we bring a stripe that is not here for who asks. Whoever was sent on to us by another node goes back to
+    the owner instead: it must be somebody's only."""
+    return is_ours(order, me, failed) and not (hops and order[0].name != me)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Where a flight looks next: at this node, or at the origin (None). `stored_only`: it gives what it has, and no
+    more. `behind`: the nodes that may stand in for it. `owner`: the stripe is our own."""
+
+    member: Member | None
+    stored_only: bool = False
+    behind: Sequence[Member] = ()
+    owner: bool = False
+
+
+def turns(
+    order: Sequence[Member],
+    me: str,
+    failed: list[str],
+    allowed: Callable[[str], bool],
+    may_have: Callable[[Member], bool],
+) -> Iterator[Turn]:
+    """Where a flight looks for a stripe with this ranking, until it has all of it: the nodes ahead of us; those next in
+    order that may have it stored; the origin. Nodes that are passed over, and (by the caller) those that did not
+    answer, are put into `failed`."""
+    asked, passed = ask_order(order, me, allowed)
+    failed += passed
+    for number, member in enumerate(asked):
+        yield Turn(member, behind=asked[number + 1 :])
+    owner = not order or order[0].name == me
+    if not owner or len(order) > 1:
+        for member in heirs(order, me):
+            if may_have(member) and member.name not in failed:
+                yield Turn(member, stored_only=True)
+    yield Turn(None, owner=owner)
+
+
+@dataclass
+class Asking:
+    """A node that is asked for a stripe, and `target`, the one it sent us on to, or itself. Nobody is sent on twice:
+    who has nothing to give after all leads back to `member`, which then has to give (`direct`)."""
+
+    member: Member
+    target: Member
+    direct: bool = False
+    hops: int = 0
+
+    @property
+    def sent_on(self) -> bool:
+        """Whether we were sent to another holder."""
+        return self.target is not self.member
+
+    def send_on(self, found: Member | None, me: str) -> bool:
+        """We are sent on to `found`, None: nobody we know; returns whether we go there."""
+        if found is None or self.direct or found.name == me:
+            self.back()
+            return False
+        self.target, self.hops = found, self.hops + 1
+        return True
+
+    def back(self) -> None:
+        """Ask `member` itself from now on."""
+        self.target, self.direct, self.hops = self.member, True, 0
 
 
 def origin_slots(concurrency: int, members: int) -> int:

@@ -167,7 +167,7 @@ class Holdings:
             missed = RequestError(404, "not all of these blocks are stored here")
             if request.stored_only:
                 raise missed
-            if not ours or (request.hops and order[0].name != self._name):
+            if not choice.fetches(order, self._name, request.failed, request.hops):
                 upstream = self._exchange.upstream(load.version.id, stripe)
                 coming = self._loader.coming(load, blocks)
                 if not coming or (request.node and upstream == request.node):
