@@ -3,8 +3,8 @@ benchmarks/ runs these, too."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from fusecache.loader import Route
@@ -31,6 +31,9 @@ through, and more do not come sooner. In a lab of 8 nodes that asked for 64 stri
 its plan got a third of what the others got, and every queue was full of what nobody needed yet."""
 DEPTH = 6
 """Nodes that a stripe passes through between its owner and whoever asks."""
+LOOKED_AT = 16
+"""Holders of a stripe, of those whose turn it is, that are compared to find the one that sends it to the next node: a
+choice among all took 50 us with 1,000 nodes and 160 us with 4,000; this one takes 4."""
 
 
 def route_of(
@@ -41,8 +44,9 @@ def route_of(
     me: str,
     *,
     keep: bool = True,
+    owners: Callable[[ObjectId, int, Sequence[Member]], Sequence[int]] = owners,
 ) -> Route | None:
-    """Where the stripes of an object come from; None: there are no others. `keep`: see Route."""
+    """Where the stripes of an object come from; None: there are no others. `keep`: see Route, `owners`: placement."""
     if not any(member.name != me for member in members):
         return None
     blocks = max(1, stripe // block_size)
@@ -176,20 +180,28 @@ class Holder:
     children: int = 0
 
 
+@dataclass
+class Holders:
+    """All of one stripe, and the names of those that may send it to further nodes, in turn."""
+
+    all: dict[str, Holder]
+    able: deque[str]
+
+
 class Spread:
     """Who passes our stripes on. A node that many ask at once gives each stripe to few of them, and sends the others to
     those: everybody sends about as much as it takes, and no stripe has to wait for one node's link.
 
     We give a stripe ourselves as long as we are hardly more behind than the others. Then each asking node is given the
-    holder with the fewest bytes waiting for room on their way out, as the nodes say of themselves with each request.
-    Whoever is a holder already and asks again is served by us: a node only ever depends on one that came before it, so
-    nobody waits for itself.
+    holder with the fewest bytes waiting for room on their way out, as the nodes say of themselves with each request, of
+    LOOKED_AT that are compared. Whoever is a holder already and asks again is served by us: a node only ever depends on
+    one that came before it, so nobody waits for itself.
     """
 
     def __init__(self, me: str, stripes: int = 20_000) -> None:
         self._me = me
         self._most = stripes
-        self._stripes: OrderedDict[tuple[ObjectId, int], dict[str, Holder]] = OrderedDict()
+        self._stripes: OrderedDict[tuple[ObjectId, int], Holders] = OrderedDict()
         self._owed: dict[str, int] = {}
 
     def told(self, name: str, owed: int) -> None:
@@ -200,29 +212,54 @@ class Spread:
         self,
         stripe: tuple[ObjectId, int],
         asking: str,
-        usable: Collection[str],
+        usable: Container[str],
         nbytes: int,
         *,
         direct: bool = False,
     ) -> str:
         """The holder that gives these `nbytes` of a stripe to `asking`, which is a holder from now on; our own name: we
         do. `usable` are the others that are alive."""
-        holders = self._stripes.setdefault(stripe, {self._me: Holder(0)})
-        self._stripes.move_to_end(stripe)
-        while len(self._stripes) > self._most:
-            self._stripes.popitem(last=False)
-        if asking in holders or direct:
-            holders.setdefault(asking, Holder(1))
+        holders = self._stripes.get(stripe)
+        if holders is None:
+            holders = self._stripes[stripe] = Holders({self._me: Holder(0)}, deque())
+            while len(self._stripes) > self._most:
+                self._stripes.popitem(last=False)
+        else:
+            self._stripes.move_to_end(stripe)
+        if asking in holders.all or direct:
+            if asking not in holders.all:
+                self._add(holders, asking, 1)
             return self._me
-        able = [
-            name
-            for name, holder in holders.items()
-            if holder.children < FAN_OUT and holder.depth < DEPTH and (name == self._me or name in usable)
-        ]
-        least = min(able, key=lambda name: (self._owed.get(name, 0), holders[name].depth), default=self._me)
+        chosen = self._least(holders, usable)
         ours = self._owed.get(self._me, 0) - BEHIND * nbytes
-        chosen = self._me if self._me in able and ours <= self._owed.get(least, 0) else least
-        holders[chosen].children += 1
-        holders[asking] = Holder(holders[chosen].depth + 1)
+        mine = holders.all[self._me]
+        if chosen is None or (mine.children < FAN_OUT and ours <= self._owed.get(chosen, 0)):
+            chosen = self._me
+        holder = holders.all[chosen]
+        holder.children += 1
+        if holder.children == FAN_OUT and chosen != self._me:
+            holders.able.remove(chosen)
+        self._add(holders, asking, holder.depth + 1)
         self._owed[chosen] = self._owed.get(chosen, 0) + nbytes
+        return chosen
+
+    def _add(self, holders: Holders, name: str, depth: int) -> None:
+        holders.all[name] = Holder(depth)
+        if depth < DEPTH:
+            holders.able.append(name)
+
+    def _least(self, holders: Holders, usable: Container[str]) -> str | None:
+        """Of the next LOOKED_AT others that are usable, the one that owes least."""
+        chosen: str | None = None
+        least, looked_at = (0, 0), 0
+        for name in holders.able:
+            if name not in usable:
+                continue
+            owed = self._owed.get(name, 0), holders.all[name].depth
+            if chosen is None or owed < least:
+                chosen, least = name, owed
+            looked_at += 1
+            if looked_at == LOOKED_AT:
+                holders.able.rotate(-LOOKED_AT)
+                break
         return chosen

@@ -58,10 +58,9 @@ def fetch_order(owned_by: Sequence[int], members: int, me: int | None) -> list[i
     itself, then its successor. So nodes that start together ask each owner one at a time, and each of an owner's
     stripes, in ascending order, is asked for by all about when it comes from the origin.
     """
-    of: list[list[int]] = [[] for _ in range(members)]
-    for stripe, owner in enumerate(owned_by):
-        of[owner].append(stripe)
     first = 0 if me is None else me
-    turns = [of[(first + turn) % members] for turn in range(members)]
-    longest = max(map(len, turns), default=0)
-    return [stripes[at] for at in range(longest) for stripes in turns if at < len(stripes)]
+    places, counts = [], [0] * members
+    for owner in owned_by:
+        places.append(counts[owner] * members + (owner - first) % members)
+        counts[owner] += 1
+    return sorted(range(len(owned_by)), key=places.__getitem__)

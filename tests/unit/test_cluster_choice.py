@@ -159,6 +159,27 @@ def test_all_nodes_give_about_as_much_as_they_take() -> None:
     assert max(given_by.values()) < 1.3 * 400 * 15 / 16
 
 
+def test_a_choice_among_thousands_looks_at_few_and_uses_all() -> None:
+    class Usable(set[str]):
+        looked_at = 0
+
+        def __contains__(self, name: object) -> bool:
+            self.looked_at += 1
+            return super().__contains__(name)
+
+    spread = choice.Spread("me")
+    everybody = Usable(f"n{number}" for number in range(2000))
+    given_by: dict[str, int] = {}
+    for asking in sorted(everybody):
+        spread.told("me", 1 << 40)
+        everybody.looked_at = 0
+        parent = spread.parent((OBJECT, 0), asking, everybody, 1)
+        assert everybody.looked_at <= choice.LOOKED_AT
+        given_by[parent] = given_by.get(parent, 0) + 1
+    assert max(given_by.values()) <= choice.FAN_OUT
+    assert len(given_by) > 300
+
+
 class Clock:
     def __init__(self) -> None:
         self.now = 1000.0
