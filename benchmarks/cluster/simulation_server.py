@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from benchmarks.cluster.simulation_node import Flight, Node
 
 BACKLOG = 1024
-KEPT = 60.0
 PATIENCE = 5.0
 QUEUE = 20.0
 """As in server.py and holdings.py."""
@@ -97,11 +96,8 @@ class Server:
             self._arrive(request)
             return
         clock = self._world.clock
-        if self._connections >= self._world.setting.connections:
-            for key, since in list(self._idle.items()):
-                if since > clock.now - KEPT:
-                    break
-                self._close(key)
+        if self._connections >= self._world.setting.connections and self._idle:
+            self._close(next(iter(self._idle)))
         if self._connections < self._world.setting.connections:
             self._connections += 1
             self._world.counters.most_connections = max(
@@ -121,7 +117,10 @@ class Server:
         self._connections -= 1
 
     def _disconnect(self, client: int) -> None:
-        """A request was answered: its connection is kept."""
+        """A request was answered: its connection is kept, or closed for who waits for one."""
+        if self._backlog:
+            self._arrive(self._backlog.popleft())
+            return
         self._made += 1
         self._idle[client, self._made] = self._world.clock.now
         self._idle_of.setdefault(client, []).append(self._made)
@@ -285,16 +284,8 @@ class Server:
         stream.ended = True
         self._streams -= 1
         self._disconnect(request.client)
-        if self._backlog:
-            # the slot is that of the kept connection until that is closed
-            self._world.clock.at(self._world.clock.now, self._accept)
         if self._queue:
             self.give(self._queue.popleft())
-
-    def _accept(self) -> None:
-        while self._backlog and self._connections < self._world.setting.connections:
-            self._connections += 1
-            self._arrive(self._backlog.popleft())
 
     def die(self) -> None:
         """The power fails: who waits for us notices later, by itself."""
