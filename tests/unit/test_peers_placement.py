@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -59,6 +61,22 @@ def test_the_ranking_begins_with_the_owner_and_loses_no_order_without_it(count: 
     assert members[owners(OBJECT, stripe + 1, members)[stripe]] == order[0]
     assert ranking(OBJECT, stripe, order[1:]) == order[1:]
     assert ranking(OBJECT, stripe, members, limit=2) == order[:2]
+
+
+def score(member: Member, stripe: int) -> float:
+    """As the formula says."""
+    seed = xxhash.xxh3_64_intdigest(member.name.encode())
+    digest = xxhash.xxh3_64_intdigest(f"{OBJECT}/{stripe}".encode(), seed)
+    return -member.weight / math.log(((digest >> 12) + 0.5) / 2.0**52)
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=40), st.integers(0, 1000), st.integers(1, 50))
+def test_the_short_cuts_lead_to_what_the_formula_says(weights: list[int], stripe: int, limit: int) -> None:
+    members = [Member(f"n{at}", f"http://n{at}:1", weight << 40) for at, weight in enumerate(weights)]
+    expected = sorted(members, key=lambda member: score(member, stripe), reverse=True)
+    assert ranking(OBJECT, stripe, members) == expected
+    assert ranking(OBJECT, stripe, members, limit) == expected[:limit]
+    assert members[owners(OBJECT, stripe + 1, members)[stripe]] == expected[0]
 
 
 def test_all_nodes_agree_whatever_the_order_they_know_the_others_in() -> None:
