@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,23 +34,6 @@ class Request:
     hops: int
     failed: tuple[str, ...]
     owed: int
-
-
-class _Others(Collection[str]):
-    """Those alive, but for a few."""
-
-    def __init__(self, names: Collection[str], without: Collection[str]) -> None:
-        self._names = names
-        self._without = without
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names and name not in self._without
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in self._names if name not in self._without)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
 
 class Server:
@@ -182,7 +164,7 @@ class Server:
             stripe = (flight.load.version.id, flight.stripe)
             self._spread.told(asking, request.owed)
             self._spread.told(node.name, self._world.network.owed[node.number])
-            usable = _Others(self._world.names(node.view), (asking, *request.failed))
+            usable = choice.Others(self._world.names(node.view), (asking, *request.failed))
             direct = request.direct or request.hops > 0
             nbytes = len(request.blocks) * self._world.setting.block
             found = self._spread.parent(stripe, asking, usable, nbytes, direct=direct)

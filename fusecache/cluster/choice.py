@@ -172,6 +172,17 @@ def fallback_slots(budget: int, members: int) -> int:
     return max(1, budget // max(1, members))
 
 
+class Others(Container[str]):
+    """All these names but a few: no set of thousands is made for one request."""
+
+    def __init__(self, names: Container[str], without: Container[str]) -> None:
+        self._names = names
+        self._without = without
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names and name not in self._without
+
+
 @dataclass
 class Holder:
     """A node that has, or gets, one stripe: how many nodes it is away from us, and how many get it from there."""

@@ -20,7 +20,7 @@ from fusecache.cluster import choice
 from fusecache.cluster.exchange import Exchange, Members
 from fusecache.errors import FusecacheError
 from fusecache.loader import Loader, ObjectLoad, Waiter
-from fusecache.peers.member import Health
+from fusecache.peers.member import Health, Member
 from fusecache.peers.server import Offer, Piece
 from fusecache.peers.wire import BlockRequest, RequestError
 from fusecache.store import Store
@@ -73,6 +73,8 @@ class Holdings:
         self._streams = trio.Semaphore(streams)
         self._name = health().name
         self._spread = choice.Spread(self._name)
+        self._listed: tuple[Member, ...] = ()
+        self._urls: dict[str, str] = {}
         self._kept: dict[ObjectId, tuple[ObjectLoad, float]] = {}
 
     async def run(self) -> None:
@@ -181,15 +183,17 @@ class Holdings:
         """Send a caller on to another holder, if it is that one's turn. Raises RequestError 307."""
         if request.stored_only or not request.node:
             return
-        urls = {member.name: member.url for member in self._members.members()}
+        members = self._members.members()
+        if members is not self._listed:
+            self._listed, self._urls = members, {member.name: member.url for member in members}
         direct = request.direct or request.hops > 0
         self._spread.told(request.node, request.owed)
         self._spread.told(self._name, self.owed)
         nbytes = len(request.blocks) * self._store.block_size
-        usable = urls.keys() - {request.node, *request.failed}
+        usable = choice.Others(self._urls, (request.node, *request.failed))
         found = self._spread.parent(stripe, request.node, usable, nbytes, direct=direct)
         if found != self._name:
-            raise RequestError(307, f"node {found} has them, too", {"Location": urls[found] + request.target})
+            raise RequestError(307, f"node {found} has them, too", {"Location": self._urls[found] + request.target})
 
     async def _turn(self, request: BlockRequest) -> None:
         self.waiting += 1
