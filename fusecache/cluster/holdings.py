@@ -193,7 +193,9 @@ class Holdings:
         usable = choice.Others(self._urls, (request.node, *request.failed))
         found = self._spread.parent(stripe, request.node, usable, nbytes, direct=direct)
         if found != self._name:
-            raise RequestError(307, f"node {found} has them, too", {"Location": self._urls[found] + request.target})
+            raise RequestError(
+                307, f"node {found} has them, too", {"Location": self._urls[found] + request.target}
+            )
 
     async def _turn(self, request: BlockRequest) -> None:
         self.waiting += 1
