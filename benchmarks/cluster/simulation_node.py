@@ -238,7 +238,7 @@ class Node:
         if self._working or self.dead:
             return
         self._working = True
-        for remote in (False, True):
+        for remote in (True, False, True):  # what one crew takes or begins may be the turn of the other
             free = self._free[remote]
             while free[0]:
                 job = self.board.take(False, self.world.clock.now, remote)

@@ -22,6 +22,10 @@ ORIGIN_REQUESTS = 64
 stripes come in one after the other and the others need not hold one request per stripe."""
 FAN_OUT = 16
 """Nodes that one node sends one stripe to, as long as others may send it, too."""
+TOGETHER = ORIGIN_REQUESTS // 2
+"""Owners that fetch from the origin at the same time, in a larger cluster one group of them after the other. A node
+follows no more stripes than it has threads: when 100 owners fetched two each, all threads of all nodes were held by
+stripes that came a drop at a time, and the links were four fifths idle until the origin was done."""
 BEHIND = 2
 """Requests' worth of bytes that a node may have waiting more than another holder before it sends callers on to that
 one: each detour costs a round trip, and a stripe passed on directly is where it is wanted soonest."""
@@ -57,10 +61,11 @@ def route_of(
     return Route(
         blocks,
         bytes(names[owner] != me for owner in owned_by),
-        fetch_order(owned_by, len(members), mine),
+        fetch_order(owned_by, len(members), mine, TOGETHER),
         keep,
         [names[owner] for owner in owned_by],
         WINDOW,
+        keep and len(members) > TOGETHER,
     )
 
 

@@ -79,6 +79,8 @@ class Board:
                         self.active.remove(load)
                         self.active.append(load)
                     return job
+                if not remote and load.in_turn:
+                    return None
         if self.ahead and (not remote or len(self.active) < _AT_ONCE):
             version, source = self.ahead.popleft()
             return lambda: self._begin(version, source)

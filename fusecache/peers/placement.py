@@ -78,14 +78,20 @@ def owners(object_id: ObjectId, stripes: int, members: Sequence[Member]) -> list
     return found
 
 
-def fetch_order(owned_by: Sequence[int], members: int, me: int | None) -> list[int]:
+def fetch_order(owned_by: Sequence[int], members: int, me: int | None, together: int = 1 << 30) -> list[int]:
     """The order in which one node fetches the stripes whose owners are given: one of each owner in turn, beginning with
     itself, then its successor. So nodes that start together ask each owner one at a time, and each of an owner's
     stripes, in ascending order, is asked for by all about when it comes from the origin.
+
+    More than `together` owners are parted into groups, one after the other for all nodes: within each a node begins
+    with itself, or at a place of its own.
     """
     first = 0 if me is None else me
-    places, counts = [], [0] * members
+    size = -(-members // -(-members // together))
+    places: list[tuple[int, int, int]] = []
+    counts = [0] * members
     for owner in owned_by:
-        places.append(counts[owner] * members + (owner - first) % members)
+        group, place = divmod(owner, size)
+        places.append((counts[owner], group, (place - first) % size))
         counts[owner] += 1
     return sorted(range(len(owned_by)), key=places.__getitem__)

@@ -117,6 +117,12 @@ def test_a_route_is_none_without_others_and_marks_whose_is_what() -> None:
     assert sorted(route.order) == list(range(25))
     assert len(route.remote) == 25
     assert not route.remote[route.order[0]]
+    assert not route.in_order
+    many = members(choice.TOGETHER + 1)
+    for keep in (True, False):
+        large = choice.route_of(version, 1 << 20, 4 << 20, many, "n0", keep=keep)
+        assert large is not None
+        assert large.in_order is keep
     outside = choice.route_of(version, 1 << 20, 4 << 20, members(4), "elsewhere")
     assert outside is not None
     assert all(outside.remote)

@@ -103,5 +103,17 @@ def test_nodes_begin_at_different_owners() -> None:
     assert len(second) == 8
 
 
+def test_many_owners_are_fetched_from_in_groups_that_are_the_same_for_all() -> None:
+    owned_by = owners(OBJECT, 900, cluster(90))
+    orders = [fetch_order(owned_by, 90, me, 32) for me in range(90)]
+    first = {frozenset(owned_by[stripe] // 30 for stripe in order[:20]) for order in orders}
+    assert first == {frozenset([0])}
+    assert len({order[0] for order in orders}) == 30
+    assert all(sorted(order) == list(range(900)) for order in orders)
+    # in a cluster of one group nothing changes
+    few = owners(OBJECT, 300, cluster(30))
+    assert fetch_order(few, 30, 7, 32) == fetch_order(few, 30, 7)
+
+
 def test_the_number_of_stripes() -> None:
     assert [stripe_count(size, 10) for size in (0, 1, 10, 11)] == [0, 1, 1, 2]
