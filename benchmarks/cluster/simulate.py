@@ -4,29 +4,33 @@ Simulates clusters of 100 to 10,000 nodes with 100 Gbit/s NICs that read a model
 with the project's own placement and scheduling; prints a table, and writes benchmarks/results/simulation.json and
 simulation.png. With results of `python -m benchmarks.cluster` beside them it says how far the simulation is from those.
 
-1 TB in 16 MiB stripes for 10,000 nodes is 600 million transfers. So a slice is simulated, its length below, with all
-nodes, real stripes and real files, and what a further part of it takes is taken for the rest. The blocks of simulated
-stripes are larger (STEPS per stripe), so that a stripe is passed on in coarser steps than it is: the times are too long
-by that. The larger the cluster, the larger the stripes, whose requests are what the nodes' CPUs are busy with.
+1 TB in 16 MiB stripes for 10,000 nodes is 600 million transfers. So a slice of the model is simulated, with all nodes
+and real stripes, as long as --transfers allows; what its second half took is taken for the rest of the model. The
+blocks of simulated stripes are larger (STEPS per stripe), so that a stripe is passed on in coarser steps than it is:
+the times are too long by that. Slices of less than some seconds are too short for slow nodes to be found slow.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import time
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 
-from benchmarks.cluster.simulation import simulate
+from benchmarks.cluster.simulation import Outcome, simulate
 from benchmarks.cluster.simulation_report import WHOLE, Check, Result, check_table, plot, table_of, validate
 from benchmarks.cluster.simulation_world import GBIT, Setting
 from benchmarks.processes import ROOT, BenchmarkError
 
-GIB = 1 << 30
+RESULTS = ROOT / "benchmarks/results"
+SHARD = 5 << 30
+"""Bytes of a file, where the slice has room for two of them."""
 STEPS = 4
 SCENARIOS: dict[str, dict[str, Any]] = {
     "all well": {},
@@ -36,31 +40,30 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 """Slow nodes have a tenth of the others' rate; those that die do so half-way."""
 
 
-def _slice(nodes: int, transfers: float, stripe: int, shard: int) -> int:
-    """Bytes of the model that so many transfers carry: whole files, an even number of them."""
-    return max(2, round(transfers * stripe / nodes / shard / 2) * 2) * shard
-
-
 @click.command()
 @click.option("--nodes", default="100,1000,10000", show_default=True, help="Numbers of nodes.")
-@click.option("--stripe", default="16,64", show_default=True, help="MiB of a stripe (peers.stripe).")
+@click.option(
+    "--stripe", default="64", show_default=True, help="MiB of a stripe (peers.stripe); several with commas."
+)
 @click.option(
     "--transfers",
     type=float,
-    default=1e5,
+    default=4e5,
     show_default=True,
-    help="Stripes that arrive at a node, of all nodes together, in one run: about 10,000 a second are simulated.",
+    help="Stripes that arrive at a node, of all nodes together, in one run: about 5,000 a second are simulated.",
 )
-@click.option("--shard", type=click.IntRange(1), default=1, show_default=True, help="GiB of a file.")
 @click.option(
     "--rate", type=float, default=100.0, show_default=True, help="Gbit/s of a NIC, and of the origin."
 )
 @click.option("--scenarios", default=",".join(SCENARIOS), show_default=True, help="Which of these.")
 @click.option(
+    "--jobs", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True, help="Runs at a time."
+)
+@click.option(
     "--validate",
     "measured",
     type=click.Path(dir_okay=False, path_type=Path),
-    default=ROOT / "benchmarks/results/cluster.json",
+    default=RESULTS / "cluster.json",
     help="Results of python -m benchmarks.cluster.",
 )
 @click.option("--validate-only", is_flag=True, help="Only compare with those.")
@@ -71,16 +74,14 @@ def _slice(nodes: int, transfers: float, stripe: int, shard: int) -> int:
     show_default=True,
     help="Seconds of the lab's links, which have queues of 20 ms.",
 )
-@click.option(
-    "--results", type=click.Path(file_okay=False, path_type=Path), default=ROOT / "benchmarks/results"
-)
+@click.option("--results", type=click.Path(file_okay=False, path_type=Path), default=RESULTS)
 def main(
     nodes: str,
     stripe: str,
     transfers: float,
-    shard: int,
     rate: float,
     scenarios: str,
+    jobs: int,
     measured: Path,
     validate_only: bool,
     latency: float,
@@ -92,8 +93,9 @@ def main(
     if unknown := [name for name in names if name not in SCENARIOS]:
         raise click.UsageError(f"no scenario {unknown[0]!r}: there are {', '.join(SCENARIOS)}")
     try:
-        counts = [int(word) for word in nodes.split(",")]
-        stripes = [int(word) << 20 for word in stripe.split(",")]
+        cases = [(int(count), int(size) << 20) for count in nodes.split(",") for size in stripe.split(",")]
+        if min(min(case) for case in cases) < 1:
+            raise ValueError
     except ValueError:
         raise click.UsageError("--nodes and --stripe take numbers with commas between") from None
     checks: list[Check] = []
@@ -107,11 +109,7 @@ def main(
         console.print(check_table(checks))
     if validate_only:
         return
-    found: list[Result] = []
-    for count in counts:
-        for size in stripes:
-            for name in names:
-                found.append(_run(console, name, count, size, transfers, shard * GIB, rate * GBIT))
+    found = _all(console, cases, names, transfers, rate * GBIT, jobs)
     console.print(table_of(found))
     results.mkdir(parents=True, exist_ok=True)
     document = {
@@ -124,27 +122,48 @@ def main(
     plot(results / "simulation.png", found, checks, bound)
 
 
-def _run(
-    console: Console, name: str, nodes: int, stripe: int, transfers: float, shard: int, rate: float
-) -> Result:
-    began = time.monotonic()
-    setting = Setting(
-        nodes,
-        _slice(nodes, transfers, stripe, shard),
-        shard=shard,
-        stripe=stripe,
-        block=max(1 << 20, stripe // STEPS),
-        rate=rate,
-        origin_rate=rate,
-        **SCENARIOS[name],
-    )
-    half = simulate(dataclasses.replace(setting, size=setting.size // 2))
-    result = Result(name, half, simulate(setting))
-    console.print(
-        f"{nodes} nodes, stripes of {stripe >> 20} MiB, {name}: {result.outcome.over_bound:.2f} x the bound for "
-        f"{setting.size / 1e9:.1f} GB, {result.whole:.2f} for 1 TB ({time.monotonic() - began:.0f} s)"
-    )
-    return result
+def _all(
+    console: Console,
+    cases: Sequence[tuple[int, int]],
+    names: Sequence[str],
+    transfers: float,
+    rate: float,
+    jobs: int,
+) -> list[Result]:
+    settings: list[Setting] = []
+    wanted: list[tuple[str, Setting, Setting, Setting]] = []
+    for nodes, stripe in cases:
+        size, shard = _slice(nodes, transfers, stripe)
+        block = max(1 << 20, stripe // STEPS)
+        well = Setting(nodes, size, shard=shard, stripe=stripe, block=block, rate=rate, origin_rate=rate)
+        for name in names:
+            setting = dataclasses.replace(well, **SCENARIOS[name])
+            longer = dataclasses.replace(setting, dead=0.0)
+            shorter = dataclasses.replace(longer, size=size // 2)
+            wanted.append((name, setting, shorter, longer))
+            settings += [one for one in (setting, longer, shorter) if one not in settings]
+    settings.sort(key=lambda setting: -setting.nodes * setting.size / setting.stripe)
+    outcomes: dict[Setting, Outcome] = {}
+    with ProcessPoolExecutor(jobs) as pool:
+        for outcome in pool.map(simulate, settings):
+            setting = outcome.setting
+            outcomes[setting] = outcome
+            console.print(
+                f"{setting.nodes} nodes, {setting.size / 1e9:.1f} GB in stripes of {setting.stripe >> 20} MiB, "
+                f"{setting.slow:.0%} slow, {setting.dead:.0%} die: {outcome.over_bound:.2f} x the bound",
+                highlight=False,
+            )
+    return [
+        Result(name, outcomes[setting], outcomes[shorter], outcomes[longer])
+        for name, setting, shorter, longer in wanted
+    ]
+
+
+def _slice(nodes: int, transfers: float, stripe: int) -> tuple[int, int]:
+    """Bytes of the model that so many transfers carry, and of each of its files, of which there is an even number."""
+    stripes = max(2, round(transfers / nodes))
+    shard = max(1, min(SHARD // stripe, stripes // 2))
+    return max(1, stripes // shard // 2) * 2 * shard * stripe, shard * stripe
 
 
 if __name__ == "__main__":

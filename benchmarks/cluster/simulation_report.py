@@ -20,20 +20,22 @@ WHOLE = 1_000_000_000_000
 
 @dataclass(frozen=True)
 class Result:
-    """A scenario with as many nodes as that: `outcome` of a slice of the model, `half` of the first half of it."""
+    """A scenario with as many nodes as that: `outcome` of a slice of the model. `shorter` and `longer` are a slice of
+    half the length and one like it without deaths, which come once and not again in every further part."""
 
     scenario: str
-    half: Outcome
     outcome: Outcome
+    shorter: Outcome
+    longer: Outcome
 
     @property
     def steady(self) -> float:
-        """Seconds over the bound, per second of the bound, of the second half of the slice: what each further part of
-        the model takes, if all go on as that one did."""
-        if self.outcome.last is None or self.half.last is None:
+        """Seconds over the bound that each further part of the model takes, if all go on as the longer slice's second
+        half did; no less than 1, since a slice that short may still gain on a slow start."""
+        if self.longer.last is None or self.shorter.last is None:
             return float("nan")
-        more = self.outcome.setting.bound - self.half.setting.bound
-        return (self.outcome.last - self.half.last) / more
+        more = self.longer.setting.bound - self.shorter.setting.bound
+        return max(1.0, (self.longer.last - self.shorter.last) / more)
 
     @property
     def whole(self) -> float:
@@ -41,7 +43,7 @@ class Result:
         if self.outcome.last is None:
             return float("nan")
         bound = self.outcome.setting.bound
-        rest = bound * (WHOLE / self.outcome.setting.size - 1)
+        rest = bound * max(0.0, WHOLE / self.outcome.setting.size - 1)
         return (self.outcome.last + rest * self.steady) / (bound + rest)
 
     def plain(self) -> dict[str, Any]:
@@ -49,7 +51,7 @@ class Result:
         return {
             "scenario": self.scenario,
             "whole_over_bound": self.whole,
-            "half": self.half.plain(),
+            "steady_over_bound": self.steady,
             "slice": self.outcome.plain(),
         }
 

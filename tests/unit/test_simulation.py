@@ -168,7 +168,18 @@ def test_what_is_no_measurement_is_named(tmp_path: Path, text: str) -> None:
 def test_the_command_writes_what_it_found(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     cluster = measured(tmp_path / "cluster.json")
-    words = ["--nodes", "3", "--stripe", "256", "--transfers", "20", "--results", str(tmp_path / "out")]
+    words = [
+        "--nodes",
+        "3",
+        "--stripe",
+        "64",
+        "--transfers",
+        "60",
+        "--jobs",
+        "1",
+        "--results",
+        str(tmp_path / "out"),
+    ]
     done = CliRunner().invoke(command.main, [*words, "--validate", str(cluster)])
     assert done.exit_code == 0, done.output
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["simulation.json", "simulation.png"]
