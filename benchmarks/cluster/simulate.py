@@ -63,8 +63,9 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "--validate",
     "measured",
     type=click.Path(dir_okay=False, path_type=Path),
-    default=RESULTS / "cluster.json",
-    help="Results of python -m benchmarks.cluster.",
+    multiple=True,
+    default=[RESULTS / "cluster.json"],
+    help="Results of python -m benchmarks.cluster; may be given several times.",
 )
 @click.option("--validate-only", is_flag=True, help="Only compare with those.")
 @click.option(
@@ -82,7 +83,7 @@ def main(
     rate: float,
     scenarios: str,
     jobs: int,
-    measured: Path,
+    measured: tuple[Path, ...],
     validate_only: bool,
     latency: float,
     results: Path,
@@ -99,13 +100,13 @@ def main(
     except ValueError:
         raise click.UsageError("--nodes and --stripe take numbers with commas between") from None
     checks: list[Check] = []
-    bound = None
-    if measured.exists() or validate_only:
-        try:
-            checks = validate(measured, latency, seeds=range(3))
-            bound = float(json.loads(measured.read_text())["bound"])
-        except BenchmarkError as error:
-            raise click.ClickException(str(error)) from None
+    for path in measured:
+        if path.exists() or validate_only:
+            try:
+                checks += validate(path, latency, seeds=range(3))
+            except BenchmarkError as error:
+                raise click.ClickException(str(error)) from None
+    if checks:
         console.print(check_table(checks))
     if validate_only:
         return
@@ -119,7 +120,7 @@ def main(
         "checks": [{**dataclasses.asdict(check), "error": check.error} for check in checks],
     }
     (results / "simulation.json").write_text(json.dumps(document, indent=1) + "\n")
-    plot(results / "simulation.png", found, checks, bound)
+    plot(results / "simulation.png", found, checks)
 
 
 def _all(
@@ -141,8 +142,10 @@ def _all(
             longer = dataclasses.replace(setting, dead=0.0)
             shorter = dataclasses.replace(longer, size=size // 2)
             wanted.append((name, setting, shorter, longer))
-            settings += [one for one in (setting, longer, shorter) if one not in settings]
-    settings.sort(key=lambda setting: -setting.nodes * setting.size / setting.stripe)
+            settings += [setting, longer, shorter]
+    settings = sorted(
+        set(settings), key=lambda setting: (-setting.nodes * setting.size, setting.slow, setting.dead)
+    )
     outcomes: dict[Setting, Outcome] = {}
     with ProcessPoolExecutor(jobs) as pool:
         for outcome in pool.map(simulate, settings):

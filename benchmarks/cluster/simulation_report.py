@@ -91,8 +91,14 @@ class Check:
     """A number of nodes, measured and simulated; seconds."""
 
     nodes: int
+    rate: float
+    """Bytes per second of each link."""
+    bound: float
     measured: float
     simulated: float
+    busy: float
+    """Share of the time for which the lab's CPUs were busy: where they always were, they were the limit, which the
+    simulation does not know."""
 
     @property
     def error(self) -> float:
@@ -148,21 +154,36 @@ def _check(
             )
         )
         times.append(float("nan") if outcome.last is None else outcome.last)
-    return Check(nodes, sum(row["seconds"] for row in rows) / len(rows), sum(times) / len(times))
+    seconds = sum(row["seconds"] for row in rows) / len(rows)
+    busy = sum(row["cpu_busy"] for row in rows) / len(rows)
+    return Check(nodes, document["rate"], document["bound"], seconds, sum(times) / len(times), busy)
 
 
 def check_table(checks: Sequence[Check]) -> Table:
     """One row per number of nodes."""
-    table = Table("nodes", "measured", "simulated", "error", title="The simulation of the lab's runs")
+    table = Table(
+        "nodes",
+        "link",
+        "measured",
+        "simulated",
+        "error",
+        "the lab's CPUs busy",
+        title="The lab's runs, simulated",
+    )
     for check in checks:
         table.add_row(
-            str(check.nodes), f"{check.measured:.1f} s", f"{check.simulated:.1f} s", f"{check.error:+.0%}"
+            str(check.nodes),
+            f"{check.rate / 1e6:g} MB/s",
+            f"{check.measured:.1f} s",
+            f"{check.simulated:.1f} s",
+            f"{check.error:+.0%}",
+            f"{check.busy:.0%}",
         )
     return table
 
 
-def plot(path: Path, results: Sequence[Result], checks: Sequence[Check], bound: float | None) -> None:
-    """Time over the bound against the number of nodes: simulated, and beside it measured. `bound`: of the lab."""
+def plot(path: Path, results: Sequence[Result], checks: Sequence[Check]) -> None:
+    """Time over the bound against the number of nodes: simulated, and beside it measured."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -179,16 +200,18 @@ def plot(path: Path, results: Sequence[Result], checks: Sequence[Check], bound: 
     axes[0].set_xscale("log")
     axes[0].set_title("simulated: 1 TB, 100 Gbit/s")
     axes[0].legend(fontsize=8)
-    if checks and bound:
-        counts = [check.nodes for check in checks]
-        axes[1].plot(
-            counts, [check.measured / bound for check in checks], "o-", color="tab:green", label="lab"
-        )
-        axes[1].plot(
-            counts, [check.simulated / bound for check in checks], "s--", color="tab:gray", label="simulated"
-        )
+    for color, rate in zip(
+        ("tab:green", "tab:blue", "tab:orange"), sorted({check.rate for check in checks}), strict=False
+    ):
+        some = [check for check in checks if check.rate == rate]
+        counts, name = [check.nodes for check in some], f"{rate / 1e6:g} MB/s"
+        measured = [check.measured / check.bound for check in some]
+        simulated = [check.simulated / check.bound for check in some]
+        axes[1].plot(counts, measured, "o-", color=color, label=f"lab, {name}")
+        axes[1].plot(counts, simulated, "s--", color=color, alpha=0.5, label=f"simulated, {name}")
+    if checks:
         axes[1].legend(fontsize=8)
-        axes[1].set_title("against the lab's namespaces")
+    axes[1].set_title("the lab's namespaces")
     for axis in axes:
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_ylim(bottom=0.9)

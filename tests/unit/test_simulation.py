@@ -137,7 +137,7 @@ def test_slow_nodes_are_told_apart() -> None:
 def measured(path: Path, **more: object) -> Path:
     row = {
         "stage": "together", "contender": "fusecache", "nodes": 4, "seconds": 2.0, "origin": 1.0,
-        "origin_wire": 1.1,
+        "origin_wire": 1.1, "cpu_busy": 0.5,
     }  # fmt: skip
     document = {
         "rate": 50e6, "size": 64 * MIB, "stripe": MIB, "block": 256 << 10, "concurrency": 2,
