@@ -7,7 +7,7 @@ mapping that nobody touches loads nothing.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import re
 import select

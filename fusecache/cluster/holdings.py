@@ -21,7 +21,7 @@ from fusecache.cluster.exchange import Exchange, Members
 from fusecache.cluster.orders import SharedOrders
 from fusecache.errors import FusecacheError
 from fusecache.loader import Loader, ObjectLoad, Waiter
-from fusecache.peers.member import Health
+from fusecache.peers.member import Health, Member
 from fusecache.peers.server import Offer, Piece
 from fusecache.peers.wire import BlockRequest, RequestError
 from fusecache.store import Store
@@ -76,6 +76,8 @@ class Holdings:
         self._streams = trio.Semaphore(streams)
         self._name = health().name
         self._spread = choice.Spread(self._name)
+        self._listed: tuple[Member, ...] = ()
+        self._urls: dict[str, str] = {}
         self._kept: dict[ObjectId, tuple[ObjectLoad, float]] = {}
 
     async def run(self) -> None:
@@ -179,7 +181,7 @@ class Holdings:
             missed = RequestError(404, "not all of these blocks are stored here")
             if request.stored_only:
                 raise missed
-            if not ours or (request.hops and order[0].name != self._name):
+            if not choice.fetches(order, self._name, request.failed, request.hops):
                 upstream = self._exchange.upstream(load.version.id, stripe)
                 coming = self._loader.coming(load, blocks)
                 if not coming or (request.node and upstream == request.node):
@@ -193,15 +195,19 @@ class Holdings:
         """Send a caller on to another holder, if it is that one's turn. Raises RequestError 307."""
         if request.stored_only or not request.node:
             return
-        urls = {member.name: member.url for member in self._members.members()}
+        members = self._members.members()
+        if members is not self._listed:
+            self._listed, self._urls = members, {member.name: member.url for member in members}
         direct = request.direct or request.hops > 0
         self._spread.told(request.node, request.owed)
         self._spread.told(self._name, self.owed)
         nbytes = len(request.blocks) * self._store.block_size
-        usable = urls.keys() - {request.node, *request.failed}
+        usable = choice.Others(self._urls, (request.node, *request.failed))
         found = self._spread.parent(stripe, request.node, usable, nbytes, direct=direct)
         if found != self._name:
-            raise RequestError(307, f"node {found} has them, too", {"Location": urls[found] + request.target})
+            raise RequestError(
+                307, f"node {found} has them, too", {"Location": self._urls[found] + request.target}
+            )
 
     async def _turn(self, request: BlockRequest) -> None:
         self.waiting += 1

@@ -85,9 +85,14 @@ class Board:
         job = self._demanded(self._heads, remote) or self._in_turn(now, remote)
         if job is not None:
             return job
-        for load in self.active:
-            if not load.being_read and (job := self._ahead_of(load, now, remote)) is not None:
-                return job
+        for being_read in (True, False):
+            for load in self.active:
+                if load.being_read is not being_read or load.resting_until > now:
+                    continue
+                if not being_read and (job := self._ahead_of(load, now, remote)) is not None:
+                    return job
+                if not remote and load.in_turn:
+                    return None
         if self.ahead and (not remote or len(self.active) < _AT_ONCE):
             version, source = self.ahead.popleft()
             return lambda: self._begin(version, source)

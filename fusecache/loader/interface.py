@@ -81,7 +81,8 @@ class Route:
     """Where the stripes of one object come from. A stripe is `stripe` blocks, the last one may be shorter; flights do
     not cross its ends. `remote` has a byte per stripe, 1: from another node. `order` is that of fetching ahead. `keep`:
     what comes from other nodes is stored; otherwise it is only handed to who waits for it. `lanes` names the owner of
-    each stripe; of one owner's, `window` are fetched ahead at a time."""
+    each stripe; of one owner's, `window` are fetched ahead at a time. `in_order`: what comes from the origin is not
+    fetched ahead before what comes from other nodes and is in front of it."""
 
     stripe: int
     remote: bytes
@@ -89,6 +90,7 @@ class Route:
     keep: bool = True
     lanes: Sequence[str] = ()
     window: int = 1 << 30
+    in_order: bool = False
 
     def lane(self, stripe: int) -> str | None:
         """Whose window this stripe takes room in; None: nobody's."""

@@ -174,12 +174,31 @@ class ObjectLoad:
                 continue
             if first is None:
                 first = self._cursors[remote] = at
+            if not remote and route.in_order and at > self._reached(route):
+                return None
             if lane is None or taken.get(lane, 0) < route.window:
                 return block
             full.add(lane)
         if first is None:
             self._cursors[remote] = len(route.order)
         return None
+
+    def _reached(self, route: Route) -> int:
+        """Where in the route's order the first stripe is that nobody fetches yet from another node."""
+        order = route.order
+        for at in range(self._cursors[1], len(order)):
+            block = self.idle.find(1, order[at] * route.stripe, (order[at] + 1) * route.stripe)
+            if block >= 0 and self.is_remote(block):
+                self._cursors[1] = at
+                return at
+        self._cursors[1] = len(order)
+        return len(order)
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether what comes from the origin, of this file and of those after it, waits for its turn."""
+        route = self.route
+        return route is not None and route.in_order and self._reached(route) < len(route.order)
 
     def give_back(self, blocks: Iterable[int]) -> list[int]:
         """Make blocks idle that a flight did not land; returns those that somebody waits for."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+
+import xxhash
 
 PROTOCOL = 1
 """Version of the exchange's protocol (docs/PROTOCOL.md): nodes of another one are left out."""
@@ -16,6 +19,11 @@ class Member:
     name: str
     url: str
     weight: int
+
+    @cached_property
+    def seed(self) -> int:
+        """Of the hashes that say which stripes are its own."""
+        return xxhash.xxh3_64_intdigest(self.name.encode())
 
 
 @dataclass(frozen=True)

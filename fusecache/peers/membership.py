@@ -63,6 +63,11 @@ class _Candidate:
     def name(self) -> str:
         return self.health.name if self.health is not None else ""
 
+    @property
+    def shown(self) -> tuple[str, str, int]:
+        """What is published of it: to publish takes 10 ms in a cluster of 10,000, and there are 100 probes a second."""
+        return self.state, self.name, self.health.weight if self.health is not None else 0
+
 
 class Membership:
     """The nodes around this one. `url` is None for a node that does not serve; `probe` asks a URL who is there and
@@ -183,12 +188,14 @@ class Membership:
         with candidate.scope:
             while True:
                 if not self._heard_lately(candidate):
+                    shown = candidate.shown
                     try:
                         await self._look(candidate)
                     finally:
                         candidate.probed = True
                     self._judge(candidate)
-                    self._publish()
+                    if candidate.shown != shown:
+                        self._publish()
                     self._count_round()
                 every = max(self._interval, len(self._candidates) / _PROBES_PER_SECOND)
                 candidate.hurry = trio.Event()

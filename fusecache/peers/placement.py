@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from heapq import nlargest
+from itertools import repeat
 
 import xxhash
 
@@ -22,46 +23,75 @@ def stripe_count(size: int, stripe: int) -> int:
     return -(-size // stripe)
 
 
-def _score(seed: int, object_id: ObjectId, stripe: int, weight: int) -> float:
-    digest = xxhash.xxh3_64_intdigest(b"%s/%d" % (object_id.encode("ascii"), stripe), seed)
+def _hashes(object_id: ObjectId, stripe: int, seeds: Sequence[int]) -> list[int]:
+    """One per node, without a loop in Python: 0.5 ms for 10,000 nodes."""
+    key = b"%s/%d" % (object_id.encode("ascii"), stripe)
+    return list(map(xxhash.xxh3_64_intdigest, repeat(key), seeds))
+
+
+def _score(digest: int, weight: int) -> float:
     return -weight / math.log(((digest >> 12) + 0.5) / 2.0**52)  # of 52 bits, so that it never rounds to 1
 
 
-def _seed(name: str) -> int:
-    return xxhash.xxh3_64_intdigest(name.encode())
+def _by_weight(members: Sequence[Member]) -> list[tuple[int, list[int]]]:
+    """(weight, indexes of the nodes that have it). Among them the score grows with the hash, so that only the largest
+    hashes need a logarithm; most clusters have one weight, or a few."""
+    found: dict[int, list[int]] = {}
+    for at, member in enumerate(members):
+        found.setdefault(member.weight, []).append(at)
+    return list(found.items())
 
 
 def ranking(
     object_id: ObjectId, stripe: int, members: Sequence[Member], limit: int | None = None
 ) -> list[Member]:
     """The nodes in the order in which they have to do with this stripe: the owner first. `limit`: only so many."""
-    scored = [
-        (_score(_seed(member.name), object_id, stripe, member.weight), member.name, member)
-        for member in members
-    ]
-    best = sorted(scored, reverse=True) if limit is None else nlargest(limit, scored)
-    return [member for _, _, member in best]
+    most = len(members) if limit is None else limit
+    hashes = _hashes(object_id, stripe, [member.seed for member in members])
+    scored = []
+    for weight, indexes in _by_weight(members):
+        least = 0
+        if 0 < most < len(indexes):
+            least = nlargest(most, [hashes[at] for at in indexes])[-1]
+        scored += [
+            (_score(hashes[at], weight), members[at].name, members[at])
+            for at in indexes
+            if hashes[at] >= least
+        ]
+    scored.sort(reverse=True)
+    return [member for _, _, member in scored[:most]]
 
 
 def owners(object_id: ObjectId, stripes: int, members: Sequence[Member]) -> list[int]:
     """Index into `members` of the owner of each stripe. There has to be a member."""
-    seeded = [(_seed(member.name), member.weight) for member in members]
+    groups = [
+        (weight, indexes, [members[at].seed for at in indexes]) for weight, indexes in _by_weight(members)
+    ]
     found = []
     for stripe in range(stripes):
-        scores = [_score(seed, object_id, stripe, weight) for seed, weight in seeded]
-        found.append(scores.index(max(scores)))
+        best = []
+        for weight, indexes, seeds in groups:
+            hashes = _hashes(object_id, stripe, seeds)
+            largest = max(hashes)
+            best.append((_score(largest, weight), indexes[hashes.index(largest)]))
+        found.append(max(best)[1])
     return found
 
 
-def fetch_order(owned_by: Sequence[int], members: int, me: int | None) -> list[int]:
+def fetch_order(owned_by: Sequence[int], members: int, me: int | None, together: int = 1 << 30) -> list[int]:
     """The order in which one node fetches the stripes whose owners are given: one of each owner in turn, beginning with
     itself, then its successor. So nodes that start together ask each owner one at a time, and each of an owner's
     stripes, in ascending order, is asked for by all about when it comes from the origin.
+
+    More than `together` owners are parted into groups, one after the other for all nodes: within each a node begins
+    with itself, or at a place of its own.
     """
-    of: list[list[int]] = [[] for _ in range(members)]
-    for stripe, owner in enumerate(owned_by):
-        of[owner].append(stripe)
     first = 0 if me is None else me
-    turns = [of[(first + turn) % members] for turn in range(members)]
-    longest = max(map(len, turns), default=0)
-    return [stripes[at] for at in range(longest) for stripes in turns if at < len(stripes)]
+    size = -(-members // -(-members // together))
+    places: list[tuple[int, int, int]] = []
+    counts = [0] * members
+    for owner in owned_by:
+        group, place = divmod(owner, size)
+        places.append((counts[owner], group, (place - first) % size))
+        counts[owner] += 1
+    return sorted(range(len(owned_by)), key=places.__getitem__)

@@ -18,7 +18,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -135,6 +135,8 @@ class PeerServer:
         self._verifier = verifier
         self._tls = tls
         self._slots = trio.Semaphore(connections)
+        self._idle: dict[trio.CancelScope, None] = {}
+        """Of connections that wait for a request, the one that waits longest first."""
         self._ending = threading.Event()
         self._threads = trio.CapacityLimiter(256)
 
@@ -159,6 +161,9 @@ class PeerServer:
 
     async def _accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
         while True:
+            if not self._slots.value and self._idle:
+                # in a cluster of more nodes than connections each would keep one for a minute that others wait for
+                next(iter(self._idle)).cancel()
             await self._slots.acquire()
             try:
                 stream = await listener.accept()
@@ -201,6 +206,17 @@ class PeerServer:
             return headers.get("fusecache-node", "")
         return self._verifier.check(method, target, headers)
 
+    @contextlib.contextmanager
+    def idle(self, scope: trio.CancelScope) -> Iterator[None]:
+        """While a connection waits for a request; the scope is cancelled when others need its place."""
+        if self._slots.statistics().tasks_waiting:
+            scope.cancel()
+        self._idle[scope] = None
+        try:
+            yield
+        finally:
+            del self._idle[scope]
+
     @property
     def node(self) -> Node:
         """Whom it serves."""
@@ -223,6 +239,7 @@ class _Connection:
         self._raw = raw
         """A second descriptor of the socket, not blocking; None: TLS."""
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEADER)
+        self._answered = False
 
     async def run(self) -> None:
         """Answer requests until either side has enough."""
@@ -232,6 +249,7 @@ class _Connection:
                 if request is None:
                     return
                 await self._answer(request)
+                self._answered = True
             except h11.RemoteProtocolError as error:
                 with contextlib.suppress(h11.LocalProtocolError):
                     status = error.error_status_hint or 400
@@ -251,7 +269,9 @@ class _Connection:
                     event = self._http.next_event()
                     if event is not h11.NEED_DATA:
                         break
-                    data = await self._stream.receive_some(65536)
+                    kept = self._answered and patience == _IDLE
+                    with self._server.idle(scope) if kept else contextlib.nullcontext():
+                        data = await self._stream.receive_some(65536)
                     self._http.receive_data(bytes(data))
                     if data and patience == _IDLE:
                         patience = _HEAD

@@ -52,6 +52,57 @@ def test_who_may_have_it_stored() -> None:
     assert choice.heirs(members(1), "n0") == []
 
 
+def test_where_a_flight_looks_for_a_stripe() -> None:
+    def found(me: str, *failing: str, full: str = "n1 n2 n3 n4") -> list[str]:
+        failed: list[str] = []
+        seen = []
+        for turn in choice.turns(
+            members(5), me, failed, lambda name: name != "n0", lambda member: member.name in full
+        ):
+            if turn.member is None:
+                seen.append("own" if turn.owner else "fallback")
+                continue
+            seen.append(turn.member.name + ("?" if turn.stored_only else ""))
+            if turn.member.name in failing:
+                failed.append(turn.member.name)
+        assert "n0" in failed or me == "n0"
+        return seen
+
+    assert found("n0") == ["n1?", "n2?", "own"]
+    assert found("n0", full="n2") == ["n2?", "own"]
+    assert found("n2") == ["n1", "n1?", "fallback"]
+    assert found("n2", "n1") == ["n1", "fallback"]
+    assert found("elsewhere", "n2") == ["n1", "n2", "n1?", "fallback"]
+
+
+def test_who_may_stand_in_is_who_comes_behind() -> None:
+    turns = list(choice.turns(members(5), "n3", [], lambda _: True, lambda _: False))
+    assert [names(list(turn.behind)) for turn in turns] == [["n1", "n2"], ["n2"], [], []]
+
+
+def test_who_was_sent_on_and_got_nothing_goes_back_for_good() -> None:
+    owner, holder, other = members(3)
+    asking = choice.Asking(owner, owner)
+    assert asking.send_on(holder, "me")
+    assert (asking.target, asking.direct, asking.hops, asking.sent_on) == (holder, False, 1, True)
+    asking.back()
+    assert (asking.target, asking.direct, asking.hops, asking.sent_on) == (owner, True, 0, False)
+    assert not asking.send_on(other, "me")
+    for nowhere in (None, holder):
+        asking = choice.Asking(owner, owner)
+        assert not asking.send_on(nowhere, holder.name)
+        assert asking.direct
+
+
+def test_who_was_sent_on_to_us_brings_us_nothing_to_fetch() -> None:
+    order = members(4)
+    assert choice.fetches(order, "n0", (), 0)
+    assert choice.fetches(order, "n0", (), 1)
+    assert choice.fetches(order, "n1", ("n0",), 0)
+    assert not choice.fetches(order, "n1", ("n0",), 1)
+    assert not choice.fetches(order, "n1", (), 0)
+
+
 def test_budgets_are_shared_by_those_alive() -> None:
     assert [choice.origin_slots(16, count) for count in (1, 4, 8, 16, 100)] == [16, 16, 8, 4, 2]
     assert [choice.fallback_slots(8, count) for count in (1, 4, 8, 100)] == [8, 2, 1, 1]
@@ -66,6 +117,12 @@ def test_a_route_is_none_without_others_and_marks_whose_is_what() -> None:
     assert sorted(route.order) == list(range(25))
     assert len(route.remote) == 25
     assert not route.remote[route.order[0]]
+    assert not route.in_order
+    many = members(choice.TOGETHER + 1)
+    for keep in (True, False):
+        large = choice.route_of(version, 1 << 20, 4 << 20, many, "n0", keep=keep)
+        assert large is not None
+        assert large.in_order is keep
     outside = choice.route_of(version, 1 << 20, 4 << 20, members(4), "elsewhere")
     assert outside is not None
     assert all(outside.remote)
@@ -106,6 +163,27 @@ def test_all_nodes_give_about_as_much_as_they_take() -> None:
             parent = spread.parent((OBJECT, stripe), asking, set(others), 1)
             given_by[parent] = given_by.get(parent, 0) + 1
     assert max(given_by.values()) < 1.3 * 400 * 15 / 16
+
+
+def test_a_choice_among_thousands_looks_at_few_and_uses_all() -> None:
+    class Usable(set[str]):
+        looked_at = 0
+
+        def __contains__(self, name: object) -> bool:
+            self.looked_at += 1
+            return super().__contains__(name)
+
+    spread = choice.Spread("me")
+    everybody = Usable(f"n{number}" for number in range(2000))
+    given_by: dict[str, int] = {}
+    for asking in sorted(everybody):
+        spread.told("me", 1 << 40)
+        everybody.looked_at = 0
+        parent = spread.parent((OBJECT, 0), asking, everybody, 1)
+        assert everybody.looked_at <= choice.LOOKED_AT
+        given_by[parent] = given_by.get(parent, 0) + 1
+    assert max(given_by.values()) <= choice.FAN_OUT
+    assert len(given_by) > 300
 
 
 class Clock:

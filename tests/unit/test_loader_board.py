@@ -31,11 +31,13 @@ class Stored:
         return False
 
 
-def make_load(name: str, *, window: int = 2, lanes: tuple[str, ...] = LANES) -> ObjectLoad:
+def make_load(
+    name: str, *, window: int = 2, lanes: tuple[str, ...] = LANES, in_order: bool = False
+) -> ObjectLoad:
     version = ObjectVersion("o", name, "e", len(lanes) * BLOCK, 1)
     load = ObjectLoad(version, "", cast(StoredObject, Stored(len(lanes))))
     remote = bytes(lane != "me" for lane in lanes)
-    load.follow(Route(1, remote, range(len(lanes)), True, lanes, window))
+    load.follow(Route(1, remote, range(len(lanes)), True, lanes, window, in_order))
     return load
 
 
@@ -143,3 +145,29 @@ def test_the_next_file_begins_while_the_owners_of_this_one_are_asked() -> None:
     assert callable(begin)
     begin()
     assert begun == ["y"]
+
+
+def test_in_a_large_cluster_our_own_stripes_wait_for_their_turn() -> None:
+    load, behind = make_load("x", in_order=True), make_load("y", in_order=True)
+    board = board_of(load, behind)
+    board.ahead.append((behind.version, ""))
+    assert take(board, remote=False).blocks == range(1)
+    assert board.take(False, 0.0, False) is None
+    assert take(board, remote=True).blocks == range(1, 2)
+    assert board.take(False, 0.0, False) is None
+    assert take(board, remote=True).blocks == range(2, 3)
+    assert take(board, remote=False).blocks == range(3, 4)
+    # somebody who waits for one does not wait for its turn
+    wait_for(load, 9, urgent=False)
+    board.call_for(load, [9])
+    assert take(board, remote=False).blocks == range(9, 10)
+    assert board.take(False, 0.0, False) is None
+
+
+def test_the_last_of_our_own_stripes_wait_for_nobody() -> None:
+    load = make_load("x", lanes=("a", "me", "me"), in_order=True)
+    board = board_of(load, make_load("y", in_order=True))
+    assert board.take(False, 0.0, False) is None
+    take(board, remote=True)
+    jobs = [take(board, remote=False) for _ in range(3)]
+    assert [(job.load.version.key, job.blocks.start) for job in jobs] == [("x", 1), ("x", 2), ("y", 0)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,6 +63,22 @@ def test_the_ranking_begins_with_the_owner_and_loses_no_order_without_it(count: 
     assert ranking(OBJECT, stripe, members, limit=2) == order[:2]
 
 
+def score(member: Member, stripe: int) -> float:
+    """As the formula says."""
+    seed = xxhash.xxh3_64_intdigest(member.name.encode())
+    digest = xxhash.xxh3_64_intdigest(f"{OBJECT}/{stripe}".encode(), seed)
+    return -member.weight / math.log(((digest >> 12) + 0.5) / 2.0**52)
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=40), st.integers(0, 1000), st.integers(1, 50))
+def test_the_short_cuts_lead_to_what_the_formula_says(weights: list[int], stripe: int, limit: int) -> None:
+    members = [Member(f"n{at}", f"http://n{at}:1", weight << 40) for at, weight in enumerate(weights)]
+    expected = sorted(members, key=lambda member: score(member, stripe), reverse=True)
+    assert ranking(OBJECT, stripe, members) == expected
+    assert ranking(OBJECT, stripe, members, limit) == expected[:limit]
+    assert members[owners(OBJECT, stripe + 1, members)[stripe]] == expected[0]
+
+
 def test_all_nodes_agree_whatever_the_order_they_know_the_others_in() -> None:
     members = cluster(9)
     assert all(
@@ -83,6 +101,18 @@ def test_nodes_begin_at_different_owners() -> None:
     owned_by = owners(OBJECT, 800, cluster(8))
     second = {owned_by[fetch_order(owned_by, 8, me)[1]] for me in range(8)}
     assert len(second) == 8
+
+
+def test_many_owners_are_fetched_from_in_groups_that_are_the_same_for_all() -> None:
+    owned_by = owners(OBJECT, 900, cluster(90))
+    orders = [fetch_order(owned_by, 90, me, 32) for me in range(90)]
+    first = {frozenset(owned_by[stripe] // 30 for stripe in order[:20]) for order in orders}
+    assert first == {frozenset([0])}
+    assert len({order[0] for order in orders}) == 30
+    assert all(sorted(order) == list(range(900)) for order in orders)
+    # in a cluster of one group nothing changes
+    few = owners(OBJECT, 300, cluster(30))
+    assert fetch_order(few, 30, 7, 32) == fetch_order(few, 30, 7)
 
 
 def test_the_number_of_stripes() -> None:

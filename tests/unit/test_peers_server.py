@@ -393,3 +393,42 @@ async def test_recordings_are_given_to_who_asks_by_name(node: FakeNode, serve: A
     with pytest.raises(PeerError):
         await in_thread(get, name, 5.0)
     client.close()
+
+
+async def test_a_kept_connection_makes_room_for_who_has_none(
+    serve: Callable[..., Any], node: FakeNode
+) -> None:
+    server = await serve(connections=2)
+    url = f"http://127.0.0.1:{server.port}"
+
+    def ask(client: PeerClient) -> bytes:
+        got = client.blocks(url, request(), SIZE, lambda: None)
+        return b"".join(bytes(item) for item in got if not isinstance(item, int))
+
+    clients = [PeerClient("me") for _ in range(6)]
+    with trio.fail_after(DEADLINE):
+        for client in [*clients, *clients]:
+            assert await trio.to_thread.run_sync(ask, client) == DATA
+        # those that are at work are not touched
+        both, go_on = trio.Event(), trio.Event()
+        asked = len(node.asked)
+
+        async def hold(_block: int) -> None:
+            if len(node.asked) == asked + 2:
+                both.set()
+            await go_on.wait()
+
+        node.before = hold
+        async with trio.open_nursery() as nursery:
+            found: list[bytes] = []
+
+            async def one(client: PeerClient) -> None:
+                found.append(await trio.to_thread.run_sync(ask, client))
+
+            for client in clients[:3]:
+                nursery.start_soon(one, client)
+            await both.wait()
+            go_on.set()
+        assert found == [DATA] * 3
+    for client in clients:
+        client.close()

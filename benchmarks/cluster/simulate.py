@@ -1,0 +1,173 @@
+"""Beyond these machines: `python -m benchmarks.cluster.simulate`.
+
+Simulates clusters of 100 to 10,000 nodes with 100 Gbit/s NICs that read a model of 1 TB from an origin of 100 Gbit/s,
+with the project's own placement and scheduling; prints a table, and writes benchmarks/results/simulation.json and
+simulation.png. With results of `python -m benchmarks.cluster` beside them it says how far the simulation is from those.
+
+1 TB in 16 MiB stripes for 10,000 nodes is 600 million transfers. So a slice of the model is simulated, with all nodes
+and real stripes, as long as --transfers allows; what its second half took is taken for the rest of the model. The
+blocks of simulated stripes are larger (STEPS per stripe), so that a stripe is passed on in coarser steps than it is:
+the times are too long by that. Slices of less than some seconds are too short for slow nodes to be found slow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from benchmarks.cluster.simulation import Outcome, simulate
+from benchmarks.cluster.simulation_report import WHOLE, Check, Result, check_table, plot, table_of, validate
+from benchmarks.cluster.simulation_world import GBIT, Setting
+from benchmarks.processes import ROOT, BenchmarkError
+
+RESULTS = ROOT / "benchmarks/results"
+SHARD = 5 << 30
+"""Bytes of a file, where the slice has room for two of them."""
+STEPS = 4
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "all well": {},
+    "1 % slow": {"slow": 0.01},
+    "1 % die": {"dead": 0.01},
+}
+"""Slow nodes have a tenth of the others' rate; those that die do so half-way."""
+
+
+@click.command()
+@click.option("--nodes", default="100,1000,10000", show_default=True, help="Numbers of nodes.")
+@click.option(
+    "--stripe", default="64", show_default=True, help="MiB of a stripe (peers.stripe); several with commas."
+)
+@click.option(
+    "--transfers",
+    type=float,
+    default=4e5,
+    show_default=True,
+    help="Stripes that arrive at a node, of all nodes together, in one run: about 5,000 a second are simulated.",
+)
+@click.option(
+    "--rate", type=float, default=100.0, show_default=True, help="Gbit/s of a NIC, and of the origin."
+)
+@click.option("--scenarios", default=",".join(SCENARIOS), show_default=True, help="Which of these.")
+@click.option(
+    "--jobs", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True, help="Runs at a time."
+)
+@click.option(
+    "--validate",
+    "measured",
+    type=click.Path(dir_okay=False, path_type=Path),
+    multiple=True,
+    default=[RESULTS / "cluster.json"],
+    help="Results of python -m benchmarks.cluster; may be given several times.",
+)
+@click.option("--validate-only", is_flag=True, help="Only compare with those.")
+@click.option(
+    "--latency",
+    type=float,
+    default=0.01,
+    show_default=True,
+    help="Seconds of the lab's links, which have queues of 20 ms.",
+)
+@click.option("--results", type=click.Path(file_okay=False, path_type=Path), default=RESULTS)
+def main(
+    nodes: str,
+    stripe: str,
+    transfers: float,
+    rate: float,
+    scenarios: str,
+    jobs: int,
+    measured: tuple[Path, ...],
+    validate_only: bool,
+    latency: float,
+    results: Path,
+) -> None:
+    """Simulate clusters that are larger than this machine."""
+    console = Console()
+    names = [name.strip() for name in scenarios.split(",")]
+    if unknown := [name for name in names if name not in SCENARIOS]:
+        raise click.UsageError(f"no scenario {unknown[0]!r}: there are {', '.join(SCENARIOS)}")
+    try:
+        cases = [(int(count), int(size) << 20) for count in nodes.split(",") for size in stripe.split(",")]
+        if min(min(case) for case in cases) < 1:
+            raise ValueError
+    except ValueError:
+        raise click.UsageError("--nodes and --stripe take numbers with commas between") from None
+    checks: list[Check] = []
+    for path in measured:
+        if path.exists() or validate_only:
+            try:
+                checks += validate(path, latency, seeds=range(3))
+            except BenchmarkError as error:
+                raise click.ClickException(str(error)) from None
+    if checks:
+        console.print(check_table(checks))
+    if validate_only:
+        return
+    found = _all(console, cases, names, transfers, rate * GBIT, jobs)
+    console.print(table_of(found))
+    results.mkdir(parents=True, exist_ok=True)
+    document = {
+        "model": WHOLE,
+        "steps": STEPS,
+        "results": [result.plain() for result in found],
+        "checks": [{**dataclasses.asdict(check), "error": check.error} for check in checks],
+    }
+    (results / "simulation.json").write_text(json.dumps(document, indent=1) + "\n")
+    plot(results / "simulation.png", found, checks)
+
+
+def _all(
+    console: Console,
+    cases: Sequence[tuple[int, int]],
+    names: Sequence[str],
+    transfers: float,
+    rate: float,
+    jobs: int,
+) -> list[Result]:
+    settings: list[Setting] = []
+    wanted: list[tuple[str, Setting, Setting, Setting]] = []
+    for nodes, stripe in cases:
+        size, shard = _slice(nodes, transfers, stripe)
+        block = max(1 << 20, stripe // STEPS)
+        well = Setting(nodes, size, shard=shard, stripe=stripe, block=block, rate=rate, origin_rate=rate)
+        for name in names:
+            setting = dataclasses.replace(well, **SCENARIOS[name])
+            longer = dataclasses.replace(setting, dead=0.0)
+            shorter = dataclasses.replace(longer, size=size // 2)
+            wanted.append((name, setting, shorter, longer))
+            settings += [setting, longer, shorter]
+    settings = sorted(
+        set(settings), key=lambda setting: (-setting.nodes * setting.size, setting.slow, setting.dead)
+    )
+    outcomes: dict[Setting, Outcome] = {}
+    with ProcessPoolExecutor(jobs) as pool:
+        for outcome in pool.map(simulate, settings):
+            setting = outcome.setting
+            outcomes[setting] = outcome
+            console.print(
+                f"{setting.nodes} nodes, {setting.size / 1e9:.1f} GB in stripes of {setting.stripe >> 20} MiB, "
+                f"{setting.slow:.0%} slow, {setting.dead:.0%} die: {outcome.over_bound:.2f} x the bound",
+                highlight=False,
+            )
+    return [
+        Result(name, outcomes[setting], outcomes[shorter], outcomes[longer])
+        for name, setting, shorter, longer in wanted
+    ]
+
+
+def _slice(nodes: int, transfers: float, stripe: int) -> tuple[int, int]:
+    """Bytes of the model that so many transfers carry, and of each of its files, of which there is an even number."""
+    stripes = max(2, round(transfers / nodes))
+    shard = max(1, min(SHARD // stripe, stripes // 2))
+    return max(1, stripes // shard // 2) * 2 * shard * stripe, shard * stripe
+
+
+if __name__ == "__main__":
+    main()
