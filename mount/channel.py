@@ -21,6 +21,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -31,6 +32,7 @@ from fusecache.mount import protocol
 from fusecache.mount.errnos import errno_of
 from fusecache.mount.nodeids import is_passthrough
 from fusecache.mount.splice import ShortReadError, ThreadSplicers
+from fusecache.mount.trace import Tracer
 
 _log = logging.getLogger(__name__)
 
@@ -87,6 +89,8 @@ class Channel:
         on_init: Callable[[bytes, bytes], None],
         on_end: Callable[[], None],
     ) -> None:
+        self.tracer: Tracer | None = None
+        """Set while somebody traces: it is told of every request, and the kernel keeps no answers."""
         self._device = device
         self._descriptors = [device, *clones]
         self._loader = loader
@@ -186,6 +190,21 @@ class Channel:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENODEV):
                 _log.debug("notify: %s", error)
 
+    @property
+    def can_expire(self) -> bool:
+        """Whether the kernel can do what `expire_entries` asks for."""
+        return protocol.can_expire(self._init_request)
+
+    def expire_entries(self, names: Sequence[tuple[int, bytes]], deadline: float) -> int:
+        """Have the kernel look these names up again at their next use. Blocks while a directory is locked by a
+        request; stops at `deadline`, a time.monotonic(). Returns how many it did not come to."""
+        for done, (parent, name) in enumerate(names):
+            if time.monotonic() > deadline:
+                return len(names) - done
+            with contextlib.suppress(OSError):  # ENOENT: the kernel does not know it (any more)
+                os.write(self._device, protocol.inval_entry(parent, name, expire=True))
+        return 0
+
     # -- kernel -> pyfuse3
 
     def _receive_loop(self, descriptor: int) -> None:
@@ -202,7 +221,10 @@ class Channel:
                     _log.error("the FUSE device failed: %s", error.strerror)
                 self._end()
                 return
-            _, opcode, unique, nodeid, *_ = header.unpack_from(buffer)
+            fields = header.unpack_from(buffer)
+            _, opcode, unique, nodeid, *_ = fields
+            if (tracer := self.tracer) is not None:
+                tracer.begin(fields, view[:length])
             if opcode == protocol.READ:
                 try:
                     self._read(descriptor, unique, nodeid, *read_in.unpack_from(buffer, 40)[1:])
@@ -222,6 +244,10 @@ class Channel:
             except OSError:
                 self._end()
                 return
+
+    def _answered(self, unique: int, status: int, reply: bytes | bytearray = b"") -> None:
+        if (tracer := self.tracer) is not None:
+            tracer.end(unique, status, reply)
 
     def _end(self) -> None:
         if not self._ended.is_set():
@@ -246,6 +272,7 @@ class Channel:
             length = min(size, load.version.size - offset)
             if length <= 0:
                 self._write(descriptor, protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size, 0, unique))
+                self._answered(unique, 0)
                 return
             if load.read and load.stored.covered(offset, length) and not self._verify_always:
                 self._serve(load, descriptor, unique, offset, length, fetched=False)
@@ -311,7 +338,10 @@ class Channel:
             if error.errno not in (errno.ENOENT, errno.ENODEV):
                 _log.warning("the FUSE device refused a reply: %s", error)
                 self._fail(descriptor, unique, errno.EIO)
+            else:
+                self._answered(unique, errno.EINTR)
             return
+        self._answered(unique, 0)
         stats.reads += 1
         if fetched:
             stats.bytes_fetched += length
@@ -341,6 +371,7 @@ class Channel:
         header = protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size + len(data), 0, unique)
         with contextlib.suppress(OSError):
             os.writev(descriptor, [header, data])
+        self._answered(unique, 0)
         stats = self._stats()
         stats.reads += 1
         stats.bytes_fetched += len(data)
@@ -349,6 +380,7 @@ class Channel:
         if number != errno.EINTR:
             self._stats().errors += 1
         self._write(descriptor, protocol.error_reply(unique, number))
+        self._answered(unique, number)
 
     def _write(self, descriptor: int, reply: bytes) -> None:
         # ENOENT: the request was interrupted; ENODEV: unmounted
@@ -383,6 +415,9 @@ class Channel:
                 self._on_init(self._init_request, bytes(reply))
             self._ready.set()
             return
+        if self.tracer is not None:
+            protocol.rewrite_uncached(reply, opcode)
+            self._answered(unique, status, reply)
         opened = opcode == protocol.OPEN and status == 0
         if opened:
             if is_passthrough(nodeid):
