@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from fusecache.errors import FusecacheError
 from fusecache.loader import plan
+from fusecache.loader.companions import family
 from fusecache.types import ObjectVersion
 
 _log = logging.getLogger(__name__)
@@ -22,6 +23,8 @@ def shards_behind(
 
     `siblings` may hold more than its folder. An index that `read_index` can't read is done without.
     """
+    if not plan.is_config(version.key) and not _is_one_of_many(version, siblings):
+        return []
     folder, _, name = version.key.rpartition("/")
     versions = {
         other.key.rpartition("/")[2]: other for other in siblings if other.key.rpartition("/")[0] == folder
@@ -40,3 +43,10 @@ def shards_behind(
             break
         behind.append(versions[other])
     return behind
+
+
+def _is_one_of_many(version: ObjectVersion, siblings: Sequence[ObjectVersion]) -> bool:
+    """Whether its name, or maybe an index, says that it is a shard; quick, since it may be one of thousands that have
+    nothing to do with each other."""
+    name = version.key.rpartition("/")[2]
+    return family(name) is not None or any(other.key.endswith(plan.INDEX_SUFFIX) for other in siblings)

@@ -38,6 +38,7 @@ from fusecache.errors import (
 )
 from fusecache.loader import flight
 from fusecache.loader.ahead import shards_behind
+from fusecache.loader.alongside import Alongside
 from fusecache.loader.announced import Announced
 from fusecache.loader.board import Board
 from fusecache.loader.crew import Crew
@@ -96,6 +97,7 @@ class Loader:
         self._board = Board(max(1, settings.range_bytes // store.block_size), self._begin)
         self._planned: dict[ObjectId, float] = {}
         self._announced = Announced()
+        self._along = Alongside(library, self._begin)
         self._pace = Pace()
         self._waiters: set[Waiter] = set()
         self._stopping = False
@@ -323,9 +325,15 @@ class Loader:
             self._board.pause()
 
     def follow(self, version: ObjectVersion, source: str) -> None:
-        """A file is being read: fetch the shards behind it, too; those beside it, if it is a model's config."""
+        """A file is being read: fetch what comes along, and the shards behind it, or beside a model's config."""
+        if not self._settings.prefetch:
+            return
+        if self._along.due(version):
+            with self._lock:
+                self._board.tasks.append(lambda: self._along.fetch(version, source))
+                self._crew.any.notify()
         shard = is_shard(version.key)
-        if not self._settings.prefetch or not (shard or is_config(version.key)):
+        if not shard and not is_config(version.key):
             return
         now = time.monotonic()
         void: list[str] = []

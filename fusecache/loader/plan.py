@@ -1,8 +1,9 @@
 """Which files an engine will read next. Pure.
 
-A model is a folder of shards: the order of `model.safetensors.index.json` (of PyTorch's index, too), or that
-of the names. After the shard that is being read come those behind it, then, round about, those before it,
-which another rank may want. Who reads the folder's config.json is about to load all of it.
+A model is what `model.safetensors.index.json` names (PyTorch's index, too), in its order, or else the files whose
+names say that they are shards of one (companions.family), in that of the names. After the shard that is being read
+come those behind it, then, round about, those before it, which another rank may want. Who reads the folder's
+config.json is about to load all of it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import json
 import re
 from collections.abc import Sequence
 
-SHARD_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
+from fusecache.loader.companions import SUFFIXES, family
+
+SHARD_SUFFIXES = SUFFIXES
 INDEX_SUFFIX = ".index.json"
 INDEX_LIMIT = 64 << 20
 """Bytes; the largest real index (a model of a few hundred thousand tensors) has some 40 MiB."""
@@ -72,8 +75,8 @@ def following(name: str, siblings: Sequence[str], index: Sequence[str] = ()) -> 
     if name in index:
         order = [other for other in index if other in present]
     else:
-        suffix = suffix_of(name)
-        order = sorted((other for other in present if suffix_of(other) == suffix), key=natural_key)
+        of = family(name)
+        order = sorted((other for other in present if of and family(other) == of), key=natural_key)
     if name not in order:
         return []
     at = order.index(name)
