@@ -1,0 +1,1 @@
+"""How fast engines and loaders start: what is measured, and what measures it."""
