@@ -1,8 +1,8 @@
 """The device channel: threads between the kernel's FUSE device and pyfuse3.
 
-READs are answered here, from the store, with the GIL released; all other requests go to pyfuse3 through a
-SOCK_SEQPACKET pair, and a few of its replies are rewritten on the way back (INIT, OPEN, and st_ino wherever it
-appears). Passthrough READs never come here at all.
+READs are answered here, from the store, with the GIL released, and RELEASE, which needs nobody; all other requests go
+to pyfuse3 through a SOCK_SEQPACKET pair, and a few of its replies are rewritten on the way back (INIT, OPEN, and
+st_ino wherever it appears). Passthrough READs never come here at all.
 
 Invariants. A reply goes to the descriptor that its request was read from: each clone of the device has its own
 table of requests under way. A READ is answered exactly once: by the thread that read it, by the thread that
@@ -53,7 +53,7 @@ class OpenFiles(Protocol):
         """The passthrough backing of this nodeid, 0 for none."""
 
     def release(self, nodeid: int) -> None:
-        """An OPEN that succeeded here never reached the kernel."""
+        """One open less: it was closed, or never reached the kernel. Does not block."""
 
 
 @dataclass
@@ -231,6 +231,11 @@ class Channel:
                 except Exception:
                     _log.exception("a READ failed in an unforeseen way")
                     self._fail(descriptor, unique, errno.EIO)
+                continue
+            if opcode == protocol.RELEASE:
+                self._files.release(nodeid)
+                self._write(descriptor, protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size, 0, unique))
+                self._answered(unique, 0)
                 continue
             if opcode == protocol.INTERRUPT:
                 self._interrupt(descriptor, unique, protocol.INTERRUPT_IN.unpack_from(buffer, 40)[0])

@@ -285,7 +285,8 @@ class Operations(pyfuse3.Operations):
             self._handles.release(fh)
 
     async def flush(self, fh: int) -> None:
-        """Nothing is ever dirty."""
+        """Nothing is ever dirty: the kernel need not say that a descriptor is closed, and won't again."""
+        raise FUSEError(errno.ENOSYS)
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         """Nothing is ever dirty."""

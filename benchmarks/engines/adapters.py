@@ -86,7 +86,9 @@ def make(folder: Path, made: Plan) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
-    pool = np.frombuffer(random.Random(1).randbytes(max(made.sizes.values()) + (4 << 20)), dtype=np.float16)
+    pool = np.frombuffer(
+        random.Random(1).randbytes((max(made.sizes.values()) & ~1) + (4 << 20)), dtype=np.float16
+    )
     config = json.dumps(
         {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}
     )
