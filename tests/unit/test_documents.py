@@ -23,6 +23,7 @@ DOCUMENTS = (
     "SEMANTICS.md",
     "docs/OPTIONS.md",
     "docs/PROTOCOL.md",
+    "docs/TRACE.md",
 )
 _LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -89,6 +90,7 @@ def test_every_command_is_accepted() -> None:
         "evict",
         "refresh",
         "peers",
+        "trace",
     } <= seen
 
 
