@@ -73,7 +73,7 @@ def plan(adapters: int, loads: int, largest: int, seed: int = 7) -> Plan:
     """Names for all adapters; sizes in bytes, log-uniform from 1 to `largest` MB, for those that are loaded."""
     rng = random.Random(seed)
     names = [f"adapter-{number:05d}" for number in range(adapters)]
-    chosen = rng.sample(names, min(adapters, loads * len(WORKERS)))
+    chosen = rng.sample(names, min(adapters, loads))
     share = len(chosen) // len(WORKERS)
     picked = {workers: chosen[n * share : (n + 1) * share] for n, workers in enumerate(WORKERS)}
     low, high = math.log(SMALLEST * MB), math.log(largest * MB)
@@ -289,7 +289,7 @@ def _show(console: Console, rows: Sequence[dict[str, Any]], run: Run) -> None:
 @click.command()
 @click.option("--adapters", type=click.IntRange(1), default=5000, show_default=True, help="In the bucket.")
 @click.option(
-    "--loads", type=click.IntRange(1), default=200, show_default=True, help="Per number of workers."
+    "--loads", type=click.IntRange(1), default=200, show_default=True, help="Half with 1 worker, half with 8."
 )
 @click.option("--largest", type=click.IntRange(2), default=25, show_default=True, help="MB of an adapter.")
 @click.option("--rounds", type=click.IntRange(1), default=1, show_default=True)
