@@ -1,4 +1,4 @@
-"""A TCP relay in front of the S3 server that counts LIST requests on the wire.
+"""A TCP relay in front of the S3 server that counts LIST and HEAD requests on the wire.
 
 An independent witness: it does not trust the counters of the program under test.
 """
@@ -14,6 +14,11 @@ from urllib.parse import urlsplit
 
 CHUNK = 1 << 18
 MARK = b"list-type=2"  # in the request line of ListObjectsV2, and nowhere else in a client's stream of GETs
+MARKS = {
+    "lists": MARK,
+    "heads": b"HEAD /",
+    "prefixes": b"prefix=",
+}  # the last: in LIST requests of any version
 
 
 @dataclass
@@ -22,12 +27,19 @@ class Relay:
 
     endpoint: str
     lists: int = 0
+    heads: int = 0
+    prefixes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def count(self, number: int) -> None:
-        """Add LIST requests."""
+    @property
+    def metadata(self) -> int:
+        """Requests that ask for names or attributes: LIST of any version, and HEAD."""
+        return self.prefixes + self.heads
+
+    def count(self, what: str, number: int) -> None:
+        """Add requests, by the names of MARKS."""
         with self._lock:
-            self.lists += number
+            setattr(self, what, getattr(self, what) + number)
 
 
 @contextlib.contextmanager
@@ -64,14 +76,15 @@ def _accept(listener: socket.socket, address: tuple[str, int], relay: Relay) -> 
 
 
 def _pump(source: socket.socket, sink: socket.socket, relay: Relay | None) -> None:
-    tail = b""
+    tails = dict.fromkeys(MARKS, b"")
     with contextlib.suppress(OSError):
         while data := source.recv(CHUNK):
             if relay is not None:
-                # A mark that lies across two chunks is counted with the second one, and only there.
-                seen = tail + data
-                relay.count(seen.count(MARK))
-                tail = seen[-(len(MARK) - 1) :]
+                for what, mark in MARKS.items():
+                    # A mark that lies across two chunks is counted with the second one, and only there.
+                    seen = tails[what] + data
+                    relay.count(what, seen.count(mark))
+                    tails[what] = seen[-(len(mark) - 1) :]
             sink.sendall(data)
     with contextlib.suppress(OSError):
         sink.shutdown(socket.SHUT_WR)

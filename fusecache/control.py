@@ -5,6 +5,10 @@ Newline-delimited JSON over a unix stream socket: a request {"op": "status", ...
 time. Only root and the daemon's own user may connect (mode 0600, directory 0700, and SO_PEERCRED). A request
 is at most MAX_REQUEST bytes and is answered within its deadline; a broken one ends its connection and nothing
 else.
+
+Some requests are answered by a stream: {"ok": true, "item": ...} any number of times, HEARTBEAT seconds apart at
+most, then the result. It ends when the client sends a line, and at once when it goes away or takes no item for
+STREAM_TIMEOUT seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import struct
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import trio
 
@@ -29,6 +33,7 @@ from fusecache.mounts import private_directory
 _log = logging.getLogger(__name__)
 
 Handler = Callable[[dict[str, Any]], Awaitable[object]]
+"""Returns what JSON can say, or a Stream."""
 
 MAX_REQUEST = 64 << 10
 MAX_REPLY = 256 << 20
@@ -37,6 +42,23 @@ MAX_DEADLINE = 3600.0
 IDLE_TIMEOUT = 60.0
 """Seconds that a connection may wait with its next request, or take to read a reply."""
 MAX_CONNECTIONS = 64
+HEARTBEAT = 2.0
+STREAM_TIMEOUT = 10.0
+CLOSE_TIMEOUT = 10.0
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """An answer that goes on. `close` is called exactly once, also when the client is gone."""
+
+    async def next(self, stop: trio.Event) -> object | None:
+        """The next item, within HEARTBEAT seconds; None: it is over. `stop`: the client wants the end."""
+
+    def result(self) -> object:
+        """What is said at the end."""
+
+    async def close(self) -> None:
+        """Give back what it holds; is not cancelled for CLOSE_TIMEOUT seconds."""
 
 
 async def serve(
@@ -148,16 +170,66 @@ async def _converse(stream: trio.SocketStream, handlers: Mapping[str, Handler]) 
                     return
                 buffer += received
         if end < 0 or end > MAX_REQUEST:
-            await _send(stream, {"ok": False, "error": f"the request is longer than {MAX_REQUEST} bytes"})
+            await _send(
+                stream, _encoded({"ok": False, "error": f"the request is longer than {MAX_REQUEST} bytes"})
+            )
             return
         line = bytes(buffer[:end])
         del buffer[: end + 1]
-        await _send(stream, await _answer(line, handlers))
+        answer = await _answer(line, handlers)
+        found = answer.get("result")
+        if not isinstance(found, Stream):
+            await _send(stream, _encoded(answer))
+        elif not await _send_stream(stream, found):
+            return
 
 
-async def _send(stream: trio.SocketStream, reply: dict[str, object]) -> None:
-    with trio.fail_after(IDLE_TIMEOUT):
-        await stream.send_all(json.dumps(reply, default=str).encode() + b"\n")
+def _encoded(reply: dict[str, object]) -> bytes:
+    return json.dumps(reply, default=str).encode() + b"\n"
+
+
+async def _send(stream: trio.SocketStream, data: bytes, timeout: float = IDLE_TIMEOUT) -> None:
+    with trio.fail_after(timeout):
+        await stream.send_all(data)
+
+
+async def _send_stream(stream: trio.SocketStream, source: Stream) -> bool:
+    """Send all of it; returns whether the client is still there."""
+    stop = trio.Event()
+    gone = False
+    try:
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                nonlocal gone
+                try:
+                    said = await stream.receive_some(MAX_REQUEST)
+                except trio.BrokenResourceError:
+                    said = b""
+                if said:
+                    stop.set()
+                else:
+                    gone = True
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(watch)
+            try:
+                while (item := await source.next(stop)) is not None:
+                    # an item may be large, and the event loop has others to serve
+                    data = await trio.to_thread.run_sync(_encoded, {"ok": True, "item": item})
+                    await _send(stream, data, STREAM_TIMEOUT)
+            except (trio.BrokenResourceError, trio.TooSlowError):
+                gone = True
+            except Exception:
+                _log.exception("control: a stream failed")
+                gone = True
+            nursery.cancel_scope.cancel()
+        if not gone:
+            await _send(stream, _encoded({"ok": True, "result": source.result()}), STREAM_TIMEOUT)
+    finally:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_TIMEOUT):
+            await source.close()
+    return not gone
 
 
 async def _answer(line: bytes, handlers: Mapping[str, Handler]) -> dict[str, object]:
@@ -194,11 +266,19 @@ def call(path: Path, op: str, /, *, timeout: float = DEFAULT_DEADLINE, **args: A
     """Ask the daemon that listens at `path`; blocks for at most `timeout` seconds. Raises
     DaemonUnreachableError when nobody answers in time, ControlError when the daemon says no."""
     until = time.monotonic() + timeout
-    message = json.dumps({**args, "op": op, "deadline": timeout}).encode() + b"\n"
+    with _explained(path, timeout), _connect(path, timeout) as connection:
+        connection.sendall(_encoded({**args, "op": op, "deadline": timeout}))
+        line = _receive_line(connection, until)
+    reply = _checked(line)
+    if "result" not in reply:
+        raise ControlError(f"{op} is answered by a stream")
+    return reply["result"]
+
+
+@contextlib.contextmanager
+def _explained(path: Path, timeout: float) -> Iterator[None]:
     try:
-        with _connect(path, timeout) as connection:
-            connection.sendall(message)
-            line = _receive_line(connection, until)
+        yield
     except PermissionError:
         raise DaemonUnreachableError(f"{path}: not permitted: run this as the user who mounted it") from None
     except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
@@ -207,14 +287,69 @@ def call(path: Path, op: str, /, *, timeout: float = DEFAULT_DEADLINE, **args: A
         raise DaemonUnreachableError(f"the daemon did not answer within {timeout:g} s") from None
     except OSError as error:
         raise DaemonUnreachableError(f"{path}: {error.strerror or error}") from None
+
+
+def _checked(line: bytes) -> dict[str, Any]:
+    """A reply that says yes."""
     try:
         reply = json.loads(line)
-        if reply["ok"]:
-            return reply["result"]
+        if reply["ok"] and ("result" in reply or "item" in reply):
+            return dict(reply)
         problem = str(reply["error"])
     except (ValueError, KeyError, TypeError):
         raise DaemonUnreachableError("the daemon went away before it answered") from None
     raise ControlError(problem)
+
+
+class Following:
+    """A request that is answered by a stream; a context manager, and an iterator over the items. An item is at most
+    `timeout` seconds away: the daemon sends empty ones rather than none. Raises what `call` raises."""
+
+    def __init__(self, path: Path, op: str, /, *, timeout: float = DEFAULT_DEADLINE, **args: Any) -> None:
+        self.result: Any = None
+        """What was said at the end."""
+        self._path = path
+        self._timeout = timeout
+        self._buffer = bytearray()
+        with _explained(path, timeout):
+            self._connection = _connect(path, timeout)
+            try:
+                self._connection.sendall(_encoded({**args, "op": op, "deadline": timeout}))
+            except BaseException:
+                self._connection.close()
+                raise
+
+    def __enter__(self) -> Following:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._connection.close()
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            reply = _checked(self._line())
+            if "result" in reply:
+                self.result = reply["result"]
+                return
+            yield reply["item"]
+
+    def _line(self) -> bytes:
+        with _explained(self._path, self._timeout):
+            until = time.monotonic() + self._timeout
+            while (end := self._buffer.find(b"\n")) < 0 and len(self._buffer) <= MAX_REPLY:
+                self._connection.settimeout(max(0.001, until - time.monotonic()))
+                part = self._connection.recv(1 << 20)
+                if not part:
+                    break
+                self._buffer += part
+        line = bytes(self._buffer[: end + 1])
+        del self._buffer[: end + 1]
+        return line
+
+    def stop(self) -> None:
+        """Ask for the end; what happened until now still comes."""
+        with _explained(self._path, self._timeout):
+            self._connection.sendall(b"{}\n")
 
 
 def _connect(path: Path, timeout: float) -> socket.socket:

@@ -1,8 +1,8 @@
 """The device channel: threads between the kernel's FUSE device and pyfuse3.
 
-READs are answered here, from the store, with the GIL released; all other requests go to pyfuse3 through a
-SOCK_SEQPACKET pair, and a few of its replies are rewritten on the way back (INIT, OPEN, and st_ino wherever it
-appears). Passthrough READs never come here at all.
+READs are answered here, from the store, with the GIL released, and RELEASE, which needs nobody; all other requests go
+to pyfuse3 through a SOCK_SEQPACKET pair, and a few of its replies are rewritten on the way back (INIT, OPEN, and
+st_ino wherever it appears). Passthrough READs never come here at all.
 
 Invariants. A reply goes to the descriptor that its request was read from: each clone of the device has its own
 table of requests under way. A READ is answered exactly once: by the thread that read it, by the thread that
@@ -21,6 +21,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -32,6 +33,7 @@ from fusecache.mount.errnos import errno_of
 from fusecache.mount.nodeids import is_passthrough
 from fusecache.mount.processes import Processes
 from fusecache.mount.splice import ShortReadError, ThreadSplicers
+from fusecache.mount.trace import Tracer
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ class OpenFiles(Protocol):
         """The passthrough backing of this nodeid, 0 for none."""
 
     def release(self, nodeid: int) -> None:
-        """An OPEN that succeeded here never reached the kernel."""
+        """One open less: it was closed, or never reached the kernel. Does not block."""
 
 
 @dataclass
@@ -88,6 +90,8 @@ class Channel:
         on_init: Callable[[bytes, bytes], None],
         on_end: Callable[[], None],
     ) -> None:
+        self.tracer: Tracer | None = None
+        """Set while somebody traces: it is told of every request, and the kernel keeps no answers."""
         self._device = device
         self._descriptors = [device, *clones]
         self._loader = loader
@@ -188,6 +192,21 @@ class Channel:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENODEV):
                 _log.debug("notify: %s", error)
 
+    @property
+    def can_expire(self) -> bool:
+        """Whether the kernel can do what `expire_entries` asks for."""
+        return protocol.can_expire(self._init_request)
+
+    def expire_entries(self, names: Sequence[tuple[int, bytes]], deadline: float) -> int:
+        """Have the kernel look these names up again at their next use. Blocks while a directory is locked by a
+        request; stops at `deadline`, a time.monotonic(). Returns how many it did not come to."""
+        for done, (parent, name) in enumerate(names):
+            if time.monotonic() > deadline:
+                return len(names) - done
+            with contextlib.suppress(OSError):  # ENOENT: the kernel does not know it (any more)
+                os.write(self._device, protocol.inval_entry(parent, name, expire=True))
+        return 0
+
     # -- kernel -> pyfuse3
 
     def _receive_loop(self, descriptor: int) -> None:
@@ -204,13 +223,21 @@ class Channel:
                     _log.error("the FUSE device failed: %s", error.strerror)
                 self._end()
                 return
-            _, opcode, unique, nodeid, _, _, pid, *_ = header.unpack_from(buffer)
+            fields = header.unpack_from(buffer)
+            _, opcode, unique, nodeid, _, _, pid, *_ = fields
+            if (tracer := self.tracer) is not None:
+                tracer.begin(fields, view[:length])
             if opcode == protocol.READ:
                 try:
                     self._read(descriptor, unique, nodeid, pid, *read_in.unpack_from(buffer, 40)[1:])
                 except Exception:
                     _log.exception("a READ failed in an unforeseen way")
                     self._fail(descriptor, unique, errno.EIO)
+                continue
+            if opcode == protocol.RELEASE:
+                self._files.release(nodeid)
+                self._write(descriptor, protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size, 0, unique))
+                self._answered(unique, 0)
                 continue
             if opcode == protocol.INTERRUPT:
                 self._interrupt(descriptor, unique, protocol.INTERRUPT_IN.unpack_from(buffer, 40)[0])
@@ -224,6 +251,10 @@ class Channel:
             except OSError:
                 self._end()
                 return
+
+    def _answered(self, unique: int, status: int, reply: bytes | bytearray = b"") -> None:
+        if (tracer := self.tracer) is not None:
+            tracer.end(unique, status, reply)
 
     def _end(self) -> None:
         if not self._ended.is_set():
@@ -250,6 +281,7 @@ class Channel:
             length = min(size, load.version.size - offset)
             if length <= 0:
                 self._write(descriptor, protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size, 0, unique))
+                self._answered(unique, 0)
                 return
             if load.read and load.stored.covered(offset, length) and not self._verify_always:
                 self._serve(load, descriptor, unique, offset, length, fetched=False)
@@ -315,7 +347,10 @@ class Channel:
             if error.errno not in (errno.ENOENT, errno.ENODEV):
                 _log.warning("the FUSE device refused a reply: %s", error)
                 self._fail(descriptor, unique, errno.EIO)
+            else:
+                self._answered(unique, errno.EINTR)
             return
+        self._answered(unique, 0)
         stats.reads += 1
         if fetched:
             stats.bytes_fetched += length
@@ -345,6 +380,7 @@ class Channel:
         header = protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size + len(data), 0, unique)
         with contextlib.suppress(OSError):
             os.writev(descriptor, [header, data])
+        self._answered(unique, 0)
         stats = self._stats()
         stats.reads += 1
         stats.bytes_fetched += len(data)
@@ -353,6 +389,7 @@ class Channel:
         if number != errno.EINTR:
             self._stats().errors += 1
         self._write(descriptor, protocol.error_reply(unique, number))
+        self._answered(unique, number)
 
     def _write(self, descriptor: int, reply: bytes) -> None:
         # ENOENT: the request was interrupted; ENODEV: unmounted
@@ -387,6 +424,9 @@ class Channel:
                 self._on_init(self._init_request, bytes(reply))
             self._ready.set()
             return
+        if self.tracer is not None:
+            protocol.rewrite_uncached(reply, opcode)
+            self._answered(unique, status, reply)
         opened = opcode == protocol.OPEN and status == 0
         if opened:
             if is_passthrough(nodeid):

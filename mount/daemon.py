@@ -39,6 +39,7 @@ from fusecache.mount.handles import Handles, Passthrough
 from fusecache.mount.journal import Journal
 from fusecache.mount.operations import AttributePolicy, Operations
 from fusecache.mount.service import Facts, Service
+from fusecache.mount.tracing import Tracing
 from fusecache.mounts import SOCKET_NAME, mount_directory
 from fusecache.origin import Origin, open_origin
 from fusecache.store import Orders, Store
@@ -257,6 +258,7 @@ async def _serve(config: MountConfig, inherited: Inherited, facts: Facts) -> int
                 loader=loader,
                 handles=handles,
                 channel=channel,
+                tracing=Tracing(config, catalog, handles, channel, operations.absent),
                 cluster=cluster,
                 orders=orders,
             )
@@ -354,6 +356,9 @@ def _probe(config: MountConfig, inherited: Inherited, handles: Handles, request:
         mounting.set_read_ahead(config.mountpoint, config.read_ahead)
     except (OSError, FusecacheError) as error:
         _log.info("the kernel's read-ahead stays as it is: %s", error)
+    with contextlib.suppress(OSError):
+        if mounting.is_writable(config.mountpoint):  # a daemon that was killed while somebody traced
+            mounting.remount(config.mountpoint, writable=False)
     passthrough = handles.passthrough
     if not passthrough.active:
         return

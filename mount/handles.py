@@ -111,6 +111,8 @@ class Handles:
     ) -> None:
         self._set_read_ahead = set_read_ahead
         """Told, before an open is answered, whether the kernel is to read little ahead of its reader."""
+        self.traced = False
+        """Somebody traces: new opens are served by the daemon, which sees their reads."""
         self._open_wait = open_wait
         self._whole: dict[ObjectId, trio.Event] = {}
         """Set when a version that an open waits for is complete."""
@@ -181,12 +183,25 @@ class Handles:
         with self._opening:
             self._prune()
 
+    @property
+    def _may_pass(self) -> bool:
+        """Whether an open that comes now may be one with passthrough."""
+        return self.passthrough.active and not self.traced
+
+    def open_now(self) -> tuple[int, int]:
+        """Nodeids that are open: with passthrough, and through the daemon."""
+        with self._lock:
+            nodeids = [file.nodeid for file in self._files.values() if file.count]
+            nodeids += [nodeid for nodeid in self._inherited if nodeid not in self._files]
+        passed = sum(map(is_passthrough, nodeids))
+        return passed, len(nodeids) - passed
+
     # -- what the operations ask
 
     def use_passthrough(self, entry: Entry) -> bool:
         """Whether LOOKUP leads to the twin."""
         version = entry.version
-        if version is None or not self.passthrough.active or version.id not in self._complete:
+        if version is None or not self._may_pass or version.id not in self._complete:
             return False
         return version.id not in self._refused
 
@@ -229,9 +244,7 @@ class Handles:
         Returns the load, opened once more, if there is one: what it verified is known as long as it is open.
         """
         version, source = entry.version, entry.source
-        if not (
-            self._open_wait and self.passthrough.active and version and version.size and is_shard(version.key)
-        ):
+        if not (self._open_wait and self._may_pass and version and version.size and is_shard(version.key)):
             return None
         if version.id in self._complete or entry.nodeid in self._files:
             return None
@@ -373,7 +386,7 @@ class Handles:
     def _bounce(self, file: OpenFile) -> bool:
         """Whether this open of a base is to be repeated on the twin, which is ready for it then."""
         assert file.load is not None
-        if not (self.passthrough.active and file.load.stored.complete and file.version.size):
+        if not (self._may_pass and file.load.stored.complete and file.version.size):
             return False
         if file.version.id in self._refused:
             return False

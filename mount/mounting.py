@@ -33,7 +33,7 @@ READ_AHEAD_LITTLE = 1016 << 10
 reader, so that little is taken for read that is not; with 8 MiB a tensor of 8 MiB looks like one of 24. Warm reads
 through the daemon are as fast with it (2.5 GB/s), those of a file that arrives at full speed lose some 5 %."""
 
-_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOATIME = 1, 2, 4, 1024
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_NOATIME = 1, 2, 4, 32, 1024
 _MNT_FORCE, _MNT_DETACH, _UMOUNT_NOFOLLOW = 1, 2, 8
 _IOC_CLONE = 0x8004E500
 _MOUNTINFO = "/proc/self/mountinfo"
@@ -57,11 +57,12 @@ class Mounted:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of mountinfo; `device` is "major:minor"."""
+    """One line of mountinfo; `device` is "major:minor", `options` are those of this mount and of its file system."""
 
     mountpoint: str
     device: str
     fstype: str
+    options: frozenset[str] = frozenset()
 
 
 def read_mountinfo(path: str = _MOUNTINFO) -> list[Line]:
@@ -73,7 +74,9 @@ def read_mountinfo(path: str = _MOUNTINFO) -> list[Line]:
             fields = before.split(b" ")
             if separator and len(fields) >= 6:
                 mountpoint = os.fsdecode(_unescape(fields[4]))
-                found.append(Line(mountpoint, fields[2].decode(), after.split(b" ")[0].decode()))
+                kind, _, *rest = after.split(b" ")
+                options = b",".join((fields[5], *rest)).decode("utf-8", "replace").split(",")
+                found.append(Line(mountpoint, fields[2].decode(), kind.decode(), frozenset(options)))
     return found
 
 
@@ -86,6 +89,20 @@ def device_of(mountpoint: Path | str) -> str | None:
     """The "major:minor" of the fusecache mount on top at a real path; None when there is none."""
     found = [line for line in read_mountinfo() if line.mountpoint == str(mountpoint)]
     return found[-1].device if found and found[-1].fstype == FSTYPE else None
+
+
+def is_writable(mountpoint: Path | str) -> bool:
+    """Whether the kernel hands changes of the mount on top at a real path to its daemon, which refuses them."""
+    found = [line for line in read_mountinfo() if line.mountpoint == str(mountpoint)]
+    return bool(found) and found[-1].fstype == FSTYPE and "ro" not in found[-1].options
+
+
+def remount(mountpoint: Path, *, writable: bool) -> None:
+    """Have the kernel hand changes on, or refuse them itself. May block on the daemon. Raises OSError."""
+    flags = _MS_REMOUNT | _MS_NOSUID | _MS_NODEV | _MS_NOATIME | (0 if writable else _MS_RDONLY)
+    if _libc.mount(None, os.fsencode(mountpoint), None, flags, None) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(mountpoint))
 
 
 def is_mounted(mountpoint: Path | str, connection: int | None = None) -> bool:
@@ -202,11 +219,13 @@ def clone_device(device: int, count: int) -> list[int]:
 
 
 def set_read_ahead(mountpoint: Path, size: int) -> None:
-    """Let the kernel read `size` bytes ahead on this mount. Raises OSError, and MountError if it is not mounted."""
+    """Let the kernel read `size` bytes ahead on this mount, 0: only what is asked for. Files that are open keep what
+    they have. Raises OSError, and MountError if it is not mounted."""
     device = device_of(mountpoint)
     if device is None:
         raise MountError(f"{mountpoint} is not mounted")
-    Path(f"/sys/class/bdi/{device}/read_ahead_kb").write_text(f"{max(1, size >> 10)}\n", encoding="ascii")
+    kib = max(1, size >> 10) if size else 0
+    Path(f"/sys/class/bdi/{device}/read_ahead_kb").write_text(f"{kib}\n", encoding="ascii")
 
 
 class ReadAhead:

@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import stat
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ BLOCK: Final = 4096
 NAME_MAX: Final = 255
 XATTR_PREFIX: Final = b"user.fusecache."
 _DOT, _DOTDOT = 1, 2
+_ABSENT = 4096
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ class Operations(pyfuse3.Operations):
         self._policy = policy
         self._file_mode = stat.S_IFREG | (policy.file_mode & ~policy.umask & 0o777)
         self._dir_mode = stat.S_IFDIR | (policy.dir_mode & ~policy.umask & 0o777)
+        self.absent: deque[tuple[int, bytes]] = deque(maxlen=_ABSENT)
+        """Directory and name of lookups that found nothing, the latest ones: the kernel may still know that."""
 
     # -- names and attributes
 
@@ -162,6 +166,7 @@ class Operations(pyfuse3.Operations):
             if found is None:
                 absent = EntryAttributes()
                 absent.st_ino = 0
+                self.absent.append((parent_inode, name))
                 lifetime = self._catalog.negative_lifetime(parent_inode)
                 absent.entry_timeout = min(self._policy.negative_timeout, lifetime)
                 return absent
@@ -280,7 +285,8 @@ class Operations(pyfuse3.Operations):
             self._handles.release(fh)
 
     async def flush(self, fh: int) -> None:
-        """Nothing is ever dirty."""
+        """Nothing is ever dirty: the kernel need not say that a descriptor is closed, and won't again."""
+        raise FUSEError(errno.ENOSYS)
 
     async def fsync(self, fh: int, datasync: bool) -> None:
         """Nothing is ever dirty."""

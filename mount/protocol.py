@@ -41,6 +41,7 @@ INIT_ASYNC_DIO = 1 << 15
 INIT_MAX_PAGES = 1 << 22
 INIT_EXT = 1 << 30
 INIT2_PASSTHROUGH = 1 << (37 - 32)
+INIT2_EXPIRE_ONLY = 1 << (35 - 32)
 INIT2_HAS_RESEND = 1 << (39 - 32)
 
 IN_HEADER = struct.Struct("<IIQQIIIHH")
@@ -57,6 +58,7 @@ _OPEN_OUT = struct.Struct("<QIi")
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _INVAL_ENTRY = struct.Struct("<QII")
+_EXPIRE_ONLY = 1
 _DIRENT = struct.Struct("<QQII")
 
 IOC_BACKING_OPEN = (1 << 30) | (16 << 16) | (229 << 8) | 1
@@ -67,6 +69,8 @@ MIN_READ_BUFFER = 8192
 
 _ENTRY_OUT = 128
 """Size of fuse_entry_out: nodeid, generation, timeouts (40 bytes), then fuse_attr, which begins with ino."""
+_ENTRY_TIMES = struct.Struct("<QQII")
+"""entry_valid, attr_valid, entry_valid_nsec, attr_valid_nsec, at 16 of fuse_entry_out."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,11 @@ def can_resend(init_request: bytes) -> bool:
     return len(init_request) >= 60 and bool(_U32.unpack_from(init_request, 56)[0] & INIT2_HAS_RESEND)
 
 
+def can_expire(init_request: bytes) -> bool:
+    """Whether this kernel can let a name expire without dropping what is below it (Linux >= 6.2)."""
+    return len(init_request) >= 60 and bool(_U32.unpack_from(init_request, 56)[0] & INIT2_EXPIRE_ONLY)
+
+
 def rewrite_init(reply: bytearray, limits: Limits, *, passthrough: bool) -> None:
     """Ask for passthrough and for deep queues in pyfuse3's INIT reply, which is at least 64 bytes long."""
     if _status(reply) != 0 or len(reply) < 56:
@@ -115,6 +124,34 @@ def rewrite_open(reply: bytearray, backing_id: int) -> None:
     """Turn a successful OPEN reply into a passthrough open of this backing id."""
     handle, flags, _ = _OPEN_OUT.unpack_from(reply, 16)
     _OPEN_OUT.pack_into(reply, 16, handle, (flags | FOPEN_PASSTHROUGH) & ~FOPEN_KEEP_CACHE, backing_id)
+
+
+def rewrite_uncached(reply: bytearray, opcode: int) -> None:
+    """Have the kernel look this name up again at its next use, and drop the pages of a file that is opened.
+
+    Attributes stay as trusted as they are: without that every step of a path, and every read, costs a GETATTR that
+    no program asked for.
+    """
+    if _status(reply) != 0:
+        return
+    if opcode == OPEN and len(reply) >= 16 + _OPEN_OUT.size:
+        handle, flags, backing_id = _OPEN_OUT.unpack_from(reply, 16)
+        _OPEN_OUT.pack_into(reply, 16, handle, flags & ~FOPEN_KEEP_CACHE, backing_id)
+    elif opcode == LOOKUP and len(reply) >= 16 + _ENTRY_OUT:
+        _expire(reply, 16)
+    elif opcode == READDIRPLUS:
+        for at in _direntplus(reply):
+            _expire(reply, at)
+
+
+def _expire(reply: bytearray, at: int) -> None:
+    _, attributes, _, nanoseconds = _ENTRY_TIMES.unpack_from(reply, at + 16)
+    _ENTRY_TIMES.pack_into(reply, at + 16, 0, attributes, 0, nanoseconds)
+
+
+def is_negative(reply: bytes | bytearray) -> bool:
+    """Whether a successful LOOKUP reply says that the name does not exist."""
+    return len(reply) >= 24 and _U64.unpack_from(reply, 16)[0] == 0
 
 
 def rewrite_inode_numbers(reply: bytearray, opcode: int) -> None:
@@ -157,7 +194,7 @@ def resend() -> bytes:
     return OUT_HEADER.pack(OUT_HEADER.size, NOTIFY_RESEND, 0)
 
 
-def inval_entry(parent: int, name: bytes) -> bytes:
-    """FUSE_NOTIFY_INVAL_ENTRY: forget what `name` in `parent` is."""
-    body = _INVAL_ENTRY.pack(parent, len(name), 0) + name + b"\0"
+def inval_entry(parent: int, name: bytes, *, expire: bool = False) -> bytes:
+    """FUSE_NOTIFY_INVAL_ENTRY: forget what `name` in `parent` is; with `expire` only ask again at its next use."""
+    body = _INVAL_ENTRY.pack(parent, len(name), _EXPIRE_ONLY if expire else 0) + name + b"\0"
     return OUT_HEADER.pack(OUT_HEADER.size + len(body), NOTIFY_INVAL_ENTRY, 0) + body

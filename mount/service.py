@@ -18,6 +18,7 @@ from fusecache.errors import ConfigError, FusecacheError, NotFoundError
 from fusecache.loader import Loader
 from fusecache.mount.channel import Channel
 from fusecache.mount.handles import Handles
+from fusecache.mount.tracing import Tracing
 from fusecache.origin import Origin
 from fusecache.store import Orders, Store
 from fusecache.types import ObjectId, ObjectVersion
@@ -49,6 +50,7 @@ class Service:
         loader: Loader,
         handles: Handles,
         channel: Channel,
+        tracing: Tracing,
         cluster: Cluster | None = None,
         orders: Orders,
     ) -> None:
@@ -61,6 +63,7 @@ class Service:
         self._loader = loader
         self._handles = handles
         self._channel = channel
+        self._tracing = tracing
         self._cluster = cluster
 
     @property
@@ -75,6 +78,7 @@ class Service:
             "drain": self._drain,
             "fetch": self._fetch,
             "peers": self._peers,
+            "trace": self._tracing.start,
         }
 
     # -- status
@@ -133,6 +137,7 @@ class Service:
             **({"peers": self._cluster.counters()} if self._cluster is not None else {}),
             "reads": {"answered": reads.reads, "waited_bytes": reads.bytes_fetched, "failed": reads.errors},
             "errors": {"reads": reads.errors},
+            "tracing": self._tracing.running,
             "catalog": {"files": files, "bytes": size, "age": self._catalog.age},
             "process": {
                 "pid": os.getpid(),

@@ -299,6 +299,11 @@ class Catalog:
             self._counts.pop(nodeid, None)
             self._old.pop(nodeid, None)
 
+    def retained(self) -> list[Entry]:
+        """The entries that the kernel knows."""
+        found = [self.get(nodeid) for nodeid in list(self._counts)]
+        return [entry for entry in found if entry is not None]
+
     def _keep(self, before: Tree, after: Tree) -> None:
         for nodeid in before.by_id.keys() - after.by_id.keys():
             if nodeid in self._counts:

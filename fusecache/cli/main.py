@@ -26,6 +26,7 @@ _COMMANDS = {
     "serve": ("fusecache.cli.serve", "serve_command"),
     "peers": ("fusecache.cli.peers", "peers_command"),
     "status": ("fusecache.cli.status", "status_command"),
+    "trace": ("fusecache.cli.trace", "trace_command"),
     "doctor": ("fusecache.cli.doctor", "doctor_command"),
     "fetch": ("fusecache.cli.fetch", "fetch_command"),
     "refresh": ("fusecache.cli.fetch", "refresh_command"),

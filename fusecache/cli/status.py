@@ -70,6 +70,8 @@ def rows(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     mode = status.get("mode", {})
     if mode:
         yield "mode", str(mode.get("now", "?")) + (f": {mode['why']}" if mode.get("why") else "")
+    if status.get("tracing"):
+        yield "trace", "running: meanwhile new opens are served by the daemon"
     served = status.get("bytes", {})
     if served:
         yield "served", ", ".join(f"{format_size(served[tier])} from {tier}" for tier in served)

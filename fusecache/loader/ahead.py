@@ -12,6 +12,7 @@ from fusecache.errors import FusecacheError
 from fusecache.loader import plan
 from fusecache.loader.announced import Announced
 from fusecache.loader.board import Board
+from fusecache.loader.companions import family
 from fusecache.loader.interface import Library
 from fusecache.loader.office import Office
 from fusecache.types import ObjectId, ObjectVersion
@@ -126,6 +127,8 @@ def shards_behind(
 
     `siblings` may hold more than its folder. An index that `read_index` can't read is done without.
     """
+    if not plan.is_config(version.key) and not _is_one_of_many(version, siblings):
+        return []
     versions = plan.beside(version, siblings)
     name = version.key.rpartition("/")[2]
     order: list[str] = []
@@ -142,3 +145,10 @@ def shards_behind(
             break
         behind.append(versions[other])
     return behind
+
+
+def _is_one_of_many(version: ObjectVersion, siblings: Sequence[ObjectVersion]) -> bool:
+    """Whether its name, or maybe an index, says that it is a shard; quick, since it may be one of thousands that have
+    nothing to do with each other."""
+    name = version.key.rpartition("/")[2]
+    return family(name) is not None or any(other.key.endswith(plan.INDEX_SUFFIX) for other in siblings)

@@ -15,9 +15,10 @@ _AGE = 60.0
 
 
 class Announced:
-    """The folders that were announced lately."""
+    """The folders that were announced lately. More than `most` at a time are too many."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = _MOST) -> None:
+        self._most = most
         self._since: dict[str, float] = {}
 
     def add(self, folder: str, now: float) -> list[str]:
@@ -25,7 +26,7 @@ class Announced:
         them: there are too many."""
         self._since = {known: since for known, since in self._since.items() if now - since < _AGE}
         self._since.setdefault(folder, now)
-        return list(self._since) if len(self._since) > _MOST else []
+        return list(self._since) if len(self._since) > self._most else []
 
     def loaded(self, folder: str) -> None:
         """Weights of this folder are being read."""

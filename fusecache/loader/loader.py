@@ -38,6 +38,7 @@ from fusecache.errors import (
 )
 from fusecache.loader import flight
 from fusecache.loader.ahead import Ahead
+from fusecache.loader.alongside import Alongside
 from fusecache.loader.board import Board
 from fusecache.loader.crew import Crew
 from fusecache.loader.gather import gather
@@ -99,6 +100,7 @@ class Loader:
         limit = max(1, settings.range_bytes // store.block_size)
         self._board = Board(limit, lambda *file: self._ahead.begin(*file))
         self._ahead = Ahead(self, self._board, library, settings.budget)
+        self._along = Alongside(library, self._ahead.begin)
         self.learning = Learning(self, self._board, library, settings, self._ahead, shelf, others)
         self._pace = Pace()
         self._waiters: set[Waiter] = set()
@@ -337,8 +339,15 @@ class Loader:
             self._board.pause()
 
     def follow(self, version: ObjectVersion, source: str) -> None:
-        """A file is being read: fetch what its reader will want next, if it is a shard, or the config of a model."""
-        if self._settings.prefetch and not self.learning.follow(version, source):
+        """A file is being read: fetch what comes along, and what its reader will want next, if it is a shard, or the
+        config of a model."""
+        if not self._settings.prefetch:
+            return
+        if self._along.due(version):
+            with self._lock:
+                self._board.tasks.append(lambda: self._along.fetch(version, source))
+                self._crew.any.notify()
+        if not self.learning.follow(version, source):
             self._ahead.follow(version, source)
 
     def progress(self) -> dict[str, int]:

@@ -1,8 +1,9 @@
 """Which files an engine will read next. Pure.
 
-A model is a folder of shards: the order of `model.safetensors.index.json` (of PyTorch's index, too), or that
-of the names. After the shard that is being read come those behind it, then, round about, those before it,
-which another rank may want. Who reads the folder's config.json is about to load all of it.
+A model is what `model.safetensors.index.json` names (PyTorch's index, too), in its order, or else the files whose
+names say that they are shards of one (companions.family), in that of the names. After the shard that is being read
+come those behind it, then, round about, those before it, which another rank may want. Who reads the folder's
+config.json is about to load all of it.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import json
 import re
 from collections.abc import Sequence
 
+from fusecache.loader.companions import SUFFIXES, family
 from fusecache.types import ObjectVersion
 
-SHARD_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
+SHARD_SUFFIXES = SUFFIXES
 INDEX_SUFFIX = ".index.json"
 INDEX_LIMIT = 64 << 20
 """Bytes; the largest real index (a model of a few hundred thousand tensors) has some 40 MiB."""
@@ -22,7 +24,6 @@ CONFIG = "config.json"
 """What an engine reads of a model first."""
 
 _DIGITS = re.compile(r"(\d+)")
-_PART = re.compile(r"(.*?)[-._]?\d+-of-(\d+)(\.\w+)", re.DOTALL)
 _NUMBERED = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
 
 
@@ -77,12 +78,8 @@ def announces(name: str) -> bool:
 
 
 def group_of(name: str) -> str:
-    """Two shards of one folder belong to one model if this is the same for both: `m-1-of-2` and `m-2-of-2` do, and
-    so do `part-1.bin` and `part-2.bin`; two quantizations in GGUF do not."""
-    match = _PART.fullmatch(name)
-    if match is not None:
-        return f"{match[1]}-#-of-{match[2]}{match[3]}"
-    return name if suffix_of(name) == ".gguf" else _DIGITS.sub("#", name)
+    """Two shards of one folder belong to one model if this is the same for both."""
+    return family(name) or name
 
 
 def model_of(name: str, siblings: Sequence[str]) -> list[str]:
@@ -112,8 +109,8 @@ def following(name: str, siblings: Sequence[str], index: Sequence[str] = ()) -> 
     if name in index:
         order = [other for other in index if other in present]
     else:
-        suffix = suffix_of(name)
-        order = sorted((other for other in present if suffix_of(other) == suffix), key=natural_key)
+        of = family(name)
+        order = sorted((other for other in present if of and family(other) == of), key=natural_key)
     if name not in order:
         return []
     at = order.index(name)

@@ -108,12 +108,16 @@ class S3Fifo:
         """Objects to evict, in order; ends when nothing evictable is left.
 
         The caller evicts each before it asks for the next, and tells so with `remove`; one that it could not
-        evict goes to the end of its queue. Objects that are not `evictable` when the walk begins keep their
-        place and uses.
+        evict goes to the end of its queue. Objects that are not `evictable` when the walk comes to them keep their
+        place and uses; it comes to no more than it needs: there may be tens of thousands.
         """
-        small = deque(x for x in self._small if evictable(x))
-        main = deque(x for x in self._main if evictable(x))
-        while small or main:
+        small, main = deque(self._small), deque(self._main)
+        while True:
+            for queue in (small, main):
+                while queue and not evictable(queue[0]):
+                    queue.popleft()
+            if not small and not main:
+                return
             total = self._small_bytes + self._main_bytes
             from_small = bool(small) and (not main or self._small_bytes > SMALL_SHARE * total)
             object_id = (small if from_small else main).popleft()

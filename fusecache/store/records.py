@@ -122,9 +122,14 @@ class Records:
         with self._lock:
             return list(self._records.items())
 
-    def evictable_bytes(self, evictable: Callable[[ObjectId], bool]) -> int:
-        """Bytes that eviction could free at most."""
-        return sum(record.stored_bytes for object_id, record in self.snapshot() if evictable(object_id))
+    def can_free(self, nbytes: int, evictable: Callable[[ObjectId], bool]) -> bool:
+        """Whether eviction could free so much. Looks at no more records than it takes to say yes."""
+        for object_id, record in self.snapshot():
+            if nbytes <= 0:
+                break
+            if evictable(object_id):
+                nbytes -= record.stored_bytes
+        return nbytes <= 0
 
     def victims(self, evictable: Callable[[ObjectId], bool]) -> Iterable[ObjectId]:
         """See S3Fifo.victims; the lock is not held while the caller evicts one."""

@@ -3,8 +3,9 @@ index.
 
 The walk adopts objects that the index does not know, forgets those without files, removes what a crash left
 behind, gives back what was written but never marked, and recounts the ledger. Later rounds look only into
-directories whose mtime changed, which is how objects that other processes made or evicted become known. Data
-files are not opened, but those with bytes to give back.
+directories whose mtime changed, which is how objects that other processes made or evicted become known, and there
+at what is not known to be complete: eviction looks again before it unlinks. Data files are not opened, but those
+with bytes to give back.
 """
 
 from __future__ import annotations
@@ -142,8 +143,8 @@ class Scanner:
             self._health.failed(error)
 
     def refresh(self, *, everything: bool = False) -> int | None:
-        """Look at the directories that changed, or at all of them; returns the bytes stored in those looked
-        at, None if it was cut short."""
+        """Look at what is new in the directories that changed, or at everything; returns the bytes stored in what was
+        looked at, None if it was cut short."""
         total = 0
         with self._refreshing:
             seen: set[str] = set()
@@ -178,6 +179,9 @@ class Scanner:
                 return None
             if _OBJECT_ID.fullmatch(text):
                 whole = f"{text}.data" in names and f"{text}.blocks" in names and f"{text}.new" not in names
+                record = None if trim or not whole else self._records.get(ObjectId(text))
+                if record is not None and record.complete:
+                    continue
                 total += self._look(ObjectId(text), whole, trim)
         self._drop(known - ids)
         return total

@@ -60,7 +60,7 @@ class Store:
         self.directory = Path(directory)
         self.block_size = block_size
         self.verify_mode = verify
-        self.is_spare: Callable[[ObjectId], bool] = lambda _: False
+        self.is_spare: Callable[[ObjectId], bool] | None = None
         """What goes first when there is no room: what is elsewhere, too. From any thread, often: has to be quick."""
         if limit <= 0 or free_floor < 0 or block_size <= 0:
             raise ConfigError(f"cache directory {directory}: cache_size and block_size must be above 0")
@@ -166,12 +166,12 @@ class Store:
         """Evict at least `nbytes`, as the policy says. Returns the bytes freed: 0, and nothing evicted, if
         that can't be reached, but `partly` is content with what there is."""
         self._scanner.loaded.wait(_WAIT)
-        if self._records.evictable_bytes(self._evictable) < nbytes:
+        if not self._records.can_free(nbytes, self._evictable):
             self._scanner.refresh()
-            if self._records.evictable_bytes(self._evictable) < nbytes and not partly:
+            if not self._records.can_free(nbytes, self._evictable) and not partly:
                 return 0
         freed = 0
-        for evictable in (self._spare, self._evictable):
+        for evictable in (self._spare, self._evictable) if self.is_spare is not None else (self._evictable,):
             for object_id in self._records.victims(evictable):
                 freed += self._evict_one(object_id, forced=False)
                 if freed >= nbytes:
@@ -179,7 +179,7 @@ class Store:
         return freed
 
     def _spare(self, object_id: ObjectId) -> bool:
-        return self.is_spare(object_id) and self._evictable(object_id)
+        return self.is_spare is not None and self.is_spare(object_id) and self._evictable(object_id)
 
     def _evictable(self, object_id: ObjectId) -> bool:
         record = self._records.get(object_id)

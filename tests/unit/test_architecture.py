@@ -41,13 +41,16 @@ PURE = (
     "fusecache/config",
     "fusecache/store/format.py",
     "fusecache/store/eviction.py",
+    "fusecache/loader/companions.py",
     "fusecache/loader/formats.py",
     "fusecache/loader/plan.py",
     "fusecache/loader/recorder.py",
     "fusecache/loader/recording.py",
     "fusecache/peers/placement.py",
+    "fusecache/telemetry/trace.py",
     "mount/nodeids.py",
     "mount/protocol.py",
+    "mount/requests.py",
 )
 IMPURE_LIBRARIES = {"trio", "fsspec", "pyfuse3", "obstore", "s3fs", "gcsfs"}
 

@@ -35,7 +35,49 @@ async def hang(request: dict[str, Any]) -> object:
     await trio.sleep_forever()
 
 
-HANDLERS: dict[str, control.Handler] = {"echo": echo, "refuse": refuse, "crash": crash, "hang": hang}
+class Numbers:
+    """Counts until it is told to stop."""
+
+    def __init__(self, step: float = 0.001, size: int = 0) -> None:
+        self.step = step
+        self.padding = "x" * size
+        self.told = 0
+        self.closed = 0
+
+    async def next(self, stop: trio.Event) -> object | None:
+        if stop.is_set():
+            return None
+        await trio.sleep(self.step)
+        self.told += 1
+        if self.padding == "fail":
+            raise RuntimeError("secret internals")
+        return [self.told, self.padding]
+
+    def result(self) -> object:
+        return {"told": self.told}
+
+    async def close(self) -> None:
+        await trio.sleep(0.001)
+        self.closed += 1
+
+
+STREAMS: list[Numbers] = []
+
+
+async def count(request: dict[str, Any]) -> object:
+    STREAMS.append(Numbers(size=int(request.get("size", 0))))
+    if request.get("fail"):
+        STREAMS[-1].padding = "fail"
+    return STREAMS[-1]
+
+
+HANDLERS: dict[str, control.Handler] = {
+    "echo": echo,
+    "refuse": refuse,
+    "crash": crash,
+    "hang": hang,
+    "count": count,
+}
 
 
 @asynccontextmanager
@@ -192,3 +234,107 @@ def test_a_stuck_daemon(tmp_path: Path) -> None:
         listening.listen()
         with pytest.raises(DaemonUnreachableError, match=r"within 0\.05 s"):
             control.call(path, "status", timeout=0.05)
+
+
+async def closed(stream: Numbers) -> None:
+    with trio.fail_after(10):
+        while not stream.closed:  # noqa: ASYNC110
+            await trio.sleep(0.005)
+    assert stream.closed == 1
+
+
+async def test_a_stream_goes_on_until_the_client_wants_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "control.sock"
+
+    def follow() -> tuple[list[Any], Any]:
+        found = []
+        with control.Following(path, "count") as following:
+            for item in following:
+                found.append(item[0])
+                if len(found) == 5:
+                    following.stop()
+            return found, following.result
+
+    async with served(path):
+        found, result = await trio.to_thread.run_sync(follow)
+        assert found == list(range(1, len(found) + 1))
+        assert len(found) >= 5
+        assert result == {"told": len(found)}
+        await closed(STREAMS[-1])
+
+
+async def test_a_connection_is_of_use_after_a_stream(tmp_path: Path) -> None:
+    path = tmp_path / "control.sock"
+    async with served(path):
+        stream = await trio.open_unix_socket(str(path))
+        async with stream:
+            await stream.send_all(b'{"op": "count"}\n')
+            received = b""
+            while b"item" not in received:
+                received += await stream.receive_some()
+            await stream.send_all(b"{}\n")
+            while b"result" not in received:
+                received += await stream.receive_some()
+            await stream.send_all(b'{"op": "echo", "value": 3}\n')
+            assert json.loads(await stream.receive_some()) == {"ok": True, "result": 3}
+
+
+async def test_a_client_that_goes_away_ends_its_stream(tmp_path: Path) -> None:
+    path = tmp_path / "control.sock"
+    async with served(path):
+        stream = await trio.open_unix_socket(str(path))
+        await stream.send_all(b'{"op": "count"}\n')
+        assert await stream.receive_some()
+        await stream.aclose()
+        await closed(STREAMS[-1])
+        assert await ask(path, "echo", value=1) == 1
+
+
+async def test_a_client_that_takes_nothing_ends_its_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "STREAM_TIMEOUT", 0.05)
+    path = tmp_path / "control.sock"
+    async with served(path):
+        stream = await trio.open_unix_socket(str(path))
+        async with stream:
+            await stream.send_all(b'{"op": "count", "size": 4000000}\n')
+            with trio.fail_after(10):
+                while not STREAMS or STREAMS[-1].padding != "x" * 4_000_000:  # noqa: ASYNC110
+                    await trio.sleep(0.005)
+            await closed(STREAMS[-1])
+
+
+async def test_a_stream_that_fails_ends_the_connection_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "control.sock"
+    async with served(path):
+        answer = await exchange(path, b'{"op": "count", "fail": true}\n')
+        assert answer == b""
+        await closed(STREAMS[-1])
+        assert "a stream failed" in caplog.text
+        caplog.clear()
+        assert await ask(path, "echo", value=1) == 1
+
+
+async def test_call_wants_one_answer(tmp_path: Path) -> None:
+    path = tmp_path / "control.sock"
+    async with served(path):
+        with pytest.raises(ControlError, match="stream"):
+            await ask(path, "count")
+        await closed(STREAMS[-1])
+
+
+async def test_nobody_answers_who_follows(tmp_path: Path) -> None:
+    with pytest.raises(DaemonUnreachableError, match="no daemon listens"):
+        control.Following(tmp_path / "control.sock", "count")
+    path = tmp_path / "control.sock"
+    async with served(path):
+
+        def follow() -> None:
+            with control.Following(path, "refuse") as following:
+                list(following)
+
+        with pytest.raises(ControlError, match="not today"):
+            await trio.to_thread.run_sync(follow)

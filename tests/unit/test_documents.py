@@ -24,6 +24,7 @@ DOCUMENTS = (
     "docs/ENGINES.md",
     "docs/OPTIONS.md",
     "docs/PROTOCOL.md",
+    "docs/TRACE.md",
 )
 _LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -90,6 +91,7 @@ def test_every_command_is_accepted() -> None:
         "evict",
         "refresh",
         "peers",
+        "trace",
     } <= seen
 
 

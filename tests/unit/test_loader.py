@@ -226,13 +226,13 @@ def test_the_following_shards_are_fetched_in_the_order_of_the_index(make: Make) 
 
 
 def test_the_budget_bounds_what_is_fetched_ahead(make: Make) -> None:
-    shards = [version(f"m-{n}.safetensors", 2 * BLOCK) for n in range(5)]
+    shards = [version(f"m-{n}-of-5.safetensors", 2 * BLOCK) for n in range(5)]
     bench = make(*shards, budget=5 * BLOCK)
     load = bench.loader.open(shards[0], "")
     bench.loader.read(load, 0, 1)
     for number in range(3):
-        bench.library.wait(f"m-{number}.safetensors")
-    assert {key for key, _, _ in bench.origin.reads} == {f"m-{n}.safetensors" for n in range(3)}
+        bench.library.wait(f"m-{number}-of-5.safetensors")
+    assert {key for key, _, _ in bench.origin.reads} == {f"m-{n}-of-5.safetensors" for n in range(3)}
     bench.loader.release(load)
 
 

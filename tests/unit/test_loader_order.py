@@ -78,3 +78,33 @@ def test_the_pace_is_that_of_the_last_second() -> None:
     assert pace.per_second(10.5) == 1000.0
     assert pace.per_second(11.45) is None
     assert pace.per_second(20.0) is None
+
+
+def test_a_small_file_is_fetched_by_all_of_the_crew_unless_there_are_others(tmp_path: Path) -> None:
+    block = 1 << 20
+    files = [version(f"{n}.dat", 10 * block) for n in range(9)]
+    origin, library = ScriptedOrigin(files), Recorder(files)
+    settings = LoaderSettings(concurrency=16, range_bytes=16 * block)
+    with (
+        Store(tmp_path / "c", limit=1 << 30, free_floor=0, block_size=block) as store,
+        Loader(store, {"": origin}, library, settings) as loader,
+    ):
+        alone = loader.open(files[0], "")
+        loader.hurry(alone)
+        library.wait(files[0].key)
+        loader.release(alone)
+        assert sorted(origin.reads) == [(files[0].key, n * 2 * block, 2 * block) for n in range(5)]
+        origin.reads.clear()
+        step = Step()
+        origin.gate = step.hold_from(0)
+        loads = [loader.open(file, "") for file in files]
+        for load in loads[1:]:
+            loader.hurry(load)
+        assert step.arrived()
+        step.open()
+        for file in files[1:]:
+            library.wait(file.key)
+        for load in loads:
+            loader.release(load)
+        requests = {file.key: sum(key == file.key for key, _, _ in origin.reads) for file in files[1:]}
+        assert min(requests.values()) < 5

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 
+from fusecache.loader.alongside import Alongside, files_along
+from fusecache.loader.companions import companions
 from fusecache.loader.plan import following, index_for, index_order, is_config, is_shard, natural_key
+from fusecache.types import ObjectVersion
+from tests.support.scripted import version
 
 NAMES = [f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
 
@@ -85,3 +89,90 @@ def test_a_config_of_one_file_or_another_kind_leads_to_it() -> None:
 
 def test_a_config_beside_files_of_other_names_leads_nowhere() -> None:
     assert following("config.json", ["unet.safetensors", "unet.fp16.safetensors", "a.gguf", "b.pth"]) == []
+
+
+def test_only_names_that_say_so_are_shards_of_one_model() -> None:
+    adapters = [f"adapter-{n:04d}.safetensors" for n in range(5000)]
+    assert following(adapters[7], adapters) == []
+    both = [*NAMES, "consolidated.safetensors", "model-00001-of-00002.safetensors", "lora.safetensors"]
+    assert following(NAMES[0], both) == NAMES[1:]
+    assert following("consolidated.safetensors", both) == []
+    for name in ("consolidated.{}.pth", "model-rank-{}-part-0.safetensors", "rank{}.safetensors", "model-{}.bin",
+                 "pytorch_model-{}-of-4.bin", "llama-q4-{}-of-4.gguf"):  # fmt: skip
+        shards = [name.format(n) for n in range(4)]
+        assert following(shards[1], [*shards, *adapters]) == [*shards[2:], shards[0]]
+    for name in (
+        "lora_{}.safetensors",
+        "{}.safetensors",
+        "checkpoint-{}.pt",
+        "llama-q{}.gguf",
+        "v{}-model.bin",
+    ):
+        others = [name.format(n) for n in range(4)]
+        assert following(others[1], others) == []
+
+
+def test_the_files_of_an_adapter_belong_together() -> None:
+    sizes = {"adapter_config.json": 600, "adapter_model.safetensors": 40 << 20, "adapter_model.bin": 40 << 20,
+             "README.md": 5000}  # fmt: skip
+    assert companions("adapter_config.json", sizes) == ["adapter_model.safetensors"]
+    assert companions("README.md", sizes) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert companions("adapter_model.safetensors", sizes) == ["adapter_config.json"]
+    assert companions("adapter_config.json", sizes | {"new_embeddings.bin": 9}) == [
+        "adapter_model.safetensors", "new_embeddings.bin",
+    ]  # fmt: skip
+    assert companions("adapter_config.json", sizes | {"adapter_model.safetensors": 2 << 30}) == []
+
+
+def test_small_weights_come_along_if_it_is_clear_which() -> None:
+    sizes = {"config.json": 600, "model.safetensors": 20 << 20, "tokenizer.json": 2 << 20}
+    assert companions("tokenizer.json", sizes) == ["model.safetensors"]
+    assert companions("config.json", sizes) == []  # following() says more about that one
+    assert companions("model.safetensors", sizes) == []
+    assert companions("tokenizer.json", sizes | {"model.safetensors": 200 << 20}) == []
+    assert companions("tokenizer.json", sizes | {"other.safetensors": 1}) == []
+    assert companions("a.txt", {"a.txt": 1, "b.txt": 2}) == []
+
+
+def test_a_folder_of_very_many_files_is_no_adapter() -> None:
+    files = [version("flat/adapter_config.json", 1), version("flat/adapter_model.bin", 1)]
+    assert files_along(files[0], files) == files[1:]
+    elsewhere = version("adapter_model.bin", 1)
+    assert files_along(files[0], [files[0], elsewhere]) == []
+    assert files_along(files[0], [*files, *(version(f"flat/{n}", 1) for n in range(5000))]) == []
+
+
+class Folders:
+    """A library of folders with an adapter each."""
+
+    def siblings(self, found: ObjectVersion) -> list[ObjectVersion]:
+        folder = found.key.rpartition("/")[0]
+        return [version(f"{folder}/adapter_config.json", 1), version(f"{folder}/adapter_model.bin", 1)]
+
+    def completed(self, found: ObjectVersion) -> None: ...
+
+    def gone(self, found: ObjectVersion) -> None: ...
+
+
+def test_who_reads_the_configurations_of_all_adapters_loads_none() -> None:
+    begun: list[str] = []
+    along = Alongside(Folders(), lambda found, _source: begun.append(found.key))
+
+    def read(number: int, *names: str) -> None:
+        for name in names:
+            found = version(f"{number}/{name}", 1)
+            if along.due(found):
+                along.fetch(found, "")
+
+    for number in range(100):
+        read(number, "adapter_config.json")
+    assert begun == [f"{number}/adapter_model.bin" for number in range(32)]
+    for number in range(100):  # now they are loaded, by many workers that take turns
+        read(number, "adapter_model.bin")
+    begun.clear()
+    for number in range(200, 300):
+        read(number, "adapter_config.json", "adapter_model.bin")
+    assert len([key for key in begun if key.endswith("adapter_model.bin")]) == 100
+    begun.clear()
+    read(250, "adapter_config.json")
+    assert begun == []  # just looked

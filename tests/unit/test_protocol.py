@@ -124,3 +124,28 @@ def test_nodeids() -> None:
     assert not is_passthrough(5)
     assert inode_number(twin) == inode_number(5) == 5
     assert twin < 1 << 63
+
+
+def test_what_a_trace_has_the_kernel_forget() -> None:
+    entry = struct.pack("<QQQQII", 8, 0, 60, 50, 6, 5) + bytes(88)
+    for opcode in (protocol.LOOKUP, protocol.READDIRPLUS):
+        name = struct.pack("<QQII", 8, 1, 3, 8) + b"abc" + bytes(5) if opcode == protocol.READDIRPLUS else b""
+        reply = bytearray(protocol.OUT_HEADER.pack(0, 0, 1) + (entry + name) * (1 + bool(name)))
+        protocol.rewrite_uncached(reply, opcode)
+        for at in range(16, len(reply), len(entry + name)):
+            assert struct.unpack_from("<QQQQII", reply, at) == (8, 0, 0, 50, 0, 5)
+    opened = bytearray(protocol.OUT_HEADER.pack(32, 0, 1) + struct.pack("<QIi", 8, 0b1010, 3))
+    protocol.rewrite_uncached(opened, protocol.OPEN)
+    assert struct.unpack_from("<QIi", opened, 16) == (8, 0b1000, 3)
+    failed = bytearray(protocol.OUT_HEADER.pack(16, -2, 1) + entry)
+    assert bytes(failed[16:]) == entry
+    protocol.rewrite_uncached(failed, protocol.LOOKUP)
+    assert bytes(failed[16:]) == entry
+
+
+def test_an_entry_that_is_to_expire() -> None:
+    assert protocol.inval_entry(7, b"ab", expire=True) == (
+        struct.pack("<IiQ", 35, 3, 0) + struct.pack("<QII", 7, 2, 1) + b"ab\0"
+    )
+    assert protocol.can_expire(init_request(protocol.INIT_EXT, 1 << 3))
+    assert not protocol.can_expire(init_request(protocol.INIT_EXT, 0))

@@ -690,3 +690,34 @@ def test_others_that_fill_the_disk_make_objects_go_as_far_as_they_can(
     store._space.keep()
     assert {i.version.key for i in store.objects()} == {"open"}
     stored.close()
+
+
+def test_a_look_at_a_changed_directory_reads_only_what_is_not_known_to_be_complete(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, half = version("whole"), version("half")
+    for made, blocks in ((whole, None), (half, range(1))):
+        stored = store.open(made)
+        fill(stored, blocks)
+        stored.close()
+    assert store.wait_scanned(30)
+    read: list[str] = []
+    real = fs.summarize
+    monkeypatch.setattr(fs, "summarize", lambda layout, name: (read.append(name), real(layout, name))[1])
+    store._scanner._mtimes.clear()
+    store._scanner.refresh()
+    assert half.id in read
+    assert whole.id not in read
+    store._scanner.refresh(everything=True)
+    assert whole.id in read
+
+
+def test_whether_enough_can_be_evicted_is_known_without_looking_at_everything(store: Store) -> None:
+    for number in range(20):
+        stored = store.open(version(f"v{number}"))
+        fill(stored)
+        stored.close()
+    asked: list[object] = []
+    assert store._records.can_free(2 * BLOCK, lambda name: not asked.append(name))
+    assert len(asked) == 1
+    assert not store._records.can_free(1 << 40, lambda name: True)

@@ -143,3 +143,26 @@ def test_a_walk_offers_each_object_once_whatever_happened_before(
     assert policy._small_bytes + policy._main_bytes == sum(model.values())
     offered = list(policy.victims(lambda _: True))
     assert sorted(offered) == sorted(model)
+
+
+def test_a_walk_looks_at_no_more_than_it_needs() -> None:
+    policy = S3Fifo()
+    for name in range(10_000):
+        policy.add(oid(name), 1)
+    asked = []
+    walk = policy.victims(lambda name: not asked.append(name))
+    first = [next(walk) for _ in range(3)]
+    assert first == [oid(0), oid(1), oid(2)]
+    assert len(asked) < 20
+
+
+def test_what_becomes_used_during_a_walk_stays() -> None:
+    policy = S3Fifo()
+    for name in range(4):
+        policy.add(oid(name), 1)
+    used: set[ObjectId] = set()
+    walk = policy.victims(lambda name: name not in used)
+    assert next(walk) == oid(0)
+    policy.remove(oid(0))
+    used.add(oid(1))
+    assert next(walk) == oid(2)
