@@ -1,8 +1,10 @@
 """The node's block store: sparse files, block checksums, space accounting, eviction, pins."""
 
+from fusecache.store.format import Mark
 from fusecache.store.info import ObjectInfo, StoreUsage
 from fusecache.store.locks import Claim
 from fusecache.store.object import StoredObject
+from fusecache.store.seals import Seals
 from fusecache.store.store import Store
 
-__all__ = ["Claim", "ObjectInfo", "Store", "StoreUsage", "StoredObject"]
+__all__ = ["Claim", "Mark", "ObjectInfo", "Seals", "Store", "StoreUsage", "StoredObject"]
