@@ -28,10 +28,11 @@ import pyfuse3
 import trio
 
 from fusecache import control
+from fusecache.attest import UNSIGNED, Digests, Inspector, Key, is_manifest
 from fusecache.catalog import Catalog, CatalogSource
 from fusecache.cluster import Cluster
 from fusecache.config import MountConfig
-from fusecache.errors import FusecacheError
+from fusecache.errors import ConfigError, FusecacheError
 from fusecache.loader import Loader, LoaderSettings
 from fusecache.mount import mounting, protocol
 from fusecache.mount.channel import Channel
@@ -41,7 +42,7 @@ from fusecache.mount.operations import AttributePolicy, Operations
 from fusecache.mount.service import Facts, Service
 from fusecache.mounts import SOCKET_NAME, mount_directory
 from fusecache.origin import Origin, open_origin
-from fusecache.store import Store
+from fusecache.store import Seals, Store
 from fusecache.telemetry.logs import configure_logging
 from fusecache.telemetry.metrics import StatusCollector
 from fusecache.telemetry.server import MetricsServer, metrics_page
@@ -84,6 +85,7 @@ class Library:
 
     def __init__(self, catalog: Catalog, sources: Mapping[str, str]) -> None:
         self.handles: Handles | None = None
+        self.loader: Loader | None = None
         self._catalog = catalog
         self._sources = sources
         """Identity of an origin -> name of its source."""
@@ -98,6 +100,21 @@ class Library:
         if entry is None:
             return [version]
         return [other.version for other in self._catalog.siblings(entry) if other.version is not None]
+
+    def find(self, version: ObjectVersion, key: str) -> ObjectVersion | None:
+        """See attest.Digests: another object of the same source."""
+        source = self._sources.get(version.origin, "")
+        entry = self._catalog.find(f"{source}/{key}" if source else key)
+        return None if entry is None else entry.version
+
+    def read(self, version: ObjectVersion, source: str) -> bytes:
+        """See attest.Digests: all of an object, by way of the store."""
+        assert self.loader is not None
+        load = self.loader.open(version, source)
+        try:
+            return self.loader.read(load, 0, version.size)
+        finally:
+            self.loader.release(load)
 
     def completed(self, version: ObjectVersion) -> None:
         """See loader.Library."""
@@ -166,7 +183,8 @@ def _rooms(config: MountConfig, inherited: Inherited) -> Iterator[tuple[dict[str
                 limit=config.cache_limit(),
                 free_floor=config.free_floor_bytes(),
                 block_size=config.block_size,
-                verify=config.verify,
+                verify=config.store_verify(),
+                seals=None if config.verify != "manifest" else Seals(_anchor(config), is_manifest),
             )
         )
         yield origins, store
@@ -196,10 +214,14 @@ async def _serve(config: MountConfig, inherited: Inherited, facts: Facts) -> int
             budget=int(config.cache_limit() * _BUDGET_SHARE) if budget is None else budget,
         )
         cluster = _cluster(config, store, origins)
+        inspector = _inspector(config, library, origins)
         supplier = cluster.exchange if cluster is not None else None
         journal = Journal(directory / "open", fresh=inherited.replay is None)
         upgrade = False
-        with Loader(store, origins, library, settings, supplier) as loader:
+        with Loader(store, origins, library, settings, supplier, inspector) as loader:
+            library.loader = loader
+            if inspector is not None:
+                inspector.start(loader)
             passthrough = _passthrough(config, inherited)
             handles = Handles(
                 catalog,
@@ -209,6 +231,7 @@ async def _serve(config: MountConfig, inherited: Inherited, facts: Facts) -> int
                 device=inherited.device,
                 passthrough=passthrough,
                 open_wait=config.open_wait if config.prefetch == "auto" else 0.0,
+                inspector=inspector,
             )
             library.handles = handles
             token = trio.lowlevel.current_trio_token()
@@ -253,11 +276,14 @@ async def _serve(config: MountConfig, inherited: Inherited, facts: Facts) -> int
                 handles=handles,
                 channel=channel,
                 cluster=cluster,
+                inspector=inspector,
             )
             handles.start()
             try:
                 upgrade = await _run(config, inherited, service, channel, handles, directory, cluster, loader)
             finally:
+                if inspector is not None:
+                    inspector.close()
                 if not upgrade:
                     handles.close()
                     channel.close()
@@ -311,6 +337,32 @@ async def _run(
             await pyfuse3.main(max_tasks=_TASKS)
             nursery.cancel_scope.cancel()
     return upgrade
+
+
+def _key(config: MountConfig) -> Key | None:
+    if config.manifest_key is None:
+        return None
+    try:
+        return Key(config.manifest_key.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"manifest_key {config.manifest_key}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"manifest_key {config.manifest_key} {error}") from None
+
+
+def _anchor(config: MountConfig) -> bytes:
+    key = _key(config)
+    return UNSIGNED if key is None else key.anchor
+
+
+def _inspector(config: MountConfig, library: Library, origins: Mapping[str, Origin]) -> Inspector | None:
+    if config.verify != "manifest":
+        return None
+
+    def ask(version: ObjectVersion, source: str) -> bytes | None:
+        return origins[source].sha256(version)
+
+    return Inspector(Digests(library.find, library.read, ask, _key(config)))
 
 
 def _cluster(config: MountConfig, store: Store, origins: Mapping[str, Origin]) -> Cluster | None:

@@ -11,15 +11,16 @@ from typing import Any
 
 import trio
 
+from fusecache.attest import Inspector
 from fusecache.catalog import Catalog, Entry
 from fusecache.cluster import Cluster
 from fusecache.config import MountConfig
-from fusecache.errors import ConfigError, FusecacheError, NotFoundError
+from fusecache.errors import AttestationError, ConfigError, FusecacheError, NotFoundError
 from fusecache.loader import Loader
 from fusecache.mount.channel import Channel
 from fusecache.mount.handles import Handles
 from fusecache.origin import Origin
-from fusecache.store import Store
+from fusecache.store import Mark, Store
 from fusecache.types import ObjectId, ObjectVersion
 
 _DRAIN = 10.0
@@ -50,6 +51,7 @@ class Service:
         handles: Handles,
         channel: Channel,
         cluster: Cluster | None = None,
+        inspector: Inspector | None = None,
     ) -> None:
         self._config = config
         self._facts = facts
@@ -60,6 +62,7 @@ class Service:
         self._handles = handles
         self._channel = channel
         self._cluster = cluster
+        self._inspector = inspector
 
     @property
     def handlers(self) -> Mapping[str, Callable[[dict[str, Any]], Awaitable[object]]]:
@@ -109,6 +112,7 @@ class Service:
                 "objects_complete": usage.objects_complete,
                 "objects_partial": usage.objects_partial,
                 "evictions": usage.evictions,
+                "objects_quarantined": usage.objects_quarantined,
                 "corrupt_blocks": usage.corrupt_blocks,
                 "sick": usage.sick,
             },
@@ -123,6 +127,7 @@ class Service:
                 "flights_failed": self._loader.stats.flights_failed,
                 "bytes_uncached": self._loader.stats.bytes_uncached,
             },
+            **({"manifest": vars(self._inspector.stats)} if self._inspector is not None else {}),
             **({"peers": self._cluster.counters()} if self._cluster is not None else {}),
             "reads": {"answered": reads.reads, "waited_bytes": reads.bytes_fetched, "failed": reads.errors},
             "errors": {"reads": reads.errors},
@@ -161,6 +166,7 @@ class Service:
                 "pinned": info.pinned,
                 "last_use": info.last_use,
                 "id": info.id,
+                "mark": info.mark.name.lower(),
             }
             for info in infos
         ]
@@ -209,11 +215,17 @@ class Service:
         files = self._files(request)
 
         def work() -> dict[str, int]:
-            present = {info.id: info.present_bytes for info in self._store.objects()}
+            infos = self._store.objects()
+            present = {info.id: info.present_bytes for info in infos}
+            shut = {info.id for info in infos if info.mark is Mark.QUARANTINED} if self._inspector else set()
             missing = [
                 (version, source) for version, source in files if present.get(version.id, 0) < version.size
             ]
-            self._loader.want(missing)
+            self._loader.want(each for each in missing if each[0].id not in shut)
+            if missing and all(version.id in shut for version, _ in missing):
+                raise AttestationError(
+                    f"{missing[0][0].key} is in quarantine: it is not what its manifest says, see the log"
+                )
             done = sum(min(present.get(version.id, 0), version.size) for version, _ in files)
             return {"done": done, "total": sum(version.size for version, _ in files), "files": len(files)}
 
@@ -221,6 +233,8 @@ class Service:
 
     async def _refresh(self, request: dict[str, Any]) -> object:
         await self._catalog.refresh()
+        if self._inspector is not None:
+            self._inspector.forget()
         return {"files": self._catalog.totals[0]}
 
     async def _drain(self, request: dict[str, Any]) -> object:

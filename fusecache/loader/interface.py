@@ -11,6 +11,7 @@ from fusecache.types import ObjectVersion
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from fusecache.loader.load import ObjectLoad
     from fusecache.origin import Origin
 
 
@@ -37,6 +38,13 @@ class Library(Protocol):
 
     def gone(self, version: ObjectVersion) -> None:
         """The origin does not have this version any more."""
+
+
+class Inspector(Protocol):
+    """Who vouches for sealed objects (see store.seals), or does not."""
+
+    def look(self, load: ObjectLoad) -> None:
+        """More of a sealed object landed. Quick; `Loader.looked` is called once for it, later, from another thread."""
 
 
 @dataclass

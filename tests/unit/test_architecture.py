@@ -25,12 +25,24 @@ ALLOWED: dict[str, set[str]] = {
     "origin": GROUND,
     "catalog": GROUND,
     "loader": GROUND | {"store", "origin", "catalog"},
+    "attest": GROUND | {"store", "loader"},
     "peers": GROUND,
     "cluster": GROUND | {"store", "origin", "loader", "peers"},
     "cli": GROUND
     | {"mounts", "control", "telemetry", "store", "origin", "catalog", "loader", "peers", "cluster", "cli"},
     "mount": GROUND
-    | {"mounts", "control", "telemetry", "store", "origin", "catalog", "loader", "peers", "cluster"},
+    | {
+        "mounts",
+        "control",
+        "telemetry",
+        "store",
+        "origin",
+        "catalog",
+        "loader",
+        "attest",
+        "peers",
+        "cluster",
+    },
 }
 """Room -> rooms that it may import, besides itself. '' is the package itself, which holds the version only."""
 
@@ -42,6 +54,9 @@ PURE = (
     "fusecache/store/format.py",
     "fusecache/store/eviction.py",
     "fusecache/loader/plan.py",
+    "fusecache/attest/sums.py",
+    "fusecache/attest/signing.py",
+    "fusecache/attest/manifests.py",
     "fusecache/peers/placement.py",
     "mount/nodeids.py",
     "mount/protocol.py",
