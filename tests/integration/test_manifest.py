@@ -133,7 +133,10 @@ def test_what_a_manifest_says_is_shown_and_nothing_else(
     assert told["cache"]["objects_quarantined"] == 1
     assert told["manifest"]["quarantined"] == 1
     if told["mode"]["now"] == "passthrough":
-        assert told["opens"] == {"passthrough": 2, "daemon": 0}  # the shard, and the sums, which the daemon read
+        assert told["opens"] == {
+            "passthrough": 2,
+            "daemon": 0,
+        }  # the shard, and the sums, which the daemon read
     assert "1 files are not what their manifest says" in mount.command("status", str(mount.path)).stdout
     assert "quarantined" in mount.command("ls", str(mount.path)).stdout
     said = [line for line in log(tmp_path).splitlines() if f"m/{BAD} is not what m/SHA256SUMS says" in line]
@@ -274,10 +277,10 @@ def test_nobody_gets_a_byte_before_the_last_one_came(
 
 
 def test_open_files_go_on_through_a_restart(
-    model: S3Bucket, environment: dict[str, str], tmp_path: Path, stack: ExitStack
+    model: S3Bucket, s3_server: S3Server, tmp_path: Path, stack: ExitStack
 ) -> None:
     mount = stack.enter_context(
-        mounted(model.url, tmp_path, env=environment, verify="manifest", passthrough="off")
+        mounted(model.url, tmp_path, env=s3_environment(s3_server), verify="manifest", passthrough="off")
     )
     with (mount.path / "m" / GOOD).open("rb") as file:
         check(file.read(1000), GOOD, 1)
