@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from fusecache.errors import FusecacheError, StoreError
+from fusecache.errors import AttestationError, FusecacheError, StoreError
 from fusecache.loader.board import Board
 from fusecache.loader.interface import Inspector
 from fusecache.loader.load import ObjectLoad
@@ -42,6 +42,12 @@ class Gate:
         self._patience = patience
         self._completed = completed
         self._closable = closable
+
+    def meet(self, load: ObjectLoad) -> None:
+        """A new load: one that is in quarantine is not fetched."""
+        if load.stored.quarantined is not None:
+            text = f"{load.version.key} is in quarantine: it is not what its manifest says"
+            load.gone = AttestationError(text)
 
     def shall_look(self, load: ObjectLoad) -> bool:
         """Under the lock; to be followed by `look` without it."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fusecache.blocks import block_bytes
-from fusecache.errors import AttestationError, FusecacheError
+from fusecache.errors import FusecacheError
 from fusecache.loader.interface import Route
 from fusecache.loader.waiters import Waiter
 from fusecache.store import StoredObject
@@ -57,8 +57,6 @@ class ObjectLoad:
         self.being_read = False
         """Somebody reads it through the daemon, piece by piece."""
         self.gone: FusecacheError | None = None
-        if stored.quarantined is not None:
-            self.gone = AttestationError(f"{version.key} is in quarantine: it is not what its manifest says")
         """This version can't be had any more: what is missing stays missing."""
         self.failures = 0
         self.resting_until = 0.0

@@ -162,6 +162,7 @@ class Loader:
                 return load
         stored = self.store.open(version)
         fresh = ObjectLoad(version, source, stored)
+        self.gate.meet(fresh)
         fresh.follow(self._supplier.route(version, stored.block_size))
         with self._lock:
             load = self._loads.get(version.id)
