@@ -301,6 +301,8 @@ def test_an_outage_is_told_and_the_next_open_tries_again(make: Make) -> None:
     bench.origin.gate = down
     with pytest.raises(UnavailableError):
         bench.open()
+    stats = bench.loader.stats
+    wait_until(lambda: stats.flights_failed == stats.flights, "the last flight to fail", WAIT)
     bench.origin.gate = lambda _version, _offset: None
     load = bench.open()
     assert load.stored.ready
