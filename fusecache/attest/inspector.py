@@ -189,6 +189,8 @@ class Inspector:
             mismatch = AttestationError(_mismatch(version, expected, found))
             self._tell(version, mismatch)
             raise mismatch
+        if stored.quarantined is not None:  # another process put it there meanwhile
+            stored.lift()
         stored.attest(found)
         if stored.sealed:
             return False

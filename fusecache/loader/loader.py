@@ -268,7 +268,8 @@ class Loader:
             load, offset, length, missing=missing, since=now, deadline=deadline, settled=settled, **more
         )
         self._waiters.add(waiter)
-        if load.wait(waiter) and self._board.activate(load):
+        if load.wait(waiter):
+            self._board.activate(load)
             self._crew.call_all()
         self._call_for(load, waiter.missing)
         if len(self._waiters) == 1:

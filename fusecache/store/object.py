@@ -248,12 +248,13 @@ class StoredObject:
             self.quarantined = sha256
             if files is None or shared.seals is None or self.retired:
                 return
+            seal = Seal(Mark.QUARANTINED, sha256, shared.seals.anchor)
             try:
-                self._retire(files)
-                seal = Seal(Mark.QUARANTINED, sha256, shared.seals.anchor)
-                put_into_quarantine(shared.layout, shared.ledger, self.version, files.header, seal)
+                put_into_quarantine(shared.layout, shared.ledger, self.version, files, seal)
             except OSError as error:
                 shared.health.failed(error)
+            # only now: from here on the version is opened anew, and the mark has to be there
+            self.retired = True
         shared.quarantined(self)
 
     def lift(self) -> None:

@@ -35,14 +35,16 @@ class Seals:
 
 
 def put_into_quarantine(
-    layout: Layout, ledger: Ledger, version: ObjectVersion, header: format.Header, seal: Seal
+    layout: Layout, ledger: Ledger, version: ObjectVersion, files: ObjectFiles, seal: Seal
 ) -> None:
-    """In the place of an object that was given up, put one that has nothing but the mark; unless another process did,
-    or filled it anew. Raises OSError."""
+    """In the place of these files put some that have nothing but the mark; unless another process did, or made new
+    ones. Who has the old ones open keeps them. Raises OSError."""
     with layout.exclusive() as locked:
-        if not locked or layout.data_path(version.id).exists():
+        if not locked or not files.at(layout.data_path(version.id)):
             return
-        overhead = format.overhead(header)
+        header, overhead = files.header, format.overhead(files.header)
+        fs.discard(layout, version.id)
+        ledger.evict(files.present_bytes() + overhead)
         ledger.commit(overhead, 0)
         try:
             fs.create(layout, version, header, bytes(16), seal).close()
