@@ -62,6 +62,10 @@ class StoreFullError(StoreError):
     """No space can be reserved, also after eviction."""
 
 
+class AttestationError(FusecacheError):
+    """The bytes are not what their manifest says, or no manifest speaks of them (verify=manifest)."""
+
+
 class CancelledReadError(FusecacheError):
     """The reader went away (interrupt, release, shutdown) before its bytes came."""
 

@@ -53,6 +53,9 @@ class OpenFiles(Protocol):
     def backing_id(self, nodeid: int) -> int:
         """The passthrough backing of this nodeid, 0 for none."""
 
+    def at_gate(self, nodeid: int) -> bool:
+        """Whether opens of this nodeid wait until somebody vouches for the file, which may take as long as a fetch."""
+
     def release(self, nodeid: int) -> None:
         """One open less: it was closed, or never reached the kernel. Does not block."""
 
@@ -102,6 +105,8 @@ class Channel:
         self._on_end = on_end
         self._pending: dict[int, tuple[int, int, int]] = {}
         """unique -> descriptor, opcode, nodeid of what pyfuse3 has to answer. Single dict operations only."""
+        self._given_up: set[int] = set()
+        """unique of OPENs that were interrupted, and answered, while pyfuse3 still has them. Single operations only."""
         self._waiting: dict[int, tuple[int, Waiter | None]] = {}
         """unique -> descriptor, waiter of READs that wait for the loader. Single dict operations only."""
         self._init_request = b""
@@ -267,9 +272,21 @@ class Channel:
             if self._loader.cancel(found[1]):
                 self._waiting.pop(target, None)
                 self._fail(found[0], target, errno.EINTR)
-        elif target not in self._pending:
+        elif (pending := self._pending.get(target)) is not None:
+            self._interrupt_open(target, *pending)
+        else:
             # the READ is just being taken up or answered in another thread: ask again
             self._write(descriptor, protocol.error_reply(unique, errno.EAGAIN))
+
+    def _interrupt_open(self, unique: int, descriptor: int, opcode: int, nodeid: int) -> None:
+        """Let go of who waits for an open that may take long. What pyfuse3 answers later is for nobody (see `_reply`);
+        when it answers just now, the kernel takes the first answer, and the other one fails with ENOENT."""
+        if opcode != protocol.OPEN or not self._files.at_gate(nodeid):
+            return
+        self._given_up.add(unique)
+        self._write(descriptor, protocol.error_reply(unique, errno.EINTR))
+        if unique not in self._pending:
+            self._given_up.discard(unique)
 
     # -- READ
 
@@ -416,6 +433,11 @@ class Channel:
     def _reply(self, reply: bytearray) -> None:
         _, status, unique = protocol.OUT_HEADER.unpack_from(reply)
         descriptor, opcode, nodeid = self._pending.pop(unique, (self._device, 0, 0))
+        if unique in self._given_up:
+            self._given_up.discard(unique)
+            if status == 0:
+                self._files.release(nodeid)
+            return
         if opcode == protocol.INIT:
             asked = self._passthrough and protocol.wants_passthrough(self._init_request)
             protocol.rewrite_init(reply, self._limits, passthrough=asked)

@@ -28,10 +28,11 @@ import pyfuse3
 import trio
 
 from fusecache import control
+from fusecache.attest import UNSIGNED, Digests, Inspector, Key, is_manifest
 from fusecache.catalog import Catalog, CatalogSource
 from fusecache.cluster import Cluster
 from fusecache.config import MountConfig
-from fusecache.errors import FusecacheError
+from fusecache.errors import ConfigError, FusecacheError
 from fusecache.loader import Loader, LoaderSettings
 from fusecache.mount import mounting, protocol
 from fusecache.mount.channel import Channel
@@ -42,7 +43,7 @@ from fusecache.mount.service import Facts, Service
 from fusecache.mount.tracing import Tracing
 from fusecache.mounts import SOCKET_NAME, mount_directory
 from fusecache.origin import Origin, open_origin
-from fusecache.store import Orders, Store
+from fusecache.store import Orders, Seals, Store
 from fusecache.telemetry.logs import configure_logging
 from fusecache.telemetry.metrics import StatusCollector
 from fusecache.telemetry.server import MetricsServer, metrics_page
@@ -85,6 +86,7 @@ class Library:
 
     def __init__(self, catalog: Catalog, sources: Mapping[str, str]) -> None:
         self.handles: Handles | None = None
+        self.loader: Loader | None = None
         self._catalog = catalog
         self._sources = sources
         """Identity of an origin -> name of its source."""
@@ -99,6 +101,21 @@ class Library:
         if entry is None:
             return [version]
         return [other.version for other in self._catalog.siblings(entry) if other.version is not None]
+
+    def find(self, version: ObjectVersion, key: str) -> ObjectVersion | None:
+        """See attest.Digests: another object of the same source."""
+        source = self._sources.get(version.origin, "")
+        entry = self._catalog.find(f"{source}/{key}" if source else key)
+        return None if entry is None else entry.version
+
+    def read(self, version: ObjectVersion, source: str) -> bytes:
+        """See attest.Digests: all of an object, by way of the store."""
+        assert self.loader is not None
+        load = self.loader.open(version, source)
+        try:
+            return self.loader.read(load, 0, version.size)
+        finally:
+            self.loader.release(load)
 
     def completed(self, version: ObjectVersion) -> None:
         """See loader.Library."""
@@ -167,7 +184,8 @@ def _rooms(config: MountConfig, inherited: Inherited) -> Iterator[tuple[dict[str
                 limit=config.cache_limit(),
                 free_floor=config.free_floor_bytes(),
                 block_size=config.block_size,
-                verify=config.verify,
+                verify=config.store_verify(),
+                seals=None if config.verify != "manifest" else Seals(_anchor(config), is_manifest),
             )
         )
         yield origins, store
@@ -199,12 +217,16 @@ async def _serve(config: MountConfig, inherited: Inherited, facts: Facts) -> int
             read_ahead=min(config.read_ahead, mounting.READ_AHEAD_LITTLE),
         )
         cluster = _cluster(config, store, origins)
+        inspector = _inspector(config, library, origins)
         supplier = cluster.exchange if cluster is not None else None
         journal = Journal(directory / "open", fresh=inherited.replay is None)
         upgrade = False
         orders = Orders(config.cache_dir)
         others = cluster.share(orders) if cluster is not None else None
-        with Loader(store, origins, library, settings, supplier, orders, others) as loader:
+        with Loader(store, origins, library, settings, supplier, orders, others, inspector) as loader:
+            library.loader = loader
+            if inspector is not None:
+                inspector.start(loader)
             passthrough = _passthrough(config, inherited)
             handles = Handles(
                 catalog,
@@ -215,6 +237,7 @@ async def _serve(config: MountConfig, inherited: Inherited, facts: Facts) -> int
                 passthrough=passthrough,
                 open_wait=config.open_wait if config.prefetch == "auto" else 0.0,
                 set_read_ahead=mounting.ReadAhead(config.mountpoint, config.read_ahead).set_little,
+                inspector=inspector,
             )
             library.handles = handles
             token = trio.lowlevel.current_trio_token()
@@ -261,11 +284,14 @@ async def _serve(config: MountConfig, inherited: Inherited, facts: Facts) -> int
                 tracing=Tracing(config, catalog, handles, channel, operations.absent),
                 cluster=cluster,
                 orders=orders,
+                inspector=inspector,
             )
             handles.start()
             try:
                 upgrade = await _run(config, inherited, service, channel, handles, directory, cluster, loader)
             finally:
+                if inspector is not None:
+                    inspector.close()
                 if not upgrade:
                     handles.close()
                     channel.close()
@@ -319,6 +345,32 @@ async def _run(
             await pyfuse3.main(max_tasks=_TASKS)
             nursery.cancel_scope.cancel()
     return upgrade
+
+
+def _key(config: MountConfig) -> Key | None:
+    if config.manifest_key is None:
+        return None
+    try:
+        return Key(config.manifest_key.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"manifest_key {config.manifest_key}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"manifest_key {config.manifest_key} {error}") from None
+
+
+def _anchor(config: MountConfig) -> bytes:
+    key = _key(config)
+    return UNSIGNED if key is None else key.anchor
+
+
+def _inspector(config: MountConfig, library: Library, origins: Mapping[str, Origin]) -> Inspector | None:
+    if config.verify != "manifest":
+        return None
+
+    def ask(version: ObjectVersion, source: str) -> bytes | None:
+        return origins[source].sha256(version)
+
+    return Inspector(Digests(library.find, library.read, ask, _key(config)))
 
 
 def _cluster(config: MountConfig, store: Store, origins: Mapping[str, Origin]) -> Cluster | None:

@@ -9,6 +9,7 @@ import errno
 
 from fusecache.errors import (
     AccessDeniedError,
+    AttestationError,
     CancelledReadError,
     NotFoundError,
     OriginError,
@@ -20,6 +21,7 @@ _TABLE: tuple[tuple[type[BaseException], int], ...] = (
     (NotFoundError, errno.ENOENT),
     (AccessDeniedError, errno.EACCES),
     (VersionChangedError, errno.ESTALE),
+    (AttestationError, errno.EBADMSG),
     (OriginError, errno.EIO),
     (CancelledReadError, errno.EINTR),
     (StoreError, errno.EIO),

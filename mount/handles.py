@@ -28,6 +28,7 @@ import struct
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +36,10 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from fusecache.attest import Inspector
 from fusecache.catalog import Catalog, Entry
 from fusecache.errors import FusecacheError, StoreError, VersionChangedError
-from fusecache.loader import Loader, ObjectLoad, is_shard
+from fusecache.loader import Loader, ObjectLoad, Waiter, is_shard
 from fusecache.mount import protocol
 from fusecache.mount.journal import Journal, OpenRecord
 from fusecache.mount.nodeids import inode_number, is_passthrough, passthrough_twin
@@ -108,11 +110,15 @@ class Handles:
         passthrough: Passthrough,
         open_wait: float = 0.0,
         set_read_ahead: Callable[[bool], None] | None = None,
+        inspector: Inspector | None = None,
     ) -> None:
         self._set_read_ahead = set_read_ahead
         """Told, before an open is answered, whether the kernel is to read little ahead of its reader."""
         self.traced = False
         """Somebody traces: new opens are served by the daemon, which sees their reads."""
+        self._inspector = inspector
+        self._at_gate: Counter[int] = Counter()
+        """Base nodeid -> opens that wait until somebody vouches for the file. Of the event loop."""
         self._open_wait = open_wait
         self._whole: dict[ObjectId, trio.Event] = {}
         """Set when a version that an open waits for is complete."""
@@ -212,9 +218,12 @@ class Handles:
         path = entry.path if entry is not None else None
         second = self._comes_again(path, thread)
         load = None
-        if entry is not None and not second and not is_passthrough(nodeid):
-            load = await self._wait_until_whole(entry)
         try:
+            if entry is not None and self._inspector is not None:
+                if not is_passthrough(nodeid) or nodeid not in self._files:
+                    load = await self._pass_gate(entry, self._inspector)
+            elif entry is not None and not second and not is_passthrough(nodeid):
+                load = await self._wait_until_whole(entry)
             await trio.to_thread.run_sync(self._open, nodeid, not second, limiter=self._limiter)
         except VersionChangedError:
             self.sent_back(path, thread)
@@ -233,6 +242,44 @@ class Handles:
         """Whether this thread's open of this path was answered ESTALE just before."""
         last = max(self._sent_back.get((known, thread), -_BOUNCE) for known in (path, None))
         return time.monotonic() - last < _BOUNCE
+
+    async def _pass_gate(self, entry: Entry, inspector: Inspector) -> ObjectLoad | None:
+        """Have a sealed file fetched, and held against its manifest. Raises AttestationError when it is not what that
+        says, UnavailableError when nothing came for the deadline. Returns the load as `_wait_until_whole` does."""
+        version, source = entry.version, entry.source
+        if version is None:
+            return None
+        try:
+            load = await trio.to_thread.run_sync(inspector.admit, version, source, limiter=self._limiter)
+        except VersionChangedError:
+            self._catalog.changed(entry)
+            raise
+        token, settled = trio.lowlevel.current_trio_token(), trio.Event()
+
+        def tell(_waiter: Waiter) -> None:
+            with contextlib.suppress(trio.RunFinishedError):
+                token.run_sync_soon(settled.set)
+
+        self._at_gate[entry.nodeid] += 1
+        waiter = None
+        try:
+            waiter = self._loader.await_seal(load, tell)
+            if waiter is not None:
+                await settled.wait()
+                if waiter.error is not None:
+                    raise waiter.error
+        except BaseException:
+            if waiter is not None:
+                self._loader.cancel(waiter)
+            self.later(functools.partial(self._loader.release, load))
+            raise
+        finally:
+            self._at_gate -= Counter((entry.nodeid,))
+        return load
+
+    def at_gate(self, nodeid: int) -> bool:
+        """See channel.OpenFiles."""
+        return self._at_gate[inode_number(nodeid)] > 0
 
     async def _wait_until_whole(self, entry: Entry) -> ObjectLoad | None:
         """Have a file of weights fetched before it is opened, if that takes no longer than `open_wait`.
@@ -369,7 +416,7 @@ class Handles:
         file.load = load
         fresh = file.count == 0 and nodeid not in self._files
         try:
-            if load.gone is not None and not load.stored.complete:
+            if load.gone is not None and not load.stored.ready:
                 raise load.gone
             if bounce and self._bounce(file):
                 self.stats.bounced += 1
@@ -386,7 +433,7 @@ class Handles:
     def _bounce(self, file: OpenFile) -> bool:
         """Whether this open of a base is to be repeated on the twin, which is ready for it then."""
         assert file.load is not None
-        if not (self._may_pass and file.load.stored.complete and file.version.size):
+        if not (self._may_pass and file.load.stored.ready and file.version.size):
             return False
         if file.version.id in self._refused:
             return False
@@ -417,7 +464,7 @@ class Handles:
         except StoreError:
             return None
         try:
-            if not stored.complete or stored.retired:
+            if not stored.ready or stored.retired:
                 stored.close()
                 return None
             stored.touch()

@@ -11,16 +11,17 @@ from typing import Any
 
 import trio
 
+from fusecache.attest import Inspector
 from fusecache.catalog import Catalog, Entry
 from fusecache.cluster import Cluster
 from fusecache.config import MountConfig
-from fusecache.errors import ConfigError, FusecacheError, NotFoundError
+from fusecache.errors import AttestationError, ConfigError, FusecacheError, NotFoundError
 from fusecache.loader import Loader
 from fusecache.mount.channel import Channel
 from fusecache.mount.handles import Handles
 from fusecache.mount.tracing import Tracing
 from fusecache.origin import Origin
-from fusecache.store import Orders, Store
+from fusecache.store import Mark, Orders, Store
 from fusecache.types import ObjectId, ObjectVersion
 
 _DRAIN = 10.0
@@ -53,6 +54,7 @@ class Service:
         tracing: Tracing,
         cluster: Cluster | None = None,
         orders: Orders,
+        inspector: Inspector | None = None,
     ) -> None:
         self._orders = orders
         self._config = config
@@ -65,6 +67,7 @@ class Service:
         self._channel = channel
         self._tracing = tracing
         self._cluster = cluster
+        self._inspector = inspector
 
     @property
     def handlers(self) -> Mapping[str, Callable[[dict[str, Any]], Awaitable[object]]]:
@@ -115,6 +118,7 @@ class Service:
                 "objects_complete": usage.objects_complete,
                 "objects_partial": usage.objects_partial,
                 "evictions": usage.evictions,
+                "objects_quarantined": usage.objects_quarantined,
                 "corrupt_blocks": usage.corrupt_blocks,
                 "sick": usage.sick,
             },
@@ -134,6 +138,7 @@ class Service:
                 "replaying": progress["replaying"],
                 **vars(self._loader.learning.stats),
             },
+            **({"manifest": vars(self._inspector.stats)} if self._inspector is not None else {}),
             **({"peers": self._cluster.counters()} if self._cluster is not None else {}),
             "reads": {"answered": reads.reads, "waited_bytes": reads.bytes_fetched, "failed": reads.errors},
             "errors": {"reads": reads.errors},
@@ -173,6 +178,7 @@ class Service:
                 "pinned": info.pinned,
                 "last_use": info.last_use,
                 "id": info.id,
+                "mark": info.mark.name.lower(),
             }
             for info in infos
         ]
@@ -221,11 +227,17 @@ class Service:
         files = self._files(request)
 
         def work() -> dict[str, int]:
-            present = {info.id: info.present_bytes for info in self._store.objects()}
+            infos = self._store.objects()
+            present = {info.id: info.present_bytes for info in infos}
+            shut = {info.id for info in infos if info.mark is Mark.QUARANTINED} if self._inspector else set()
             missing = [
                 (version, source) for version, source in files if present.get(version.id, 0) < version.size
             ]
-            self._loader.want(missing)
+            self._loader.want(each for each in missing if each[0].id not in shut)
+            if missing and all(version.id in shut for version, _ in missing):
+                raise AttestationError(
+                    f"{missing[0][0].key} is in quarantine: it is not what its manifest says, see the log"
+                )
             done = sum(min(present.get(version.id, 0), version.size) for version, _ in files)
             return {"done": done, "total": sum(version.size for version, _ in files), "files": len(files)}
 
@@ -233,6 +245,8 @@ class Service:
 
     async def _refresh(self, request: dict[str, Any]) -> object:
         await self._catalog.refresh()
+        if self._inspector is not None:
+            self._inspector.forget()
         return {"files": self._catalog.totals[0]}
 
     async def _drain(self, request: dict[str, Any]) -> object:

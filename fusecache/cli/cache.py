@@ -27,7 +27,8 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 class Cache(Protocol):
     """One cache, through a daemon or directly. An object is a dict as the control operation `ls` has it:
-    path or key, source, bytes, size, complete, pinned, last_use (epoch seconds), id."""
+    path or key, source, bytes, size, complete, pinned, last_use (epoch seconds), id, mark (none, attested or
+    quarantined)."""
 
     name: str
 
@@ -112,6 +113,7 @@ def _item(info: ObjectInfo) -> dict[str, Any]:
         "pinned": info.pinned,
         "last_use": info.last_use,
         "id": info.id,
+        "mark": info.mark.name.lower(),
     }
 
 
@@ -183,7 +185,9 @@ def ls_command(mountpoint: str | None, cache_dir: Path | None, as_json: bool) ->
     if as_json:
         print_json(items)
         return 0
-    made = table("PATH", "SIZE", "CACHED", "PINNED", "USED", "SOURCE", right=("SIZE", "CACHED"))
+    marked = any(item.get("mark", "none") != "none" for item in items)
+    names = ("PATH", "SIZE", "CACHED", "PINNED", *(("MANIFEST",) if marked else ()), "USED", "SOURCE")
+    made = table(*names, right=("SIZE", "CACHED"))
     for item in items:
         share = item["bytes"] / item["size"] if item["size"] else 1.0
         made.add_row(
@@ -192,6 +196,7 @@ def ls_command(mountpoint: str | None, cache_dir: Path | None, as_json: bool) ->
             # Never 100 % of what is not complete: engines wait for the last block too.
             "100%" if item["complete"] else f"{min(int(share * 100), 99)}%",
             "pinned" if item["pinned"] else "",
+            *(("" if item["mark"] == "none" else item["mark"],) if marked else ()),
             ago(item["last_use"]),
             str(item.get("source", "")),
         )

@@ -91,7 +91,7 @@ async def _serve(config: MountConfig) -> None:
                 limit=config.cache_limit(),
                 free_floor=config.free_floor_bytes(),
                 block_size=config.block_size,
-                verify=config.verify,
+                verify=config.store_verify(),
             )
         )
         cluster = Cluster(

@@ -118,6 +118,12 @@ def _cache(cache: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if cache.get("corrupt_blocks"):
         text += f", {cache['corrupt_blocks']} damaged blocks fetched again"
     yield "objects", text
+    if cache.get("objects_quarantined"):
+        count = cache["objects_quarantined"]
+        yield (
+            "warning",
+            f"{count} files are not what their manifest says: fusecache ls names them, the log says more",
+        )
     if cache.get("sick"):
         yield "warning", "the cache disk fails and is bypassed: see the log"
 

@@ -19,7 +19,7 @@ from fusecache.blocks import block_bytes
 from fusecache.cluster import choice
 from fusecache.cluster.exchange import Exchange, Members
 from fusecache.cluster.orders import SharedOrders
-from fusecache.errors import FusecacheError
+from fusecache.errors import AttestationError, FusecacheError
 from fusecache.loader import Loader, ObjectLoad, Waiter
 from fusecache.peers.member import Health, Member
 from fusecache.peers.server import Offer, Piece
@@ -172,6 +172,8 @@ class Holdings:
         blocks = request.blocks
         if blocks.stop > stored.block_count:
             raise RequestError(400, f"the object has {stored.block_count} blocks")
+        if isinstance(load.gone, AttestationError):
+            raise RequestError(404, "these bytes are in quarantine: they are not what their manifest says")
         if load.gone is not None:
             raise RequestError(410, "the origin has another version of the object")
         stripe = self._exchange.stripe_of(blocks.start, stored.block_size)

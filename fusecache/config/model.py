@@ -190,10 +190,16 @@ class MountConfig(Model):
     block_size: Bytes = Field(
         default=1 << 20, ge=64 << 10, le=64 << 20, description="Unit of presence and checksums, a power of 2."
     )
-    verify: Literal["start", "boot", "always"] = Field(
+    verify: Literal["start", "boot", "always", "manifest"] = Field(
         default="start",
         description="When the checksums of cached blocks are checked: once per start of the daemon, only "
-        "after a reboot or unclean stop, or at every read.",
+        "after a reboot or unclean stop, or at every read. `manifest`: as `start`, and nobody can open a file before "
+        "all of it was fetched and its sha256 is what a manifest beside it, or the origin's metadata, says.",
+    )
+    manifest_key: AbsolutePath | None = Field(
+        default=None,
+        description="With verify=manifest: file with the EC public key (PEM) that signed the `model.sig` files "
+        "(OpenSSF model signing) that are to be believed. Without it every manifest is.",
     )
     tuning: Tuning = Field(default_factory=Tuning)
     peers: PeerSettings = Field(default_factory=PeerSettings)
@@ -272,6 +278,10 @@ class MountConfig(Model):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two sources are named {name!r}")
+        if self.manifest_key is not None and self.verify != "manifest":
+            raise ValueError("manifest_key means nothing without verify=manifest")
+        if self.verify == "manifest" and self.peers.local_copies == "owned":
+            raise ValueError("verify=manifest checks whole files: it needs peers.local_copies=all")
         if self.cache_size in (0, "0%"):
             raise ValueError("cache_size has to be above 0")
         try:
@@ -289,6 +299,10 @@ class MountConfig(Model):
     def free_floor_bytes(self) -> int:
         """Bytes to leave free on the file system of the cache directory. Raises ConfigError."""
         return resolve_amount(self.free_space, _disk_size(self.cache_dir))
+
+    def store_verify(self) -> Literal["start", "boot", "always"]:
+        """When the store checks the checksums of cached blocks."""
+        return "start" if self.verify == "manifest" else self.verify
 
     def secrets(self) -> list[str]:
         """All secret values in here, for redaction."""

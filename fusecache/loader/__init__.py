@@ -1,6 +1,15 @@
 """Block lookup, single flight, prefetch: brings object versions into the store, and wakes who waits."""
 
-from fusecache.loader.interface import Again, Expect, Library, LoaderSettings, LoaderStats, Route, Supplier
+from fusecache.loader.interface import (
+    Again,
+    Expect,
+    Inspector,
+    Library,
+    LoaderSettings,
+    LoaderStats,
+    Route,
+    Supplier,
+)
 from fusecache.loader.load import ObjectLoad
 from fusecache.loader.loader import Loader
 from fusecache.loader.plan import is_shard
@@ -10,6 +19,7 @@ from fusecache.loader.waiters import Waiter
 __all__ = [
     "Again",
     "Expect",
+    "Inspector",
     "Library",
     "Loader",
     "LoaderSettings",

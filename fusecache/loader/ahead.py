@@ -107,7 +107,8 @@ class Ahead:
             load.wanted = None
             if self._board.activate(load):
                 self._office.wake()
-            complete = load.stored.complete
+            complete = load.stored.ready
+        self._office.inspect(load)
         if complete:
             self._library.completed(version)
         self._office.release(load)

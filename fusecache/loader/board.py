@@ -176,6 +176,15 @@ class Board:
                 called = True
         return called
 
+    def progress(self) -> dict[str, int]:
+        """Figures for `fusecache status`."""
+        return {
+            "fetching": len(self.active),
+            "planned": len(self.ahead),
+            "replaying": len(self.replays),
+            "bytes_to_fetch": sum(load.idle.count(1) * load.stored.block_size for load in self.active),
+        }
+
     def activate(self, load: ObjectLoad) -> bool:
         """All of this file is wanted; returns whether that is new. Not while a recording says what is."""
         if self.paused or load in self.active or load.stored.complete or load.gone is not None:

@@ -50,7 +50,7 @@ class Filling:
         for load in list(self._board.slow):
             if load.model is model:
                 self._board.retire(load)
-                load.wanted = model.wanted(load.file)
+                load.wanted = None if load.stored.sealed else model.wanted(load.file)
 
     def _go_on(self) -> None:
         with self._office.lock:

@@ -14,9 +14,15 @@ from typing import TYPE_CHECKING, Protocol
 import xxhash
 
 from fusecache.blocks import block_bytes
-from fusecache.errors import StoreError
+from fusecache.errors import (
+    FusecacheError,
+    NotFoundError,
+    StoreError,
+    UnavailableError,
+    VersionChangedError,
+)
 from fusecache.loader.interface import Again, Expect, Supplier
-from fusecache.loader.load import ObjectLoad
+from fusecache.loader.load import Job, ObjectLoad
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -35,6 +41,29 @@ class Tower(Protocol):
 
     def wanted(self, load: ObjectLoad, blocks: range) -> range:
         """The shortest prefix of the blocks that holds all that somebody waits for."""
+
+
+def fly(
+    job: Job, supplier: Supplier, tower: Tower, *, deadline: float, cancelled: Callable[[], bool]
+) -> tuple[list[int], FusecacheError | None]:
+    """Do a job; returns its blocks that did not land though nothing failed, or what failed."""
+    load = job.load
+    try:
+        if job.verify:
+            return verify(load, job.blocks, tower), None
+        left = fetch(
+            load, job.blocks, supplier, tower, deadline=deadline, cancelled=cancelled, urgent=job.urgent
+        )
+        return left, None
+    except NotFoundError as error:
+        gone = VersionChangedError(f"{load.version.key} was deleted at the origin: open it again")
+        gone.__cause__ = error
+        return [], gone
+    except FusecacheError as error:
+        return [], error
+    except Exception as error:
+        _log.exception("a flight failed")
+        return [], UnavailableError(f"{load.version.key}: {type(error).__name__}: see the log")
 
 
 def verify(load: ObjectLoad, blocks: range, tower: Tower) -> list[int]:

@@ -1,13 +1,19 @@
-"""Bytes of present blocks, copied out of the store."""
+"""Bytes, copied out of the store: of blocks that are present, or that are waited for."""
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from fusecache.blocks import block_range
-from fusecache.errors import StoreError
+from fusecache.errors import StoreError, UnavailableError
 from fusecache.store import StoredObject
+
+if TYPE_CHECKING:
+    from fusecache.loader.load import ObjectLoad
+    from fusecache.loader.loader import Loader
 
 
 def gather(stored: StoredObject, offset: int, length: int, pieces: Mapping[int, bytes]) -> bytes | int:
@@ -31,3 +37,20 @@ def gather(stored: StoredObject, offset: int, length: int, pieces: Mapping[int, 
             return block
         parts.append(part)
     return b"".join(parts)
+
+
+def read(loader: Loader, load: ObjectLoad, offset: int, length: int) -> bytes:
+    """Wait for bytes, at most until the deadline, and copy them out of the store. For control and tests. Raises what
+    `Loader.request` and the origin raise."""
+    done = threading.Event()
+    for _ in range(3):
+        done.clear()
+        waiter = loader.request(load, offset, length, lambda _waiter: done.set())
+        if waiter is not None:
+            done.wait()
+            if waiter.error is not None:
+                raise waiter.error
+        data = loader.copy_out(load, offset, length, waiter.pieces if waiter else {})
+        if data is not None:
+            return data
+    raise UnavailableError(f"{load.version.key}: the cached bytes can't be read")

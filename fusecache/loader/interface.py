@@ -11,6 +11,7 @@ from fusecache.types import ObjectVersion
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from fusecache.loader.load import ObjectLoad
     from fusecache.origin import Origin
 
 
@@ -64,6 +65,13 @@ class Others(Protocol):
     def offer(self, name: str) -> None:
         """Let them know that it is here; takes a second at most."""
         ...
+
+
+class Inspector(Protocol):
+    """Who vouches for sealed objects (see store.seals), or does not."""
+
+    def look(self, load: ObjectLoad) -> None:
+        """More of a sealed object landed. Quick; `Loader.looked` is called once for it, later, from another thread."""
 
 
 @dataclass

@@ -106,7 +106,8 @@ class Learning:
         load.model = model
         if model is not None:
             load.file = model.number(load.version.id)
-            load.wanted = model.wanted(load.file)
+            # all of a sealed file has to be there before anybody reads any of it
+            load.wanted = None if load.stored.sealed else model.wanted(load.file)
             load.strayed = 0
 
     def _find(self, version: ObjectVersion, source: str, block_size: int) -> None:
@@ -306,7 +307,7 @@ class Learning:
                 if not load.failures:
                     load.resting_until = 0.0
                 if load.wanted is None:
-                    load.wanted = model.wanted(number)
+                    load.wanted = None if load.stored.sealed else model.wanted(number)
                     if load.wanted is not None:
                         self._board.retire(load)
             self._office.wake()

@@ -7,6 +7,7 @@ idle blocks and gives back those it did not land.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -36,6 +37,16 @@ class Job:
     """The lane of its route that it takes room in."""
 
 
+class Fold:
+    """How far the sha256 of the whole object has come: `position` blocks, with all of what was found bad since taken
+    into account if `discards` is still what the store says. Of who holds `ObjectLoad.looking`."""
+
+    def __init__(self, discards: int) -> None:
+        self.sha256 = hashlib.sha256()
+        self.position = 0
+        self.discards = discards
+
+
 class ObjectLoad:
     """One object version that somebody reads, or is going to; shared by all who do."""
 
@@ -57,6 +68,11 @@ class ObjectLoad:
         """No flight without a waiter before this time.monotonic(): the last ones failed."""
         self.idle = bytearray(int(not stored.present(block)) for block in range(stored.block_count))
         self.waiting: dict[int, list[Waiter]] = {}
+        self.behind_seal: list[Waiter] = []
+        """Who waits for all of it to be there, and for somebody to vouch for it."""
+        self.fold = Fold(0)
+        self.looking = False
+        """Somebody is asked to look at what landed; counts as a job."""
         self.position = 0
         """Block behind the last one that was asked for."""
         self.model: Model | None = None
@@ -225,8 +241,19 @@ class ObjectLoad:
                 complete.append(waiter)
         return complete
 
+    def wait(self, waiter: Waiter) -> bool:
+        """Somebody waits here; whether it is for all of the object."""
+        if waiter.sealed:
+            self.behind_seal.append(waiter)
+            self.resting_until = 0.0
+        for block in waiter.missing:
+            self.waiting.setdefault(block, []).append(waiter)
+        return waiter.sealed
+
     def drop(self, waiter: Waiter) -> None:
         """Nobody waits here any more."""
+        if waiter in self.behind_seal:
+            self.behind_seal.remove(waiter)
         for block in waiter.missing:
             waiters = self.waiting.get(block)
             if waiters is not None and waiter in waiters:
@@ -239,6 +266,14 @@ class ObjectLoad:
         elsewhere = self.route is not None and not self.route.keep and 1 in self.route.remote
         return elsewhere or bool(self.failures) or self.gone is not None or self.wanted is not None
 
+    def to_look_at(self) -> bool:
+        """Whether more of a sealed object is there than was looked at, or somebody waits for the last look at it."""
+        stored = self.stored
+        if not stored.sealed or self.looking or self.gone is not None:
+            return False
+        done = self.fold.position if self.fold.discards == stored.discards else 0
+        return stored.present(done) if done < stored.block_count else bool(self.behind_seal)
+
     def unwanted(self) -> bool:
         """Whether it can be closed: nobody has it open, and nothing is or will be under way."""
-        return not (self.opens or self.jobs or self.waiting)
+        return not (self.opens or self.jobs or self.waiting or self.behind_seal)

@@ -22,7 +22,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fusecache.blocks import block_range
@@ -30,7 +30,6 @@ from fusecache.errors import (
     AccessDeniedError,
     CancelledReadError,
     FusecacheError,
-    NotFoundError,
     OriginError,
     StoreError,
     UnavailableError,
@@ -41,8 +40,10 @@ from fusecache.loader.ahead import Ahead
 from fusecache.loader.alongside import Alongside
 from fusecache.loader.board import Board
 from fusecache.loader.crew import Crew
-from fusecache.loader.gather import gather
+from fusecache.loader.gate import Gate
+from fusecache.loader.gather import gather, read
 from fusecache.loader.interface import (
+    Inspector,
     Library,
     LoaderSettings,
     LoaderStats,
@@ -87,6 +88,7 @@ class Loader:
         supplier: Supplier | None = None,
         shelf: Shelf | None = None,
         others: Others | None = None,
+        inspector: Inspector | None = None,
     ) -> None:
         self.store = store
         self.stats = LoaderStats()
@@ -104,6 +106,15 @@ class Loader:
         self.learning = Learning(self, self._board, library, settings, self._ahead, shelf, others)
         self._pace = Pace()
         self._waiters: set[Waiter] = set()
+        self.gate = Gate(
+            self._lock,
+            self._waiters,
+            self._board,
+            inspector,
+            patience=settings.deadline,
+            completed=lambda load: library.completed(load.version),
+            closable=self._closable,
+        )
         self._stopping = False
         self._clock_thread = threading.Thread(target=self._clock, name="loader-clock", daemon=True)
 
@@ -159,6 +170,7 @@ class Loader:
                 return load
         stored = self.store.open(version)
         fresh = ObjectLoad(version, source, stored)
+        self.gate.meet(fresh)
         fresh.follow(self._supplier.route(version, stored.block_size))
         self.learning.attach(fresh)
         with self._lock:
@@ -212,8 +224,9 @@ class Loader:
         head: bool = False,
     ) -> Waiter | None:
         """Ask for bytes. None: they are in the store; otherwise `settled` will be called (see Waiter). Raises the
-        error that this version can't be had any more. `whole`: a reader asks, so fetch all of the file. `urgent`: it
-        goes before what nobody waits for, and before other nodes' prefetch. `head`: nobody waits for it."""
+        error that this version can't be had any more. `whole`: a reader asks, so fetch all of the file, and give
+        nothing of a sealed one before it was vouched for (see gate.py). `urgent`: it goes before what nobody waits for,
+        and before other nodes' prefetch. `head`: nobody waits for it."""
         stored = load.stored
         blocks = block_range(offset, length, load.version.size, stored.block_size)
         with self._lock:
@@ -221,32 +234,19 @@ class Loader:
             if whole:
                 load.read = load.being_read = True
                 load.position = blocks.stop
+            sealed = whole and stored.sealed
             missing = [block for block in blocks if not stored.present(block)]
-            if missing and (load.gone is not None or self._stopping):
-                raise load.gone or CancelledReadError("the mount is going away")
             waiter = None
-            if missing:
-                now = time.monotonic()
-                waiter = Waiter(
-                    load,
-                    offset,
-                    length,
-                    missing=missing,
-                    since=now,
-                    deadline=now + self._settings.deadline,
-                    settled=settled,
-                    urgent=urgent,
+            if missing and whole:
+                self.learning.asked(load, missing)
+            if missing or sealed:
+                waiter = self._wait(
+                    load, offset, length, missing, settled, head=head, urgent=urgent, sealed=sealed
                 )
-                self._waiters.add(waiter)
-                for block in missing:
-                    load.waiting.setdefault(block, []).append(waiter)
-                if whole:
-                    self.learning.asked(load, missing)
-                self._call_for(load, missing, head=head)
-                if len(self._waiters) == 1:
-                    self._wake_clock.notify()
             if first:
                 self._want_all(load)
+            look = self.gate.shall_look(load)
+        self.gate.look(load, look)
         if first:
             self.follow(load.version, load.source)
         return waiter
@@ -256,6 +256,47 @@ class Loader:
     ) -> Waiter | None:
         """See Office."""
         return self.request(load, offset, length, settled, whole=False, urgent=False, head=True)
+
+    def await_seal(self, load: ObjectLoad, settled: Callable[[Waiter], None]) -> Waiter | None:
+        """Somebody opens an object: if it is sealed, fetch all of it, have it looked at, and call `settled` then. None:
+        it is not. Raises as `request`."""
+        with self._lock:
+            if not load.stored.sealed:
+                return None
+            load.read = True
+            waiter = self._wait(load, 0, 0, (), settled, sealed=True)
+            look = self.gate.shall_look(load)
+        self.gate.look(load, look)
+        self.follow(load.version, load.source)
+        return waiter
+
+    def _wait(
+        self,
+        load: ObjectLoad,
+        offset: int,
+        length: int,
+        missing: Sequence[int],
+        settled: Callable[[Waiter], None],
+        *,
+        head: bool = False,
+        **more: bool,
+    ) -> Waiter:
+        """Under the lock. `more` is for Waiter. Raises as `request`."""
+        if load.gone is not None or self._stopping:
+            raise load.gone or CancelledReadError("the mount is going away")
+        now = time.monotonic()
+        deadline = now + self._settings.deadline
+        waiter = Waiter(
+            load, offset, length, missing=missing, since=now, deadline=deadline, settled=settled, **more
+        )
+        self._waiters.add(waiter)
+        if load.wait(waiter):
+            self._board.activate(load)
+            self._crew.call_all()
+        self._call_for(load, waiter.missing, head=head)
+        if len(self._waiters) == 1:
+            self._wake_clock.notify()
+        return waiter
 
     def coming(self, load: ObjectLoad, blocks: range) -> bool:
         """Whether each of these blocks is in the store or on its way."""
@@ -276,20 +317,8 @@ class Loader:
             return waiter in self._waiters
 
     def read(self, load: ObjectLoad, offset: int, length: int) -> bytes:
-        """Wait for bytes, at most until the deadline, and copy them out of the store. For control and tests.
-        Raises what `request` and the origin raise."""
-        done = threading.Event()
-        for _ in range(3):
-            done.clear()
-            waiter = self.request(load, offset, length, lambda _waiter: done.set())
-            if waiter is not None:
-                done.wait()
-                if waiter.error is not None:
-                    raise waiter.error
-            data = self.copy_out(load, offset, length, waiter.pieces if waiter else {})
-            if data is not None:
-                return data
-        raise UnavailableError(f"{load.version.key}: the cached bytes can't be read")
+        """See gather.read."""
+        return read(self, load, offset, length)
 
     def copy_out(
         self, load: ObjectLoad, offset: int, length: int, pieces: Mapping[int, bytes]
@@ -355,13 +384,8 @@ class Loader:
         with self._lock:
             return {
                 "loads": len(self._loads),
-                "fetching": len(self._board.active),
-                "planned": len(self._board.ahead),
-                "replaying": len(self._board.replays),
                 "waiting_reads": len(self._waiters),
-                "bytes_to_fetch": sum(
-                    load.idle.count(1) * load.stored.block_size for load in self._board.active
-                ),
+                **self._board.progress(),
             }
 
     # -- the crew
@@ -384,33 +408,17 @@ class Loader:
 
     def _fly(self, job: Job) -> None:
         load, started = job.load, time.monotonic()
-        left: Iterable[int] = ()
-        error: FusecacheError | None = None
-        try:
-            if job.verify:
-                left = flight.verify(load, job.blocks, self)
-            else:
-                with self._lock:
-                    self.stats.flights += 1
-                left = flight.fetch(
-                    load,
-                    job.blocks,
-                    self._supplier,
-                    self,
-                    deadline=started + self._settings.deadline,
-                    cancelled=lambda: self._stopping or load.gone is not None,
-                    urgent=job.urgent,
-                )
-        except NotFoundError as exc:
-            error = VersionChangedError(f"{load.version.key} was deleted at the origin: open it again")
-            error.__cause__ = exc
-        except FusecacheError as exc:
-            error = exc
-        except Exception as exc:
-            _log.exception("a flight failed")
-            error = UnavailableError(f"{load.version.key}: {type(exc).__name__}: see the log")
-        finally:
-            self._landed(job, started, left, error)
+        if not job.verify:
+            with self._lock:
+                self.stats.flights += 1
+        left, error = flight.fly(
+            job,
+            self._supplier,
+            self,
+            deadline=started + self._settings.deadline,
+            cancelled=lambda: self._stopping or load.gone is not None,
+        )
+        self._landed(job, started, left, error)
 
     def _landed(self, job: Job, started: float, left: Iterable[int], error: FusecacheError | None) -> None:
         load = job.load
@@ -430,7 +438,7 @@ class Loader:
             if load.stored.complete or (gone and self._board.holds(load)):
                 self._board.retire(load)
             closing = self._closable(load)
-            complete = load.stored.complete
+            complete = load.stored.ready
         settle(failed, error)
         if complete:
             self._library.completed(load.version)
@@ -448,6 +456,7 @@ class Loader:
             gone = load.gone is None
             load.gone = error
             victims = {waiter for waiters in load.waiting.values() for waiter in waiters}
+            victims.update(load.behind_seal)
             for waiter in victims:
                 self._forget(waiter)
             return list(victims), gone
@@ -470,6 +479,7 @@ class Loader:
             for waiter in load.waiting.get(block, ())
             if denied or waiter.since <= started + 1.0
         }
+        victims.update(w for w in load.behind_seal if denied or w.since <= started + 1.0)
         for waiter in victims:
             self._forget(waiter)
         self._call_for(load, [block for block in wanted if block in load.waiting])
@@ -481,12 +491,15 @@ class Loader:
         """See flight.Tower."""
         with self._lock:
             length = load.bytes_of((block,))
-            self._pace.add(time.monotonic(), length)
+            self.gate.moved = time.monotonic()
+            self._pace.add(self.gate.moved, length)
             if piece is not None:
                 self.stats.bytes_uncached += length
             waiters = load.land(block, piece)
             self._waiters.difference_update(waiters)
+            look = self.gate.shall_look(load)
         settle(waiters, None)
+        self.gate.look(load, look)
 
     def put_off(self, load: ObjectLoad, blocks: range) -> None:
         """See flight.Tower."""
@@ -501,7 +514,8 @@ class Loader:
             stop = max((block + 1 for block in blocks if block in load.waiting), default=blocks.start)
             if stop == blocks.start and load.keeps(blocks.start) and self._board.holds(load):
                 self._board.retire(load)  # no space, and nobody waits: what is read later is asked for then
-            return range(blocks.start, stop)
+        self.gate.no_room(load)
+        return range(blocks.start, stop)
 
     # -- under the lock
 
@@ -536,6 +550,12 @@ class Loader:
             self._board.tasks.append(work)
             self._crew.any.notify()
 
+    def inspect(self, load: ObjectLoad) -> None:
+        """See Office."""
+        with self._lock:
+            look = self.gate.shall_look(load)
+        self.gate.look(load, look)
+
     def let_go(self, load: ObjectLoad) -> None:
         """See Office."""
         with self._lock:
@@ -556,7 +576,7 @@ class Loader:
                     self._crew.remote.notify()
                 if self._board.tasks:
                     self._crew.any.notify()
-                expired = [waiter for waiter in self._waiters if waiter.deadline <= now]
+                expired = [waiter for waiter in self._waiters if self.gate.is_late(waiter, now)]
                 for waiter in expired:
                     self._forget(waiter)
                 if not expired:

@@ -45,6 +45,9 @@ class Office(Protocol):
     ) -> bytes | None:
         """See Loader."""
 
+    def inspect(self, load: ObjectLoad) -> None:
+        """If it is sealed, have what is there of it looked at. Without the lock."""
+
     def task(self, work: Callable[[], None]) -> None:
         """Have this done soon, by one of the crew. Without the lock."""
 

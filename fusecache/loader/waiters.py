@@ -20,6 +20,7 @@ class Waiter:
     `settled` is called exactly once, from any thread and without a lock: when the bytes are there (`error` is
     None), or when they can't be had. It is not called after a successful cancel. `pieces` holds the blocks
     that could not be stored; all others are in the store. `urgent`: a reader waits, and not somebody's prefetch.
+    `sealed`: it waits for all of the object, and that somebody vouches for it (see gate.py).
     """
 
     __slots__ = (
@@ -30,6 +31,7 @@ class Waiter:
         "missing",
         "offset",
         "pieces",
+        "sealed",
         "settled",
         "since",
         "urgent",
@@ -46,15 +48,17 @@ class Waiter:
         deadline: float,
         settled: Callable[[Waiter], None],
         urgent: bool = True,
+        sealed: bool = False,
     ) -> None:
         self.load = load
         self.offset = offset
         self.length = length
-        self.missing = set(missing)
+        self.missing = set() if sealed else set(missing)
         self.since = since
         self.deadline = deadline
         self.settled = settled
         self.urgent = urgent
+        self.sealed = sealed
         self.error: FusecacheError | None = None
         self.pieces: dict[int, bytes] = {}
 

@@ -6,6 +6,7 @@ An `Origin` is sync and thread-safe, retries, throttles itself and raises only e
 
 from __future__ import annotations
 
+import base64
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,17 @@ PAGE_KEYS = 1000
 def never() -> bool:
     """Not cancelled."""
     return False
+
+
+def digest_of(text: object) -> bytes | None:
+    """A sha256 that somebody wrote into metadata, in hex or base64; None for anything else."""
+    if not isinstance(text, str):
+        return None
+    try:
+        found = bytes.fromhex(text) if len(text) == 64 else base64.b64decode(text, validate=True)
+    except ValueError:
+        return None
+    return found if len(found) == 32 else None
 
 
 class OriginStats:
@@ -92,6 +104,11 @@ class Origin(Protocol):
         """The current version, from the origin itself. Raises as `list`; NotFoundError: no such object."""
         ...
 
+    def sha256(self, version: ObjectVersion) -> bytes | None:
+        """The sha256 of all bytes of this version, if the origin's metadata has one: one request. Raises as `list`;
+        NotFoundError, VersionChangedError."""
+        ...
+
     def read(
         self,
         version: ObjectVersion,
@@ -134,6 +151,10 @@ class Backend(Protocol):
 
     def head(self, key: str, timeout: float) -> ObjectVersion:
         """The current version of an object."""
+        ...
+
+    def sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
+        """What the metadata of this version has as its sha256; None: nothing."""
         ...
 
     def fetch(self, version: ObjectVersion, offset: int, length: int, timeout: float) -> Iterator[Buffer]:

@@ -22,7 +22,7 @@ import google.auth.exceptions
 from fusecache.config import SourceConfig, Tuning
 from fusecache.errors import AccessDeniedError, ConfigError, NotFoundError, OriginError
 from fusecache.origin import aio, failures
-from fusecache.origin.base import PAGE_KEYS, Page
+from fusecache.origin.base import PAGE_KEYS, Page, digest_of
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
@@ -108,6 +108,18 @@ class GcsBackend:
         """See Backend."""
         query = {"fields": _FIELDS}
         return self._version(key, self._json(self.where(key), self._object(key), query, timeout))
+
+    def sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
+        """See Backend: the metadata `sha256` that its uploader gave it; GCS has MD5 and CRC32C of its own only."""
+        where = self.where(version.key)
+        query = {"fields": f"{_FIELDS},metadata"}
+        if version.etag:
+            query["generation"] = version.etag
+        item = self._json(where, self._object(version.key), query, timeout)
+        if self._version(version.key, item) != version:
+            raise failures.changed(where)
+        metadata = item.get("metadata")
+        return digest_of(metadata.get("sha256")) if isinstance(metadata, dict) else None
 
     def missing(self, version: ObjectVersion, timeout: float) -> OriginError:
         """What a 404 for this generation means: the object is gone, or another generation is there."""

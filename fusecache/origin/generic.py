@@ -18,7 +18,7 @@ import fsspec.asyn
 from fusecache.config import SourceConfig
 from fusecache.errors import ConfigError, NotFoundError, OriginError
 from fusecache.origin import aio, failures
-from fusecache.origin.base import Page
+from fusecache.origin.base import Page, digest_of
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
@@ -107,6 +107,19 @@ class GenericBackend:
         if info.get("type", "file") != "file":
             raise NotFoundError(f"{where}: is not a file")
         return self._version(key, info)
+
+    def sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
+        """See Backend: where the file system tells one, as hf:// does of what is in LFS."""
+        where = f"{self.identity}/{version.key}"
+        with aio.Translated(where):
+            self._fs.invalidate_cache()
+            info = self._run("info", self._path(version.key), timeout=timeout)
+        if self._version(version.key, info) != version:
+            raise failures.changed(where)
+        lfs = info.get("lfs")
+        return digest_of(info.get("sha256")) or digest_of(
+            lfs.get("sha256") if isinstance(lfs, Mapping) else None
+        )
 
     def fetch(self, version: ObjectVersion, offset: int, length: int, timeout: float) -> Iterator[Buffer]:
         """See Backend."""

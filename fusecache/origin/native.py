@@ -112,6 +112,10 @@ class NativeBackend:
         """See Backend."""
         return self._backend.head(key, timeout)
 
+    def sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
+        """See Backend."""
+        return self._backend.sha256(version, timeout)
+
     def fetch(self, version: ObjectVersion, offset: int, length: int, timeout: float) -> Iterator[Buffer]:
         """See Backend. A chunk is valid until the next is asked for."""
         where = self._backend.where(version.key)

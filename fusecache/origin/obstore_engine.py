@@ -68,6 +68,10 @@ class ObstoreBackend:
         """See Backend."""
         return self._backend.head(key, timeout)
 
+    def sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
+        """See Backend."""
+        return self._backend.sha256(version, timeout)
+
     def fetch(self, version: ObjectVersion, offset: int, length: int, timeout: float) -> Iterator[Buffer]:
         """See Backend. The longest wait is the configured one: `timeout` can't be set per request."""
         path = self._backend.prefix + version.key

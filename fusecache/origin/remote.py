@@ -78,6 +78,11 @@ class RemoteOrigin:
         where = f"{self.identity}/{key}"
         return self._retried(where, partial(self._backend.head, key))
 
+    def sha256(self, version: ObjectVersion) -> bytes | None:
+        """See Origin."""
+        where = f"{self.identity}/{version.key}"
+        return self._retried(where, partial(self._backend.sha256, version))
+
     def close(self) -> None:
         """See Origin."""
         self._closed = True

@@ -26,7 +26,7 @@ from botocore.parsers import ResponseParserError
 from fusecache.config import SourceConfig, Tuning
 from fusecache.errors import AccessDeniedError, ConfigError, OriginError
 from fusecache.origin import aio, failures
-from fusecache.origin.base import PAGE_KEYS, Page
+from fusecache.origin.base import PAGE_KEYS, Page, digest_of
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
@@ -140,6 +140,25 @@ class S3Backend:
             self.where(key), "head_object", timeout, Bucket=self.bucket, Key=self.prefix + key
         )
         return self._version(key, answer.get("ETag"), answer["ContentLength"], answer.get("LastModified"))
+
+    def sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
+        """See Backend: the checksum that S3 keeps of the object, or the metadata `sha256` that its uploader gave it.
+        What was uploaded in parts (its ETag has a dash) may have a checksum of its parts' checksums (COMPOSITE)."""
+        condition = {"IfMatch": version.etag} if version.etag else {}
+        answer = self._call(
+            self.where(version.key),
+            "head_object",
+            timeout,
+            Bucket=self.bucket,
+            Key=self.prefix + version.key,
+            ChecksumMode="ENABLED",
+            **condition,
+        )
+        if version.etag and normal_etag(answer.get("ETag")) != version.etag:
+            raise failures.changed(self.where(version.key))
+        kind = answer.get("ChecksumType") or ("COMPOSITE" if "-" in version.etag else "FULL_OBJECT")
+        found = digest_of(answer.get("ChecksumSHA256")) if kind == "FULL_OBJECT" else None
+        return found or digest_of(answer.get("Metadata", {}).get("sha256"))
 
     def fetch(self, version: ObjectVersion, offset: int, length: int, timeout: float) -> Iterator[Buffer]:
         """See Backend."""

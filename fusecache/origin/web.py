@@ -95,6 +95,10 @@ class WebBackend:
                 self.identity, key, _tag(answer.headers), int(length), seconds * 1_000_000_000
             )
 
+    def sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
+        """See Backend: HTTP has none that servers commonly tell."""
+        return None
+
     def fetch(self, version: ObjectVersion, offset: int, length: int, timeout: float) -> Iterator[Buffer]:
         """See Backend."""
         where = f"{self.identity}/{version.key}"

@@ -1,9 +1,11 @@
 """The node's block store: sparse files, block checksums, space accounting, eviction, pins."""
 
+from fusecache.store.format import Mark
 from fusecache.store.info import ObjectInfo, StoreUsage
 from fusecache.store.locks import Claim
 from fusecache.store.object import StoredObject
 from fusecache.store.orders import Orders
+from fusecache.store.seals import Seals
 from fusecache.store.store import Store
 
-__all__ = ["Claim", "ObjectInfo", "Orders", "Store", "StoreUsage", "StoredObject"]
+__all__ = ["Claim", "Mark", "ObjectInfo", "Orders", "Seals", "Store", "StoreUsage", "StoredObject"]

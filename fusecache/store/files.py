@@ -136,12 +136,18 @@ class ObjectFiles:
         repairs = self.state.repairs + 1 & 0xFFFFFFFF
         os.pwrite(self._blocks_fd, repairs.to_bytes(4, "little"), format.REPAIRS_OFFSET)
 
+    def set_seal(self, seal: format.Seal) -> None:
+        """Record what is known of the object as a whole."""
+        os.pwrite(self._blocks_fd, seal.pack(), format.SEAL_OFFSET)
+
     def set_checksum(self, block: int, checksum: int) -> None:
         """Mark a block present."""
         os.pwrite(self._blocks_fd, format.pack_checksum(checksum), format.checksum_offset(block))
 
     def clear_checksum(self, block: int) -> None:
-        """Mark a block absent."""
+        """Mark a block absent; what was said of the whole object is void."""
+        if self.state.seal.mark is format.Mark.ATTESTED:
+            self.set_seal(format.Seal())
         os.pwrite(self._blocks_fd, bytes(format.CHECKSUM_SIZE), format.checksum_offset(block))
 
     def write_fd(self, path: Path) -> int:
@@ -237,7 +243,13 @@ def attach(layout: Layout, object_id: ObjectId, size: int, block_size: int) -> O
             os.close(fd)
 
 
-def create(layout: Layout, version: ObjectVersion, header: format.Header, boot_id: bytes) -> ObjectFiles:
+def create(
+    layout: Layout,
+    version: ObjectVersion,
+    header: format.Header,
+    boot_id: bytes,
+    seal: format.Seal = format.Seal(),  # noqa: B008  frozen
+) -> ObjectFiles:
     """Make an object's files, replacing broken ones. To be called under the directory's lock, after `attach`
     failed."""
     path, blocks_path = layout.data_path(version.id), layout.blocks_path(version.id)
@@ -255,9 +267,8 @@ def create(layout: Layout, version: ObjectVersion, header: format.Header, boot_i
         locks.try_flock(fds[0], exclusive=False)
         temporary = blocks_path.with_suffix(".new")
         fds.append(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
-        _write_all(
-            fds[1], format.pack_blocks_file(header, format.State(boot_id=boot_id, last_use_ns=time.time_ns()))
-        )
+        state = format.State(boot_id=boot_id, last_use_ns=time.time_ns(), seal=seal)
+        _write_all(fds[1], format.pack_blocks_file(header, state))
         os.rename(temporary, blocks_path)
         files = ObjectFiles(header, fds[0], fds[1])
     except BaseException:
@@ -317,7 +328,7 @@ def trim(layout: Layout, object_id: str) -> None:
         for run in runs((i for i, x in enumerate(sums) if not x), summary.blocks):
             start, stop = run.start * summary.block_size, run.stop * summary.block_size
             _libc.fallocate(fd, _FALLOC_KEEP_SIZE | _FALLOC_PUNCH_HOLE, start, stop - start)
-        # no marked block was touched: what was verified stays so (see object.Memory)
+        # no marked block was touched: what was verified stays so (see shared.Memory)
         os.utime(fd, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 

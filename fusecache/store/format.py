@@ -1,6 +1,6 @@
 """The on-disk format of the store: every byte that outlives a process is laid out here, and nowhere else.
 
-    <cache>/format    "fusecache store 1\\nblock_size 1048576\\n"
+    <cache>/format    "fusecache store 2\\nblock_size 1048576\\n"
     <cache>/lock      flock'ed (LOCK_EX) around creation, replacement and eviction of an object's files
     <cache>/ledger    space accounting of all processes, see LEDGER_*
     <cache>/index/    diskcache (SQLite), JSON values: a mirror for a fast start, rebuilt from the files
@@ -13,6 +13,7 @@ failing disk is an OSError and never a SIGBUS. Pure: no I/O in this module.
 
 from __future__ import annotations
 
+import enum
 import json
 import struct
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import xxhash
 from fusecache.blocks import block_count
 from fusecache.types import ObjectVersion
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PAGE = 4096
 """Space is accounted in these units: what ext4, XFS and tmpfs allocate by."""
 
@@ -43,6 +44,9 @@ REPAIRS_OFFSET = STATE_OFFSET + 24
 CLEAN_OFFSET = STATE_OFFSET + 28
 PINNED_OFFSET = STATE_OFFSET + 29
 ACCESSES_OFFSET = STATE_OFFSET + 30
+# mark, sha256 of the whole object, anchor
+_SEAL = struct.Struct("<B32s8s")
+SEAL_OFFSET = STATE_OFFSET + _STATE.size
 
 LEDGER_MAGIC = b"FCLEDGER"
 LEDGER_SLOTS = 255
@@ -75,6 +79,30 @@ class Header:
         return HEADER_SIZE + CHECKSUM_SIZE * self.blocks + len(self.identity)
 
 
+class Mark(enum.IntEnum):
+    """What is known of an object's bytes as a whole; a block's checksum says nothing of where they come from."""
+
+    NONE = 0
+    ATTESTED = 1
+    """All blocks are there, and their sha256 is what a manifest says."""
+    QUARANTINED = 2
+    """Their sha256 is not what the manifest said; they were thrown away."""
+
+
+@dataclass(frozen=True)
+class Seal:
+    """A mark, with the sha256 that the whole object was found to have, and the anchor: on whose word it was marked
+    (8 bytes, see fusecache.attest)."""
+
+    mark: Mark = Mark.NONE
+    sha256: bytes = bytes(32)
+    anchor: bytes = bytes(8)
+
+    def pack(self) -> bytes:
+        """The bytes at SEAL_OFFSET."""
+        return _SEAL.pack(self.mark, self.sha256, self.anchor)
+
+
 @dataclass(frozen=True)
 class State:
     """The part of a .blocks file's header that changes.
@@ -90,11 +118,20 @@ class State:
     clean: bool = False
     pinned: bool = False
     accesses: int = 0
+    seal: Seal = Seal()
 
     def pack(self) -> bytes:
         """The bytes at STATE_OFFSET."""
-        return _STATE.pack(
-            self.boot_id, self.last_use_ns, self.repairs & 0xFFFFFFFF, self.clean, self.pinned, self.accesses
+        return (
+            _STATE.pack(
+                self.boot_id,
+                self.last_use_ns,
+                self.repairs & 0xFFFFFFFF,
+                self.clean,
+                self.pinned,
+                self.accesses,
+            )
+            + self.seal.pack()
         )
 
 
@@ -186,7 +223,9 @@ def parse_header(data: bytes | memoryview) -> Header | None:
 def parse_state(data: bytes | memoryview) -> State:
     """State in a .blocks file of which at least HEADER_SIZE bytes are given."""
     boot_id, last_use_ns, repairs, clean, pinned, accesses = _STATE.unpack_from(data, STATE_OFFSET)
-    return State(boot_id, last_use_ns, repairs, bool(clean), bool(pinned), min(accesses, 3))
+    mark, sha256, anchor = _SEAL.unpack_from(data, SEAL_OFFSET)
+    seal = Seal(Mark(mark), sha256, anchor) if mark in Mark._value2member_map_ else Seal()
+    return State(boot_id, last_use_ns, repairs, bool(clean), bool(pinned), min(accesses, 3), seal)
 
 
 def checksum_offset(block: int) -> int:

@@ -75,6 +75,7 @@ def from_json(value: Any) -> Record | None:
         record.stored_bytes,
         record.last_use_ns,
         record.accesses,
+        record.mark,
     )
     flags = (record.complete, record.pinned, record.main)
     typed = ((str, texts), (int, numbers), (bool, flags))

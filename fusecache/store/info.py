@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fusecache.store.format import Mark
 from fusecache.types import ObjectId, ObjectVersion
 
 
@@ -20,12 +21,14 @@ class StoreUsage:
     evictions: int
     corrupt_blocks: int
     sick: bool
+    objects_quarantined: int = 0
 
 
 @dataclass(frozen=True)
 class ObjectInfo:
     """One object version in the store. `present_bytes` counts verified and unverified blocks; `last_use` is
-    in seconds since the epoch; `open_count` counts this process's opens only."""
+    in seconds since the epoch; `open_count` counts this process's opens only; `mark`: what was found when the whole
+    was held against its manifest."""
 
     id: ObjectId
     version: ObjectVersion
@@ -34,3 +37,4 @@ class ObjectInfo:
     pinned: bool
     last_use: float
     open_count: int
+    mark: Mark = Mark.NONE

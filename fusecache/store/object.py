@@ -12,6 +12,8 @@ A bad block is cleared, and fetched again in place, if nobody else has the objec
 process may be serving it through passthrough, and a file that is being served is never rewritten: the files
 are unlinked and this object is `retired`: what it verified goes on being served from the unlinked file, the
 rest is streamed uncached, and the next open starts a new file.
+
+A sealed object (seals.py) is filled and verified like any other, but covers nothing until it was attested.
 """
 
 from __future__ import annotations
@@ -25,8 +27,6 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -35,45 +35,18 @@ from fusecache.blocks import block_bytes, block_count
 from fusecache.errors import StoreError, StoreFullError
 from fusecache.store import files as fs
 from fusecache.store import format
-from fusecache.store.files import Layout, ObjectFiles
-from fusecache.store.health import Health
-from fusecache.store.ledger import Ledger
+from fusecache.store.files import ObjectFiles
+from fusecache.store.format import Mark, Seal
 from fusecache.store.locks import Claim
-from fusecache.store.space import Space
-from fusecache.types import ObjectId, ObjectVersion
+from fusecache.store.seals import put_into_quarantine
+from fusecache.store.shared import Shared
+from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _log = logging.getLogger(__name__)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-@dataclass
-class Memory:
-    """Which blocks of objects that are closed now this process had verified, so that none is hashed twice.
-    An entry holds for one file (`generation`) as long as no process cleared a block of it (`repairs`) and
-    nobody wrote to it (the data file's mtime_ns): what changed behind our back is hashed again."""
-
-    entries: dict[ObjectId, tuple[tuple[int, int, int], bytearray]] = field(default_factory=dict)
-
-
-@dataclass
-class Shared:
-    """What all objects of one store share."""
-
-    layout: Layout
-    ledger: Ledger
-    health: Health
-    space: Space
-    block_size: int
-    boot_id: bytes
-    trust_boot: bool
-    memory: Memory
-    closed: Callable[[StoredObject], None]
-    corrupt: Callable[[StoredObject, int, bool], None]
-    created: Callable[[StoredObject], None]
-    buffers: threading.local = field(default_factory=threading.local)
 
 
 class StoredObject:
@@ -96,6 +69,12 @@ class StoredObject:
         self._missing = self.block_count
         self.complete = self._missing == 0
         """Every block is present. A plain attribute: it is read for each READ."""
+        self.sealed = shared.seals is not None and not shared.seals.exempt(version)
+        """Nobody is to be given its bytes yet. A plain attribute, too."""
+        self.quarantined: bytes | None = None
+        """The sha256 that it was found to have, against its manifest."""
+        self.discards = 0
+        """Blocks that were found bad since it was opened."""
         self._bad: set[int] = set()
         """Blocks of a retired object that still have a checksum and must not be tried again."""
         self.wrote = False
@@ -129,7 +108,9 @@ class StoredObject:
 
     def covered(self, offset: int, length: int) -> bool:
         """Whether all blocks of the bytes [offset, offset + length), as far as the object has them, are
-        present."""
+        present, and it is not sealed."""
+        if self.sealed:
+            return False
         if self.complete:
             return True
         end = min(offset + length, self._size)
@@ -144,6 +125,11 @@ class StoredObject:
             return self._size
         files = self._files
         return 0 if files is None else files.present_bytes()
+
+    @property
+    def ready(self) -> bool:
+        """Whether all of it may be given to anybody."""
+        return self.complete and not self.sealed
 
     @property
     def missing(self) -> int:
@@ -204,10 +190,12 @@ class StoredObject:
 
     def _discard(self, files: ObjectFiles, block: int, expected: int) -> None:
         with self._lock:
+            self.discards += 1
             if self._verified[block]:
                 self._verified[block] = 0
                 self._missing += 1
                 self.complete = False
+            self.sealed = self._seals(None)[0]
             if self.retired or files.sums[block] != expected:
                 return
             try:
@@ -235,6 +223,53 @@ class StoredObject:
             if locked and files.at(self._shared.layout.data_path(self.version.id)):
                 fs.discard(self._shared.layout, self.version.id)
                 self._shared.ledger.evict(stored)
+
+    # -- the whole
+
+    def attest(self, sha256: bytes) -> None:
+        """Somebody vouches for all of its bytes, which are here: break the seal."""
+        seals = self._shared.seals
+        with self._lock:
+            if seals is None or not self.complete or self.quarantined is not None:
+                return
+            self.sealed = False
+            if self._files is not None and not self.retired:
+                try:
+                    self._files.set_seal(Seal(Mark.ATTESTED, sha256, seals.anchor))
+                except OSError as error:  # it is asked for again after the next start
+                    self._shared.health.failed(error)
+        self._shared.record(self)
+
+    def quarantine(self, sha256: bytes) -> None:
+        """Its bytes are not what they have to be: give them up, and leave the mark in their place."""
+        shared = self._shared
+        with self._lock:
+            files = self._files
+            self.quarantined = sha256
+            if files is None or shared.seals is None or self.retired:
+                return
+            seal = Seal(Mark.QUARANTINED, sha256, shared.seals.anchor)
+            try:
+                put_into_quarantine(shared.layout, shared.ledger, self.version, files, seal)
+            except OSError as error:
+                shared.health.failed(error)
+            # only now: from here on the version is opened anew, and the mark has to be there
+            self.retired = True
+        shared.quarantined(self)
+
+    def lift(self) -> None:
+        """End a quarantine: the manifest says something else now."""
+        with self._lock:
+            self.quarantined = None
+            if self._files is not None:
+                try:
+                    self._files.set_seal(Seal())
+                except OSError as error:
+                    self._shared.health.failed(error)
+
+    def _seals(self, files: ObjectFiles | None) -> tuple[bool, bytes | None]:
+        seals = self._shared.seals
+        return (False, None) if seals is None else seals.state(self.version, files)
 
     # -- filling
 
@@ -412,6 +447,7 @@ class StoredObject:
         elif known is not None and known[0] == _fingerprint(files):
             self._verified[:] = bytes(map(operator.and_, known[1], map(bool, files.sums)))
         self._missing = self._verified.count(0)
+        self.sealed, self.quarantined = self._seals(files)
         self._files = files
         self.complete = self._missing == 0
 
@@ -454,7 +490,7 @@ class StoredObject:
                 return False
             finally:
                 shared.space.unreserve(overhead)
-        shared.created(self)
+        shared.record(self)
         return True
 
     def summary(self) -> fs.Summary | None:

@@ -30,6 +30,7 @@ class Record:
     last_use_ns: int
     accesses: int = 0
     main: bool = False
+    mark: int = 0
 
 
 def from_summary(summary: Summary) -> Record:
@@ -44,6 +45,7 @@ def from_summary(summary: Summary) -> Record:
         state.pinned,
         state.last_use_ns,
         state.accesses,
+        mark=int(state.seal.mark),
     )
 
 

@@ -23,12 +23,15 @@ from fusecache.errors import ConfigError, StoreError
 from fusecache.store import files as fs
 from fusecache.store import format
 from fusecache.store.files import Layout
+from fusecache.store.format import Mark
 from fusecache.store.health import Health
 from fusecache.store.info import ObjectInfo, StoreUsage
 from fusecache.store.ledger import Ledger
-from fusecache.store.object import Memory, Shared, StoredObject
+from fusecache.store.object import StoredObject
 from fusecache.store.records import Records, from_summary
 from fusecache.store.scan import Scanner
+from fusecache.store.seals import Seals
+from fusecache.store.shared import Memory, Shared
 from fusecache.store.space import Space
 from fusecache.types import ObjectId, ObjectVersion
 
@@ -44,8 +47,8 @@ class Store:
     `limit` and `free_floor` are in bytes: at most so much is stored, and at least so much is left free on
     the disk. `verify`: "start" hashes each block found on the disk before its first use by this process,
     "boot" only after a reboot or when the object was not closed cleanly, "always" is like "start" here (the
-    loader asks again per read). Raises StoreError, or ConfigError, in one line that names the directory and
-    the way out.
+    loader asks again per read). `seals`: which objects are sealed (seals.py), if any. Raises StoreError, or
+    ConfigError, in one line that names the directory and the way out.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Store:
         free_floor: int,
         block_size: int = 1 << 20,
         verify: Literal["start", "boot", "always"] = "start",
+        seals: Seals | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.block_size = block_size
@@ -101,7 +105,9 @@ class Store:
             memory=Memory(),
             closed=self._close_object,
             corrupt=self._count_corrupt,
-            created=self._record,
+            record=self._record,
+            quarantined=self._quarantined,
+            seals=seals,
         )
         self._scanner.start()
 
@@ -141,6 +147,11 @@ class Store:
 
     def _record(self, stored: StoredObject) -> None:
         summary = stored.summary()
+        if summary is not None:
+            self._records.put(stored.version.id, from_summary(summary))
+
+    def _quarantined(self, stored: StoredObject) -> None:
+        summary = fs.summarize(self._layout, stored.version.id)
         if summary is not None:
             self._records.put(stored.version.id, from_summary(summary))
 
@@ -244,10 +255,11 @@ class Store:
 
     def usage(self) -> StoreUsage:
         """Figures for `fusecache status`. Just after the start they lack what the index did not tell yet."""
-        complete = partial = 0
+        complete = partial = quarantined = 0
         for info in self._infos():
             complete += info.complete
-            partial += not info.complete
+            quarantined += info.mark is Mark.QUARANTINED
+            partial += not info.complete and info.mark is not Mark.QUARANTINED
         return StoreUsage(
             used=self._ledger.used(),
             limit=self._space.limit,
@@ -256,6 +268,7 @@ class Store:
             evictions=self._evictions,
             corrupt_blocks=self._corrupt_blocks,
             sick=self._health.sick,
+            objects_quarantined=quarantined,
         )
 
     def objects(self) -> list[ObjectInfo]:
@@ -288,6 +301,7 @@ class Store:
                     record.pinned,
                     record.last_use_ns / 1e9,
                     stored.open_count if stored else 0,
+                    Mark(record.mark) if record.mark in (Mark.ATTESTED, Mark.QUARANTINED) else Mark.NONE,
                 )
             )
         return infos

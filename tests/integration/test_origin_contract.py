@@ -136,6 +136,11 @@ def test_what_is_deleted_is_not_found(place: Place) -> None:
     assert "a" not in listed(place)
 
 
+def test_without_metadata_there_is_no_sha256(place: Place) -> None:
+    place.put("a", b"hello")
+    assert place.origin.sha256(place.origin.stat("a")) is None
+
+
 def test_a_reader_can_stop_and_be_stopped(place: Place) -> None:
     place.put("big", content("big", 1, 0, BIG))
     version = place.origin.stat("big")

@@ -22,7 +22,7 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -107,9 +107,9 @@ class S3Bucket:
         """s3://name."""
         return f"s3://{self.name}"
 
-    def put(self, key: str, data: bytes) -> str:
-        """Create or overwrite an object; returns its ETag."""
-        return str(self.client.put_object(Bucket=self.name, Key=key, Body=data)["ETag"])
+    def put(self, key: str, data: bytes, **more: Any) -> str:
+        """Create or overwrite an object; returns its ETag. `more` goes to put_object as it is."""
+        return str(self.client.put_object(Bucket=self.name, Key=key, Body=data, **more)["ETag"])
 
     def put_multipart(self, key: str, parts: Sequence[bytes]) -> str:
         """Upload in parts (5 MiB at least but for the last); returns the multipart ETag."""
@@ -170,10 +170,10 @@ class GcsBucket:
     def _object(self, key: str) -> str:
         return f"{self.server.endpoint}/storage/v1/b/{self.name}/o/{urllib.parse.quote(key, safe='')}"
 
-    def put(self, key: str, data: bytes) -> str:
+    def put(self, key: str, data: bytes, metadata: Mapping[str, str] | None = None) -> str:
         """Create or overwrite an object; returns its generation."""
         # Not uploadType=media: with that one the emulator takes no empty objects.
-        name = json.dumps({"name": key}).encode()
+        name = json.dumps({"name": key, **({"metadata": metadata} if metadata else {})}).encode()
         body = b"".join(
             (
                 b"--part\r\nContent-Type: application/json\r\n\r\n" + name,

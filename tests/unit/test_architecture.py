@@ -25,12 +25,24 @@ ALLOWED: dict[str, set[str]] = {
     "origin": GROUND,
     "catalog": GROUND,
     "loader": GROUND | {"store", "origin", "catalog"},
+    "attest": GROUND | {"store", "loader"},
     "peers": GROUND,
     "cluster": GROUND | {"store", "origin", "loader", "peers"},
     "cli": GROUND
     | {"mounts", "control", "telemetry", "store", "origin", "catalog", "loader", "peers", "cluster", "cli"},
     "mount": GROUND
-    | {"mounts", "control", "telemetry", "store", "origin", "catalog", "loader", "peers", "cluster"},
+    | {
+        "mounts",
+        "control",
+        "telemetry",
+        "store",
+        "origin",
+        "catalog",
+        "loader",
+        "attest",
+        "peers",
+        "cluster",
+    },
 }
 """Room -> rooms that it may import, besides itself. '' is the package itself, which holds the version only."""
 
@@ -46,6 +58,9 @@ PURE = (
     "fusecache/loader/plan.py",
     "fusecache/loader/recorder.py",
     "fusecache/loader/recording.py",
+    "fusecache/attest/sums.py",
+    "fusecache/attest/signing.py",
+    "fusecache/attest/manifests.py",
     "fusecache/peers/placement.py",
     "fusecache/telemetry/trace.py",
     "mount/nodeids.py",

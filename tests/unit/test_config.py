@@ -194,7 +194,7 @@ def test_secrets_are_refused_on_the_command_line(name: str) -> None:
         ("threads", "-o threads: needs a value: threads=..."),
         ("threads=x", "-o threads: input should be a valid integer"),
         ("threads=0", "-o threads: input should be greater than or equal to 1"),
-        ("verify=never", "-o verify: has to be one of 'start', 'boot' or 'always'"),
+        ("verify=never", "-o verify: has to be one of 'start', 'boot', 'always' or 'manifest'"),
         ("cache_size=lots", "-o cache_size: 'lots' is not a size"),
         ("cache_size=0", "cache_size has to be above 0"),
         ("cache_dir=", "-o cache_dir: a path is needed"),

@@ -199,6 +199,7 @@ def test_every_error_has_its_number() -> None:
         errors.NotFoundError: errno.ENOENT,
         errors.AccessDeniedError: errno.EACCES,
         errors.VersionChangedError: errno.ESTALE,
+        errors.AttestationError: errno.EBADMSG,
         errors.CancelledReadError: errno.EINTR,
     }
 

@@ -13,25 +13,27 @@ from fusecache.types import ObjectVersion
 VERSION = ObjectVersion("s3://b/p", "a/ü.bin", '"e"', 10_000, 5)
 IDENTITY = b'["s3://b/p","a/\\u00fc.bin","\\"e\\"",10000,5]'
 BOOT = bytes(range(16))
+SEAL = format.Seal(format.Mark.QUARANTINED, bytes(range(100, 132)), b"unsigned")
 
 
 def blocks_file() -> bytes:
     header = format.Header(4096, 10_000, 0x1122334455667788, format.pack_identity(VERSION))
-    return format.pack_blocks_file(header, format.State(BOOT, 9, 2, True, True, 3))
+    return format.pack_blocks_file(header, format.State(BOOT, 9, 2, True, True, 3, SEAL))
 
 
 def test_blocks_file_bytes_are_pinned() -> None:
-    fixed = b"FCBLOCKS" + struct.pack("<IIQQQ", 1, 4096, 10_000, 0x1122334455667788, len(IDENTITY))
+    fixed = b"FCBLOCKS" + struct.pack("<IIQQQ", 2, 4096, 10_000, 0x1122334455667788, len(IDENTITY))
     digest = struct.pack("<Q", xxhash.xxh3_64_intdigest(fixed + IDENTITY))
-    state = BOOT + struct.pack("<QIBBB", 9, 2, 1, 1, 3)
+    state = BOOT + struct.pack("<QIBBB", 9, 2, 1, 1, 3) + b"\2" + bytes(range(100, 132)) + b"unsigned"
     expected = (fixed + digest + state).ljust(128, b"\0") + bytes(3 * 8) + IDENTITY
     assert blocks_file() == expected
-    assert xxhash.xxh3_64_hexdigest(expected) == "d08cfff73e820fd5"
+    assert xxhash.xxh3_64_hexdigest(expected) == "8d2967d8efdb163c"
 
 
 def test_offsets_of_what_is_written_in_place() -> None:
     assert (format.BOOT_ID_OFFSET, format.LAST_USE_OFFSET, format.REPAIRS_OFFSET) == (48, 64, 72)
     assert (format.CLEAN_OFFSET, format.PINNED_OFFSET, format.ACCESSES_OFFSET) == (76, 77, 78)
+    assert format.SEAL_OFFSET == 79
     assert [format.checksum_offset(b) for b in (0, 1, 10)] == [128, 136, 208]
     assert format.pack_checksum(0x0102) == b"\x02\x01\0\0\0\0\0\0"
     assert format.pack_checksum(0) == b"\x01\0\0\0\0\0\0\0"
@@ -42,8 +44,14 @@ def test_blocks_file_is_read_back() -> None:
     assert header is not None
     assert (header.block_size, header.object_size, header.blocks) == (4096, 10_000, 3)
     assert format.parse_identity(header.identity) == VERSION
-    assert format.parse_state(blocks_file()) == format.State(BOOT, 9, 2, True, True, 3)
+    assert format.parse_state(blocks_file()) == format.State(BOOT, 9, 2, True, True, 3, SEAL)
     assert format.overhead(header) == 4096 + (12_288 - 10_000)
+
+
+def test_an_unknown_mark_is_none() -> None:
+    data = bytearray(blocks_file())
+    data[format.SEAL_OFFSET] = 7
+    assert format.parse_state(bytes(data)).seal == format.Seal()
 
 
 def test_checksums_may_be_set_without_touching_the_header() -> None:
@@ -70,15 +78,15 @@ def test_a_foreign_identity_is_refused(text: bytes) -> None:
 
 
 def test_format_file_bytes_are_pinned() -> None:
-    assert format.pack_format(1 << 20) == b"fusecache store 1\nblock_size 1048576\n"
+    assert format.pack_format(1 << 20) == b"fusecache store 2\nblock_size 1048576\n"
     assert format.parse_format(format.pack_format(4096)) == 4096
-    for text in (b"", b"fusecache store 2\nblock_size 4096\n", b"fusecache store 1\nblock_size x\n", b"\xff"):
+    for text in (b"", b"fusecache store 1\nblock_size 4096\n", b"fusecache store 2\nblock_size x\n", b"\xff"):
         assert format.parse_format(text) is None
 
 
 def test_ledger_bytes_are_pinned() -> None:
     ledger = bytearray(format.pack_ledger(counted=True))
-    assert ledger == (b"FCLEDGER" + struct.pack("<IIqI", 1, 255, 0, 1)).ljust(8192, b"\0")
+    assert ledger == (b"FCLEDGER" + struct.pack("<IIqI", 2, 255, 0, 1)).ljust(8192, b"\0")
     assert format.valid_ledger(ledger)
     assert format.ledger_counted(ledger)
     slot = format.LedgerSlot(100, 30, 7, 5, 42)

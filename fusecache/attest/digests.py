@@ -1,0 +1,137 @@
+"""What the sha256 of a file has to be, from whoever says so.
+
+Without a key: all manifests beside and above the file that name it, which have to agree; if none does, the metadata
+that the origin has of the object. With a key: the `model.sig` files that were signed with it, and nothing else. A
+manifest that can't be understood is passed over when another one names the file.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fusecache.attest.manifests import LIMIT, places, read_manifest
+from fusecache.attest.signing import Key
+from fusecache.errors import AttestationError, UnavailableError, VersionChangedError
+from fusecache.types import ObjectId, ObjectVersion
+
+_log = logging.getLogger(__name__)
+
+_ENTRIES = 1_000_000
+"""Files that manifests speak of, and are remembered to."""
+_ASKED = 100_000
+
+UNSIGNED = b"unsigned"
+"""The anchor (see store.seals) of what is attested without a key; otherwise it is `Key.anchor`."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a file has to hash to, and who says so, in words."""
+
+    sha256: bytes
+    by: str
+
+
+class ManifestReplacedError(UnavailableError):
+    """A manifest is being replaced: look again."""
+
+
+class Digests:
+    """Thread-safe; the lock is a leaf. May wait for the origin.
+
+    `find(version, key)` is the object `key` of the same source, if there is one; `read(version, source)` its bytes;
+    `ask(version, source)` the sha256 that the origin's metadata has of it.
+    """
+
+    def __init__(
+        self,
+        find: Callable[[ObjectVersion, str], ObjectVersion | None],
+        read: Callable[[ObjectVersion, str], bytes],
+        ask: Callable[[ObjectVersion, str], bytes | None],
+        key: Key | None = None,
+    ) -> None:
+        self._find = find
+        self._read = read
+        self._ask = ask
+        self._key = key
+        self._lock = threading.Lock()
+        self._manifests: OrderedDict[ObjectId, dict[str, bytes] | str] = OrderedDict()
+        """What a manifest says, or what is wrong with it."""
+        self._asked: OrderedDict[ObjectId, bytes | None] = OrderedDict()
+
+    def forget(self) -> None:
+        """Ask the origin again."""
+        with self._lock:
+            self._asked.clear()
+
+    def expected(self, version: ObjectVersion, source: str) -> Expected:
+        """What this version has to hash to. Raises AttestationError when nobody says, or two say different things,
+        ManifestReplacedError, and what reading a manifest raises."""
+        found: list[Expected] = []
+        problems: list[str] = []
+        for key in places(version.key, signed=self._key is not None):
+            manifest = self._find(version, key)
+            if manifest is None or manifest.size > LIMIT:
+                continue
+            said = self._said(manifest, source)
+            if isinstance(said, str):
+                problems.append(f"{key}: {said}")
+            elif version.key in said:
+                found.append(Expected(said[version.key], key))
+        if not found and self._key is None:
+            digest = self._metadata(version, source)
+            if digest is not None:
+                found.append(Expected(digest, "the origin's metadata"))
+        if not found:
+            raise AttestationError(_nobody(version, problems, signed=self._key is not None))
+        other = next((each for each in found if each.sha256 != found[0].sha256), None)
+        if other is not None:
+            raise AttestationError(
+                f"{version.key}: {found[0].by} and {other.by} say different things of it: mend or remove one of them"
+            )
+        return found[0]
+
+    def _said(self, manifest: ObjectVersion, source: str) -> dict[str, bytes] | str:
+        with self._lock:
+            known = self._manifests.get(manifest.id)
+        if known is not None:
+            return known
+        said: dict[str, bytes] | str
+        try:
+            said = read_manifest(manifest.key, self._read(manifest, source), self._key)
+        except VersionChangedError as error:
+            raise ManifestReplacedError(f"{manifest.key} is being replaced: try again") from error
+        except ValueError as error:
+            said = str(error)[:300]
+            _log.warning("%s is no manifest that can be used: %s", manifest.key, said)
+        with self._lock:
+            self._manifests[manifest.id] = said
+            while len(self._manifests) > 1 and sum(map(len, self._manifests.values())) > _ENTRIES:
+                self._manifests.popitem(last=False)
+        return said
+
+    def _metadata(self, version: ObjectVersion, source: str) -> bytes | None:
+        with self._lock:
+            if version.id in self._asked:
+                return self._asked[version.id]
+        digest = self._ask(version, source)
+        with self._lock:
+            self._asked[version.id] = digest
+            while len(self._asked) > _ASKED:
+                self._asked.popitem(last=False)
+        return digest
+
+
+def _nobody(version: ObjectVersion, problems: list[str], *, signed: bool) -> str:
+    if problems:
+        return f"{version.key} is attested by nobody: {'; '.join(problems[:3])}"
+    if signed:
+        return f"{version.key} is in no model.sig that was signed with manifest_key: sign the model with it"
+    return (
+        f"{version.key} is in no manifest, and the origin has no sha256 of it: "
+        "add it to SHA256SUMS or model.sig, or mount without verify=manifest"
+    )

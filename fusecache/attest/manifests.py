@@ -1,0 +1,66 @@
+"""Which files are manifests, which of them speak of a file, and what they say. Pure.
+
+| name | speaks of |
+|---|---|
+| `NAME.sha256`, `NAME.sha256sum` | the file NAME beside it |
+| SUMS | files of its folder and below |
+| `model.sig` | files of its folder and below |
+
+Everybody may read a manifest, and nobody attests one: what it is worth is what its signature, if one is asked for, or
+whoever may write to the source is worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fusecache.attest.signing import Key, parse_signature
+from fusecache.attest.sums import parse_single, parse_sums
+from fusecache.types import ObjectVersion
+
+SUMS = (
+    "SHA256SUMS",
+    "SHA256SUMS.txt",
+    "sha256sums",
+    "sha256sums.txt",
+    "sha256sum.txt",
+    "checksums.sha256",
+    "checksum.sha256",
+)
+SIGNATURE = "model.sig"
+SINGLE = (".sha256", ".sha256sum")
+LIMIT = 32 << 20
+"""Bytes of a manifest: some 300,000 files. A larger one is a file like any other."""
+
+
+def is_manifest(version: ObjectVersion) -> bool:
+    """Whether a file is a manifest by its name and size."""
+    name = version.key.rpartition("/")[2]
+    return (name in SUMS or name == SIGNATURE or name.endswith(SINGLE)) and version.size <= LIMIT
+
+
+def places(key: str, *, signed: bool) -> Iterator[str]:
+    """Keys of the manifests that may speak of the file `key`, the nearest first; `signed`: of signed ones."""
+    if not signed:
+        yield from (key + suffix for suffix in SINGLE)
+    folder = key
+    while folder:
+        folder = folder.rpartition("/")[0]
+        above = folder + "/" if folder else ""
+        yield above + SIGNATURE
+        if not signed:
+            yield from (above + name for name in SUMS)
+
+
+def read_manifest(key: str, text: bytes, wanted: Key | None) -> dict[str, bytes]:
+    """What the manifest `key` says: digests by the key of the file. Raises ValueError, with what is wrong with it."""
+    folder, _, name = key.rpartition("/")
+    above = folder + "/" if folder else ""
+    if name == SIGNATURE:
+        found = parse_signature(text, wanted)
+    elif name in SUMS:
+        found = parse_sums(text)
+    else:
+        about = name.removesuffix(SINGLE[1]).removesuffix(SINGLE[0])
+        found = {about: parse_single(text, about)}
+    return {above + file: digest for file, digest in found.items()}
