@@ -89,9 +89,9 @@ def test_who_reads_many_configs_has_no_model_fetched(start: Start) -> None:
     for file in files:
         if file.key.endswith(".json"):
             read(loader, file)
+    step.open()
     wait_until(lambda: loader.progress()["fetching"] == 0, "nothing that is fetched", WAIT)
     assert loader.progress()["planned"] == 0
-    step.open()
     shards = {key for key, _, _ in origin.reads if not key.endswith(".json")}
     assert len(shards) <= 4  # one per thread of the crew, begun before it was known
     # one that is really loaded is fetched all the same
