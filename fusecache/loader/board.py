@@ -26,19 +26,19 @@ QUIET = 10.0
 _SLOWLY = 2
 """Flights at a time of such a file."""
 
-_SPREAD = 16
 _LEAST = 2 << 20
-"""All files together are fetched by so many requests at once, as far as each has so many bytes: one connection to S3
-brings 50 to 90 MB/s, after 20 to 50 ms. At 70 MB/s and 30 ms an adapter of 1 to 25 MB was loaded in 65 ms (p99: 100)
-and not in 104 (p99: 280)."""
+"""All files together are fetched by as many requests at once as there are threads, as far as each has so many bytes:
+one connection to S3 brings 50 to 90 MB/s, after 20 to 50 ms. At 70 MB/s and 30 ms an adapter of 1 to 25 MB was loaded
+by 16 threads in 65 ms (p99: 100) and not in 104 (p99: 280)."""
 
 _Demand = tuple[deque[tuple[ObjectLoad, int]], deque[tuple[ObjectLoad, int]]]
 
 
 class Board:
-    """The work of one loader. `limit` is in blocks per flight; `begin` starts a file of the plan."""
+    """The work of one loader. `limit` is in blocks per flight; `begin` starts a file of the plan; `crew` threads fetch
+    from the origin."""
 
-    def __init__(self, limit: int, begin: Callable[[ObjectVersion, str], None]) -> None:
+    def __init__(self, limit: int, begin: Callable[[ObjectVersion, str], None], *, crew: int = 16) -> None:
         self.paused = False
         """Only what somebody waits for is handed out."""
         self.active: deque[ObjectLoad] = deque()
@@ -53,6 +53,7 @@ class Board:
         self.asked = 0.0
         """When a reader asked last, as a time.monotonic()."""
         self._limit = limit
+        self._crew = crew
         self._begin = begin
         self._urgent: _Demand = (deque(), deque())
         """What readers wait for: from the origin or the disk, and from other nodes."""
@@ -155,7 +156,7 @@ class Board:
         """Blocks of its next flight at most: all of the crew for a small file, if it is the only one."""
         if load.route is not None:
             return self._limit
-        at_once = max(1, _SPREAD // max(1, len(self.active)))
+        at_once = max(1, self._crew // max(1, len(self.active)))
         least = max(1, _LEAST // load.stored.block_size)
         return min(self._limit, max(least, -(-load.stored.block_count // at_once)))
 
