@@ -200,7 +200,40 @@ def _verify(upload: Upload, folder: Path) -> None:
 
 def learned(setting: Setting) -> None:
     """A cold load that reads a part of the tensors, after one whose order was learned, and the same without."""
-    setting.results.problem("learned", "not available: this version learns no order of access")
+    upload = setting.upload("safetensors")
+    found = setting.results.measurement("learned", setting.settings(upload, rate=setting.rate))
+
+    def load(number: int, name: str, tool: Fusecache, work: Path) -> None:
+        with tool.mounted(upload.bucket, work) as folder:
+            busy = Busy()
+            seconds, _ = timed("sparse", folder)
+            setting.note(found, number, name, seconds, busy)
+
+    def plain(number: int) -> None:
+        with setting.site.folder("mount") as work:
+            load(number, "plain", Fusecache(options=("learn=off",)), work)
+
+    def after_another(number: int) -> None:
+        with setting.site.folder("mount") as work:
+            with Fusecache().mounted(upload.bucket, work) as folder:
+                timed("sparse", folder)
+            _keep_orders(work / "cache")
+            load(number, "learned", Fusecache(), work)
+
+    with setting.site.on_node(setting.rate):
+        setting.take_turns("learned", {"learned": after_another, "plain": plain})
+
+
+def _keep_orders(cache: Path) -> None:
+    """Let go of all that is cached but the recordings."""
+    if not list((cache / "orders").glob("*.order")):
+        raise BenchmarkError("no order was learned")
+    for path in cache.iterdir():
+        if path.is_dir() and path.name != "orders":
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
+    drop_page_cache(())
 
 
 def warm(setting: Setting) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from fusecache.errors import ConfigError, FusecacheError, MountError
 from fusecache.mount import keeper, launch, mounting, unmount
-from tests.support.kept import Kept, ended, kept
+from tests.support.kept import Kept, ended, is_keeper, kept
 from tests.support.mounting import command, needs_fuse
 
 pytestmark = needs_fuse
@@ -156,7 +156,7 @@ def test_unmounting_twice(mount: Kept) -> None:
     pid = mount.launch()
     unmount.unmount(str(mount.mountpoint), lazy=False, timeout=10)
     assert keeper.keeper_of(mount.directory) is None
-    assert not Path(f"/proc/{pid}").exists() or keeper.find_keeper(mount.connections[0]) is None
+    assert not is_keeper(pid)
     with pytest.raises(MountError, match="is not mounted"):
         unmount.unmount(str(mount.mountpoint), lazy=False, timeout=10)
 

@@ -34,13 +34,23 @@ def ended(pid: int) -> bool:
         os.close(fd)
 
 
+def is_keeper(pid: int) -> bool:
+    """Whether this process is a keeper still."""
+    try:
+        return b"fusecache.mount.keeper" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
 @dataclass
 class Kept:
     """A mountpoint below `work`, and what the stand-in daemons there were told."""
 
     work: Path
     mountpoint: Path = field(init=False)
-    connections: list[int] = field(default_factory=list)
+    keepers: list[int] = field(default_factory=list)
+    _aborts: list[int] = field(default_factory=list)
+    """Open abort files: the number of a connection may be another mount's soon after the end of ours."""
 
     def __post_init__(self) -> None:
         self.mountpoint = self.work / "mnt"
@@ -76,9 +86,11 @@ class Kept:
         launch.launch(config or self.config(), False, daemon=command, **given)
         connection = self.connection
         assert connection is not None
-        self.connections.append(connection)
+        with contextlib.suppress(OSError):
+            self._aborts.append(os.open(f"/sys/fs/fuse/connections/{connection}/abort", os.O_WRONLY))
         pid = keeper.find_keeper(connection)
         assert pid is not None
+        self.keepers.append(pid)
         return pid
 
     @property
@@ -101,12 +113,16 @@ class Kept:
 
     def clean(self) -> None:
         """Whatever happened: no mount, no keeper, nobody who waits."""
+        for fd in self._aborts:
+            with contextlib.suppress(OSError):
+                os.write(fd, b"1")
+            os.close(fd)
         if self.connection is not None:
-            self.connections.append(self.connection)
-        for connection in self.connections:
-            mounting.abort(connection)
-            pid = keeper.find_keeper(connection)
-            if pid is not None:
+            mounting.abort(self.connection)
+            left = keeper.find_keeper(self.connection)
+            self.keepers += [left] if left is not None else []
+        for pid in self.keepers:
+            if is_keeper(pid):
                 self.kill(pid)
         while self.connection is not None:
             mounting.unmount(self.mountpoint, lazy=True, force=True)
