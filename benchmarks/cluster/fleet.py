@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -189,7 +190,7 @@ class Fleet:
                 work = self._work / host.name
                 work.mkdir(parents=True)
                 stack.callback(shutil.rmtree, work, ignore_errors=True)
-                shutil.copy(meta, work / "meta.db")
+                _copy_database(meta, work / "meta.db")
                 command = [
                     program("juicefs"), "mount", f"sqlite3://{work / 'meta.db'}", str(work / "mnt"),
                     f"--cache-dir={work / 'cache'}", "--buffer-size=300M", "--max-readahead=256", "--prefetch=8",
@@ -200,6 +201,15 @@ class Fleet:
                 stack.enter_context(mounting(host.command(command), work / "mnt", work / "juicefs.log"))
                 nodes.append(Node(host, work, work / "mnt", work / "mnt" / self._bucket.prefix))
             yield nodes
+
+
+def _copy_database(source: Path, target: Path) -> None:
+    """With what is only in its write-ahead log yet."""
+    with (
+        contextlib.closing(sqlite3.connect(source)) as found,
+        contextlib.closing(sqlite3.connect(target)) as made,
+    ):
+        found.backup(made)
 
 
 def wait_joined(nodes: Sequence[Node]) -> None:
