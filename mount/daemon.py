@@ -43,7 +43,7 @@ from fusecache.mount.service import Facts, Service
 from fusecache.mount.tracing import Tracing
 from fusecache.mounts import SOCKET_NAME, mount_directory
 from fusecache.origin import Origin, open_origin
-from fusecache.store import Orders, Seals, Store
+from fusecache.store import BlockStore, Orders, Seals, open_store
 from fusecache.telemetry.logs import configure_logging
 from fusecache.telemetry.metrics import StatusCollector
 from fusecache.telemetry.server import MetricsServer, metrics_page
@@ -172,22 +172,14 @@ def _failed(inherited: Inherited, error: BaseException) -> int:
 
 
 @contextlib.contextmanager
-def _rooms(config: MountConfig, inherited: Inherited) -> Iterator[tuple[dict[str, Origin], Store]]:
+def _rooms(config: MountConfig, inherited: Inherited) -> Iterator[tuple[dict[str, Origin], BlockStore]]:
     with contextlib.ExitStack() as stack:
         origins: dict[str, Origin] = {}
         for source in config.sources:
             origins[source.name] = open_origin(source, config.tuning)
             stack.callback(origins[source.name].close)
-        store = stack.enter_context(
-            Store(
-                config.cache_dir,
-                limit=config.cache_limit(),
-                free_floor=config.free_floor_bytes(),
-                block_size=config.block_size,
-                verify=config.store_verify(),
-                seals=None if config.verify != "manifest" else Seals(_anchor(config), is_manifest),
-            )
-        )
+        seals = None if config.verify != "manifest" else Seals(_anchor(config), is_manifest)
+        store = stack.enter_context(open_store(config, keep=inherited.replay is not None, seals=seals))
         yield origins, store
 
 
@@ -212,7 +204,7 @@ async def _serve(config: MountConfig, inherited: Inherited, facts: Facts) -> int
             range_bytes=config.tuning.range_size,
             deadline=config.tuning.deadline,
             prefetch=config.prefetch == "auto",
-            budget=int(config.cache_limit() * _BUDGET_SHARE) if budget is None else budget,
+            budget=int(config.weights_limit() * _BUDGET_SHARE) if budget is None else budget,
             learn=config.learn == "auto",
             read_ahead=min(config.read_ahead, mounting.READ_AHEAD_LITTLE),
         )
@@ -249,7 +241,7 @@ async def _serve(config: MountConfig, inherited: Inherited, facts: Facts) -> int
                 limits=protocol.Limits(config.max_background),
                 passthrough=passthrough.active,
                 verify_always=config.verify == "always",
-                on_init=lambda request, reply: _on_init(config, inherited, handles, request, reply),
+                on_init=lambda request, reply: _on_init(config, inherited, handles, store, request, reply),
                 on_end=lambda: token.run_sync_soon(pyfuse3.terminate),
             )
 
@@ -339,7 +331,9 @@ async def _run(
                 functools.partial(trio.to_thread.run_sync, channel.start, config.threads, inherited.replay)
             )
             if inherited.replay is not None:
-                handles.later(lambda: _probe(config, inherited, handles, inherited.replay or b""))
+                handles.later(
+                    lambda: _probe(config, inherited, handles, loader.store, inherited.replay or b"")
+                )
             inherited.tell(ready=True)
             _log.info("serving %s", config.mountpoint)
             await pyfuse3.main(max_tasks=_TASKS)
@@ -373,7 +367,7 @@ def _inspector(config: MountConfig, library: Library, origins: Mapping[str, Orig
     return Inspector(Digests(library.find, library.read, ask, _key(config)))
 
 
-def _cluster(config: MountConfig, store: Store, origins: Mapping[str, Origin]) -> Cluster | None:
+def _cluster(config: MountConfig, store: BlockStore, origins: Mapping[str, Origin]) -> Cluster | None:
     if not config.peers.wanted:
         return None
     return Cluster(
@@ -381,7 +375,7 @@ def _cluster(config: MountConfig, store: Store, origins: Mapping[str, Origin]) -
         store,
         origins,
         concurrency=config.tuning.concurrency,
-        weight=config.cache_limit(),
+        weight=config.weights_limit(),
     )
 
 
@@ -396,14 +390,21 @@ def _passthrough(config: MountConfig, inherited: Inherited) -> Passthrough:
 
 
 def _on_init(
-    config: MountConfig, inherited: Inherited, handles: Handles, request: bytes, reply: bytes
+    config: MountConfig,
+    inherited: Inherited,
+    handles: Handles,
+    store: BlockStore,
+    request: bytes,
+    reply: bytes,
 ) -> None:
     inherited.tell(init=base64.b64encode(request).decode(), reply=base64.b64encode(reply).decode())
-    handles.later(lambda: _probe(config, inherited, handles, request))
+    handles.later(lambda: _probe(config, inherited, handles, store, request))
 
 
-def _probe(config: MountConfig, inherited: Inherited, handles: Handles, request: bytes) -> None:
-    """After INIT: try passthrough on a file of the cache directory, and make the kernel read ahead."""
+def _probe(
+    config: MountConfig, inherited: Inherited, handles: Handles, store: BlockStore, request: bytes
+) -> None:
+    """After INIT: try passthrough on a file of each directory of the store, and make the kernel read ahead."""
     try:
         mounting.set_read_ahead(config.mountpoint, config.read_ahead)
     except (OSError, FusecacheError) as error:
@@ -417,9 +418,9 @@ def _probe(config: MountConfig, inherited: Inherited, handles: Handles, request:
     if not protocol.wants_passthrough(request):
         passthrough.refuse(f"kernel {os.uname().release} can't: it needs Linux 6.9 or newer")
         return
-    why = handles.try_passthrough(config.cache_dir)
-    if why:
-        passthrough.refuse(why)
+    whys = [handles.try_passthrough(directory) for directory in store.directories]
+    if all(whys):
+        passthrough.refuse(whys[0])
     else:
         passthrough.why = "complete files are read by the kernel itself"
         _log.info("passthrough is on")

@@ -44,7 +44,7 @@ from fusecache.mount import protocol
 from fusecache.mount.journal import Journal, OpenRecord
 from fusecache.mount.nodeids import inode_number, is_passthrough, passthrough_twin
 from fusecache.mount.patience import Patience
-from fusecache.store import Store, StoredObject
+from fusecache.store import BlockStore, StoredObject
 from fusecache.types import ObjectId, ObjectVersion
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Handles:
         self,
         catalog: Catalog,
         loader: Loader,
-        store: Store,
+        store: BlockStore,
         journal: Journal,
         *,
         device: int,
@@ -471,7 +471,7 @@ class Handles:
             backing = self._open_backing(stored)
         except OSError as error:
             stored.close()
-            if error.errno in (errno.EPERM, errno.ELOOP, errno.EOPNOTSUPP, errno.ENOTTY):
+            if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTTY):
                 self.passthrough.refuse(f"the kernel refused it: {error.strerror}")
             else:
                 _log.warning("%s: no passthrough for this file: %s", version.key, error.strerror)
@@ -549,8 +549,10 @@ class Handles:
             if error.errno == errno.EPERM:
                 return "it needs CAP_SYS_ADMIN: run the mount as root (in a container: --cap-add SYS_ADMIN)"
             if error.errno in (errno.ELOOP, errno.EOPNOTSUPP, errno.EINVAL):
-                return f"cache_dir {directory} lies on overlayfs or another stacked file system: move it to a disk"
-            return f"the kernel refused a file of cache_dir {directory}: {error.strerror}"
+                return (
+                    f"{directory} lies on overlayfs or another stacked file system: move cache_dir to a disk"
+                )
+            return f"the kernel refused a file of {directory}: {error.strerror}"
         return ""
 
     def _open_backing(self, stored: StoredObject) -> int:

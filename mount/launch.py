@@ -178,7 +178,7 @@ def look(mountpoint: Path) -> int | None:
 
 
 def _check_inside(config: MountConfig) -> None:
-    for name in ("cache_dir", "runtime_dir", "log_file"):
+    for name in ("cache_dir", "memory_dir", "runtime_dir", "log_file"):
         path = getattr(config, name)
         if path is not None and Path(os.path.realpath(path)).is_relative_to(config.mountpoint):
             raise ConfigError(f"{name} {path} is inside the mountpoint: choose another")

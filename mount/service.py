@@ -21,7 +21,7 @@ from fusecache.mount.channel import Channel
 from fusecache.mount.handles import Handles
 from fusecache.mount.tracing import Tracing
 from fusecache.origin import Origin
-from fusecache.store import Mark, Orders, Store
+from fusecache.store import BlockStore, Mark, Orders
 from fusecache.types import ObjectId, ObjectVersion
 
 _DRAIN = 10.0
@@ -47,7 +47,7 @@ class Service:
         *,
         catalog: Catalog,
         origins: Mapping[str, Origin],
-        store: Store,
+        store: BlockStore,
         loader: Loader,
         handles: Handles,
         channel: Channel,
@@ -112,9 +112,12 @@ class Service:
             },
             "opens": {"passthrough": opens.passthrough, "daemon": opens.daemon},
             "cache": {
-                "dir": str(self._config.cache_dir),
+                "dir": str(self._store.directories[0]),
+                "store": self._config.store,
                 "used": usage.used,
                 "limit": usage.limit,
+                "memory_used": usage.memory_used,
+                "memory_limit": usage.memory_limit,
                 "objects_complete": usage.objects_complete,
                 "objects_partial": usage.objects_partial,
                 "evictions": usage.evictions,

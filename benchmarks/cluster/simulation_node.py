@@ -18,11 +18,11 @@ from benchmarks.cluster.simulation_world import World
 from fusecache.cluster import choice
 from fusecache.loader.board import Board
 from fusecache.loader.load import Job, ObjectLoad
-from fusecache.loader.pace import Pace
 from fusecache.loader.waiters import Waiter
 from fusecache.mount.patience import Patience
 from fusecache.peers.breaker import Breakers
 from fusecache.peers.member import Member
+from fusecache.store.pace import Pace
 from fusecache.types import ObjectVersion
 
 EMPTY_HANDED = 10.0

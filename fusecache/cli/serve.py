@@ -22,7 +22,7 @@ from fusecache.errors import ConfigError, FusecacheError
 from fusecache.loader import Loader, LoaderSettings
 from fusecache.mounts import SOCKET_NAME, mount_directory, served_as
 from fusecache.origin import Origin, open_origin
-from fusecache.store import Orders, Store
+from fusecache.store import BlockStore, Orders, open_store
 from fusecache.telemetry import MetricsServer, StatusCollector, configure_logging
 from fusecache.telemetry.server import metrics_page
 from fusecache.types import ObjectVersion
@@ -85,21 +85,13 @@ async def _serve(config: MountConfig) -> None:
         for source in config.sources:
             origins[source.name] = open_origin(source, config.tuning)
             stack.callback(origins[source.name].close)
-        store = stack.enter_context(
-            Store(
-                config.cache_dir,
-                limit=config.cache_limit(),
-                free_floor=config.free_floor_bytes(),
-                block_size=config.block_size,
-                verify=config.store_verify(),
-            )
-        )
+        store = stack.enter_context(open_store(config, keep=False))
         cluster = Cluster(
             config.peers,
             store,
             origins,
             concurrency=config.tuning.concurrency,
-            weight=config.cache_limit(),
+            weight=config.weights_limit(),
         )
         stack.callback(cluster.close)
         settings = LoaderSettings(
@@ -137,7 +129,7 @@ async def _serve(config: MountConfig) -> None:
 
 def _status(
     config: MountConfig,
-    store: Store,
+    store: BlockStore,
     origins: dict[str, Origin],
     loader: Loader,
     cluster: Cluster,
@@ -152,7 +144,7 @@ def _status(
             "peer": cluster.exchange.stats.bytes_peers,
             "origin": sum(origin.stats.bytes for origin in origins.values()),
         },
-        "cache": {"dir": str(config.cache_dir), **vars(usage)},
+        "cache": {"dir": str(store.directories[0]), **vars(usage)},
         "origin": {name: sum(getattr(origin.stats, name) for origin in origins.values()) for name in names},
         "loader": {**loader.progress(), "flights": loader.stats.flights},
         "peers": cluster.counters(),

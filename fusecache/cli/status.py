@@ -105,13 +105,21 @@ def _sources(status: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name}{source.get('identity') or source.get('url', '?')}{engine}"
 
 
+def _filled(used: int, limit: int) -> str:
+    share = f" ({used / limit:.0%})" if limit else ""
+    return f"{format_size(used)} of {format_size(limit)}{share}"
+
+
 def _cache(cache: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if not cache:
         return
-    used, limit = cache.get("used", 0), cache.get("limit", 0)
-    share = f" ({used / limit:.0%})" if limit else ""
+    memory = cache.get("memory_limit", 0)
     where = f" in {cache['dir']}" if cache.get("dir") else ""
-    yield "cache", f"{format_size(used)} of {format_size(limit)}{share}{where}"
+    used = cache.get("memory_used", 0)
+    if memory:
+        yield "memory", _filled(used, memory) + (where if memory == cache.get("limit") else "")
+    if not memory or memory < cache.get("limit", 0):
+        yield "cache", _filled(cache.get("used", 0) - used, cache.get("limit", 0) - memory) + where
     text = f"{cache.get('objects_complete', 0)} complete, {cache.get('objects_partial', 0)} partial"
     if cache.get("evictions"):
         text += f", {cache['evictions']} evicted"

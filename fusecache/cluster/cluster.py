@@ -30,7 +30,7 @@ from fusecache.peers.membership import Membership
 from fusecache.peers.placement import ranking
 from fusecache.peers.probe import HttpProbe
 from fusecache.peers.server import PeerServer
-from fusecache.store import Orders, Store
+from fusecache.store import BlockStore, Orders
 from fusecache.types import ObjectId
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Cluster:
     def __init__(
         self,
         settings: PeerSettings,
-        store: Store,
+        store: BlockStore,
         origins: Mapping[str, Origin],
         *,
         concurrency: int,

@@ -24,7 +24,7 @@ from fusecache.loader import Loader, ObjectLoad, Waiter
 from fusecache.peers.member import Health, Member
 from fusecache.peers.server import Offer, Piece
 from fusecache.peers.wire import BlockRequest, RequestError
-from fusecache.store import Store
+from fusecache.store import BlockStore
 from fusecache.types import ObjectId, ObjectVersion
 
 _log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Holdings:
         members: Members,
         exchange: Exchange,
         loader: Loader,
-        store: Store,
+        store: BlockStore,
         sources: Mapping[str, str],
         *,
         streams: int,

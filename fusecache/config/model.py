@@ -16,8 +16,9 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
+from fusecache.config.machine import disk_size, memory_size
 from fusecache.config.peers import PeerSettings
-from fusecache.config.units import resolve_amount
+from fusecache.config.units import format_size, resolve_amount
 from fusecache.config.values import AbsolutePath, Amount, Bytes, Gid, Mode, Model, Seconds, Uid
 from fusecache.errors import ConfigError
 
@@ -187,6 +188,25 @@ class MountConfig(Model):
     free_space: Amount = Field(
         default="5%", description="Bytes to leave free on that file system, as a size or a share."
     )
+    store: Literal["on", "off", "small", "auto"] = Field(
+        default="on",
+        description="Where objects are kept: `on`: in `cache_dir`; `off`: in memory, and nothing of them is written to "
+        "a disk; `small`: those of more than `small_size` in memory, the others in `cache_dir`; `auto`: in `cache_dir` "
+        "unless its disk was measured to be clearly slower than what brings the bytes, then in memory.",
+    )
+    small_size: Bytes = Field(
+        default=64 << 20,
+        description="With `store=small`: up to this size a file is kept in `cache_dir`: configs, tokenizers, indexes.",
+    )
+    memory_size: Amount = Field(
+        default="25%",
+        description="Most bytes of objects to keep in memory, unless `store=on`: a size, or a share of the memory of "
+        "this machine or container. What does not fit is passed on to its readers and not kept.",
+    )
+    memory_dir: AbsolutePath = Field(
+        default=Path("/dev/shm"),  # noqa: S108  each mount makes a directory of its own there, of mode 0700
+        description="A tmpfs for that. Each mount has a directory of its own there, which goes with it.",
+    )
     block_size: Bytes = Field(
         default=1 << 20, ge=64 << 10, le=64 << 20, description="Unit of presence and checksums, a power of 2."
     )
@@ -284,6 +304,8 @@ class MountConfig(Model):
             raise ValueError("verify=manifest checks whole files: it needs peers.local_copies=all")
         if self.cache_size in (0, "0%"):
             raise ValueError("cache_size has to be above 0")
+        if self.memory_size in (0, "0%"):
+            raise ValueError("memory_size has to be above 0")
         try:
             inside = self.cache_dir.is_relative_to(self.mountpoint)
         except ValueError:
@@ -294,11 +316,36 @@ class MountConfig(Model):
 
     def cache_limit(self) -> int:
         """Most bytes to store, now that the size of the file system is asked for. Raises ConfigError."""
-        return resolve_amount(self.cache_size, _disk_size(self.cache_dir))
+        return resolve_amount(self.cache_size, disk_size(self.cache_dir))
 
     def free_floor_bytes(self) -> int:
         """Bytes to leave free on the file system of the cache directory. Raises ConfigError."""
-        return resolve_amount(self.free_space, _disk_size(self.cache_dir))
+        return resolve_amount(self.free_space, disk_size(self.cache_dir))
+
+    def memory_dir_size(self) -> int:
+        """Bytes of the file system of memory_dir. Raises ConfigError."""
+        try:
+            found = os.statvfs(self.memory_dir)
+        except OSError as error:
+            raise ConfigError(
+                f"memory_dir {self.memory_dir}: {error.strerror}: set it to a directory on a tmpfs"
+            ) from error
+        return found.f_blocks * found.f_frsize
+
+    def memory_limit(self) -> int:
+        """Most bytes to store in memory. Raises ConfigError where the tmpfs has no room for so much."""
+        there = self.memory_dir_size()
+        limit = resolve_amount(self.memory_size, memory_size() if isinstance(self.memory_size, str) else 0)
+        if limit > there:
+            raise ConfigError(
+                f"memory_dir {self.memory_dir} holds {format_size(there)} and memory_size is {format_size(limit)}: "
+                "lower memory_size, or make the tmpfs larger (docker run --shm-size, mount -o remount,size=)"
+            )
+        return limit
+
+    def weights_limit(self) -> int:
+        """Most bytes to store where files of weights are kept. Raises ConfigError."""
+        return self.memory_limit() if self.store in ("off", "small") else self.cache_limit()
 
     def store_verify(self) -> Literal["start", "boot", "always"]:
         """When the store checks the checksums of cached blocks."""
@@ -326,16 +373,3 @@ def _reveal(value: object) -> object:
     if isinstance(value, SecretStr):
         return value.get_secret_value()
     return str(value)
-
-
-def _disk_size(directory: Path) -> int:
-    """Bytes of the file system that holds `directory`, or will."""
-    for candidate in (directory, *directory.parents):
-        try:
-            found = os.statvfs(candidate)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise ConfigError(f"cache directory {directory}: {candidate}: {error.strerror}") from error
-        return found.f_blocks * found.f_frsize
-    raise ConfigError(f"cache directory {directory}: not found")

@@ -55,9 +55,9 @@ from fusecache.loader.interface import (
 )
 from fusecache.loader.learning import Learning
 from fusecache.loader.load import Job, ObjectLoad
-from fusecache.loader.pace import Pace
 from fusecache.loader.waiters import Waiter, settle
-from fusecache.store import Store
+from fusecache.store import BlockStore
+from fusecache.store.pace import Pace
 from fusecache.types import ObjectId, ObjectVersion
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Loader:
 
     def __init__(
         self,
-        store: Store,
+        store: BlockStore,
         origins: Mapping[str, Origin],
         library: Library,
         settings: LoaderSettings,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from fusecache.loader.waiters import Waiter
-from fusecache.store import Store
+from fusecache.store import BlockStore
 from fusecache.types import ObjectId, ObjectVersion
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ class Office(Protocol):
     """A Loader, as they see it. `lock` guards its scheduling state, and is held for microseconds."""
 
     lock: threading.Lock
-    store: Store
+    store: BlockStore
 
     def obtain(self, version: ObjectVersion, source: str) -> ObjectLoad:
         """The load of this version, opened once more; does disk I/O. Raises StoreError."""

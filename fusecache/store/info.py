@@ -12,7 +12,8 @@ from fusecache.types import ObjectId, ObjectVersion
 class StoreUsage:
     """Figures of a cache directory. `used` and `limit` are in bytes, over all processes on the directory;
     `used` holds the blocks, what is reserved for blocks on their way, and the files' own overhead (a few KiB
-    per object). `evictions` (objects) and `corrupt_blocks` are counted since this process started."""
+    per object); `memory_used` and `memory_limit` are what is in memory of each. `evictions` (objects) and
+    `corrupt_blocks` are counted since this process started."""
 
     used: int
     limit: int
@@ -22,6 +23,8 @@ class StoreUsage:
     corrupt_blocks: int
     sick: bool
     objects_quarantined: int = 0
+    memory_used: int = 0
+    memory_limit: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,3 +41,4 @@ class ObjectInfo:
     last_use: float
     open_count: int
     mark: Mark = Mark.NONE
+    in_memory: bool = False

@@ -307,18 +307,19 @@ class StoredObject:
         self.wrote = True
         try:
             fd = files.write_fd(self._shared.layout.data_path(self.version.id))
-            done = 0
-            while done < len(view):
-                try:
-                    done += os.pwrite(fd, view[done:], offset + done)
-                except OSError as error:
-                    if (
-                        error.errno not in _FULL
-                        or retried
-                        or not self._shared.space.relieve(len(view) - done)
-                    ):
-                        raise
-                    retried = True
+            with self._shared.writing(len(view)):
+                done = 0
+                while done < len(view):
+                    try:
+                        done += os.pwrite(fd, view[done:], offset + done)
+                    except OSError as error:
+                        if (
+                            error.errno not in _FULL
+                            or retried
+                            or not self._shared.space.relieve(len(view) - done)
+                        ):
+                            raise
+                        retried = True
         except FileNotFoundError as error:
             self.retired = True
             raise StoreError(f"{self.version.key}: the cache file was removed") from error

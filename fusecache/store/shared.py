@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -44,4 +45,6 @@ class Shared:
     record: Callable[[StoredObject], None]
     quarantined: Callable[[StoredObject], None]
     seals: Seals | None = None
+    writing: Callable[[int], AbstractContextManager[None]] = lambda _length: nullcontext()
+    """Entered around writes to data files."""
     buffers: threading.local = field(default_factory=threading.local)

@@ -15,7 +15,8 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 
@@ -47,8 +48,8 @@ class Store:
     `limit` and `free_floor` are in bytes: at most so much is stored, and at least so much is left free on
     the disk. `verify`: "start" hashes each block found on the disk before its first use by this process,
     "boot" only after a reboot or when the object was not closed cleanly, "always" is like "start" here (the
-    loader asks again per read). `seals`: which objects are sealed (seals.py), if any. Raises StoreError, or
-    ConfigError, in one line that names the directory and the way out.
+    loader asks again per read). `seals`: which objects are sealed (seals.py), if any. `in_memory`: the directory is on
+    a tmpfs, says `usage`. Raises StoreError, or ConfigError, in one line that names the directory and the way out.
     """
 
     def __init__(
@@ -60,10 +61,11 @@ class Store:
         block_size: int = 1 << 20,
         verify: Literal["start", "boot", "always"] = "start",
         seals: Seals | None = None,
+        in_memory: bool = False,
     ) -> None:
         self.directory = Path(directory)
         self.block_size = block_size
-        self.verify_mode = verify
+        self._in_memory = in_memory
         self.is_spare: Callable[[ObjectId], bool] | None = None
         """What goes first when there is no room: what is elsewhere, too. From any thread, often: has to be quick."""
         if limit <= 0 or free_floor < 0 or block_size <= 0:
@@ -83,7 +85,7 @@ class Store:
         self._health = Health(self.directory)
         self._records = Records()
         self._scanner = Scanner(
-            self._layout, self._ledger, self._health, self._records, self._is_open, lambda: self._space.keep()
+            self._layout, self._ledger, self._health, self._records, self.is_open, lambda: self._space.keep()
         )
         self._space = Space(
             self.directory,
@@ -124,7 +126,43 @@ class Store:
             stored.open_count += 1
             return stored
 
-    def _is_open(self, object_id: ObjectId) -> bool:
+    @property
+    def directories(self) -> Sequence[Path]:
+        """See BlockStore."""
+        return (self.directory,)
+
+    @property
+    def limit(self) -> int:
+        """Most bytes to store."""
+        return self._space.limit
+
+    def watch(self, writing: Callable[[int], AbstractContextManager[None]]) -> None:
+        """Enter `writing`, with the number of bytes, around each write to a data file from now on."""
+        self._shared.writing = writing
+
+    def present_bytes(self, object_id: ObjectId) -> int:
+        """Bytes of an object that are here, by its files; blocking. 0, too, if the disk does not tell."""
+        try:
+            summary = fs.summarize(self._layout, object_id)
+        except OSError as error:
+            self._health.failed(error)
+            return 0
+        return summary.present_bytes if summary is not None else 0
+
+    def taken(self, since: float) -> int:
+        """Bytes of the objects that are open, whole or not, and of those used since then (in seconds since the
+        epoch)."""
+        with self._lock:
+            opened = {object_id: stored.version.size for object_id, stored in self._open.items()}
+        used = [
+            record.present_bytes
+            for object_id, record in self._records.snapshot()
+            if object_id not in opened and record.last_use_ns >= since * 1e9
+        ]
+        return sum(opened.values()) + sum(used)
+
+    def is_open(self, object_id: ObjectId) -> bool:
+        """Whether this process has it open."""
         return object_id in self._open
 
     def _close_object(self, stored: StoredObject) -> None:
@@ -260,15 +298,18 @@ class Store:
             complete += info.complete
             quarantined += info.mark is Mark.QUARANTINED
             partial += not info.complete and info.mark is not Mark.QUARANTINED
+        used, limit = self._ledger.used(), self._space.limit
         return StoreUsage(
-            used=self._ledger.used(),
-            limit=self._space.limit,
+            used=used,
+            limit=limit,
             objects_complete=complete,
             objects_partial=partial,
             evictions=self._evictions,
             corrupt_blocks=self._corrupt_blocks,
             sick=self._health.sick,
             objects_quarantined=quarantined,
+            memory_used=used if self._in_memory else 0,
+            memory_limit=limit if self._in_memory else 0,
         )
 
     def objects(self) -> list[ObjectInfo]:
@@ -302,6 +343,7 @@ class Store:
                     record.last_use_ns / 1e9,
                     stored.open_count if stored else 0,
                     Mark(record.mark) if record.mark in (Mark.ATTESTED, Mark.QUARANTINED) else Mark.NONE,
+                    self._in_memory,
                 )
             )
         return infos

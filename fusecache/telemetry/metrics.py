@@ -47,8 +47,10 @@ METRICS: tuple[Definition, ...] = (
         "by",
         {"passthrough": "passthrough", "daemon": "daemon"},
     ),
-    Definition("fusecache_cache_used_bytes", "gauge", "cache.used", "Bytes in the cache directory."),
+    Definition("fusecache_cache_used_bytes", "gauge", "cache.used", "Bytes in the cache, disk and memory."),
     Definition("fusecache_cache_limit_bytes", "gauge", "cache.limit", "Most bytes to keep there."),
+    Definition("fusecache_cache_memory_used_bytes", "gauge", "cache.memory_used", "Bytes of it in memory."),
+    Definition("fusecache_cache_memory_limit_bytes", "gauge", "cache.memory_limit", "Most bytes in memory."),
     Definition(
         "fusecache_cache_objects",
         "gauge",

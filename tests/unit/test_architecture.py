@@ -53,6 +53,8 @@ PURE = (
     "fusecache/config",
     "fusecache/store/format.py",
     "fusecache/store/eviction.py",
+    "fusecache/store/pace.py",
+    "fusecache/store/paths.py",
     "fusecache/loader/companions.py",
     "fusecache/loader/formats.py",
     "fusecache/loader/plan.py",

@@ -6,8 +6,8 @@ import threading
 from pathlib import Path
 
 from fusecache.loader import Loader, LoaderSettings
-from fusecache.loader.pace import Pace
 from fusecache.store import Store
+from fusecache.store.pace import Pace
 from fusecache.types import ObjectVersion
 from tests.support.content import check
 from tests.support.scripted import WAIT, ScriptedOrigin, Step, version

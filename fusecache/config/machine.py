@@ -1,0 +1,50 @@
+"""What this machine has: the sizes that shares of a setting are taken of."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from fusecache.errors import ConfigError
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def disk_size(directory: Path) -> int:
+    """Bytes of the file system that holds `directory`, or will. Raises ConfigError."""
+    for candidate in (directory, *directory.parents):
+        try:
+            found = os.statvfs(candidate)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"cache directory {directory}: {candidate}: {error.strerror}") from error
+        return found.f_blocks * found.f_frsize
+    raise ConfigError(f"cache directory {directory}: not found")
+
+
+def memory_size(
+    meminfo: Path = Path("/proc/meminfo"), own: Path = Path("/proc/self/cgroup"), cgroups: Path = _CGROUPS
+) -> int:
+    """Bytes of memory that this process may use: the machine's, or what the cgroups (version 2) that it is in are
+    allowed, to which the pages of a tmpfs count, too. Raises ConfigError."""
+    try:
+        found = re.search(r"^MemTotal:\s*(\d+) kB$", meminfo.read_text("ascii"), re.MULTILINE)
+        group = re.search(r"^0::/(.*)$", own.read_text(), re.MULTILINE)
+    except OSError as error:
+        raise ConfigError(
+            f"the size of the memory is unknown ({error}): set memory_size to a size like 64GiB"
+        ) from error
+    sizes = [int(found[1]) << 10] if found else []
+    path = Path(group[1]) if group else Path()
+    for level in (path, *path.parents):
+        try:
+            text = (cgroups / level / "memory.max").read_text("ascii").strip()
+        except OSError:
+            continue
+        if text.isdecimal():
+            sizes.append(int(text))
+    if not sizes:
+        raise ConfigError("the size of the memory is unknown: set memory_size to a size like 64GiB")
+    return min(sizes)

@@ -1,0 +1,125 @@
+"""A directory in memory (on a tmpfs) that one mount has for itself, for a store that is gone when the mount is.
+
+Theory of operation. `fusecache-<16 hex digits>` of mode 0700, named after the mount, so that the daemon that follows a
+killed one finds it again. Whoever has the flock of the directory owns it; the kernel drops that with the daemon, as it
+dies. What nobody owns is left over, and removed by the next mount that makes one in the same place. That may be what
+a daemon which is being restarted just now is about to take up: it makes a new one then, and what is open in the kernel
+keeps the files that it has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import stat
+import time
+from pathlib import Path
+
+import xxhash
+
+from fusecache.errors import StoreError
+from fusecache.store import format, locks
+
+_log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"fusecache-[0-9a-f]{16}")
+_WAIT = 10.0
+"""Seconds to wait for an earlier daemon of the same mount, which is ending."""
+
+
+class MemoryDirectory:
+    """The directory of the mount at `mountpoint`, below `base`. With `keep` what an earlier daemon of this mount stored
+    in it stays, if it can be used; otherwise it is empty. Raises StoreError, in one line that names the way out."""
+
+    def __init__(
+        self, base: Path, *, runtime_dir: Path, mountpoint: Path, block_size: int, keep: bool
+    ) -> None:
+        # the namespace: containers may share the tmpfs, and have mounts of the same path
+        namespace = os.stat("/proc/self/ns/mnt").st_ino
+        mount = os.fsencode(f"{namespace}\0{runtime_dir}\0{mountpoint}")
+        self.path = base / f"fusecache-{xxhash.xxh3_64_hexdigest(mount)}"
+        try:
+            _sweep(base, self.path.name)
+            self._fd = self._take()
+            try:
+                if not (keep and _block_size(self.path) == block_size):
+                    _empty(self.path)
+            except BaseException:
+                os.close(self._fd)
+                raise
+        except OSError as error:
+            raise StoreError(
+                f"memory_dir {base} can't be used: {error.strerror}: set it to a tmpfs that may be written to"
+            ) from error
+
+    def _take(self) -> int:
+        """Make it if need be, and own it; the descriptor that does."""
+        until = time.monotonic() + _WAIT
+        while True:
+            with contextlib.suppress(FileExistsError):
+                self.path.mkdir(mode=0o700)
+            try:
+                fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            taken = False
+            try:
+                found = os.fstat(fd)
+                if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
+                    raise StoreError(f"{self.path} is not this user's alone: remove it, or set memory_dir")
+                if not locks.wait_flock(fd, max(0.0, until - time.monotonic())):
+                    raise StoreError(f"{self.path} is in use by another daemon: end it, or set memory_dir")
+                # who swept it may have had the lock before
+                with contextlib.suppress(FileNotFoundError):
+                    taken = os.path.samestat(found, os.stat(self.path))
+                if taken:
+                    return fd
+            finally:
+                if not taken:
+                    os.close(fd)
+
+    def remove(self) -> None:
+        """Remove it with all that is in it, and own it no more."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        """Own it no more, as when the daemon is killed."""
+        os.close(self._fd)
+
+
+def _sweep(base: Path, mine: str) -> None:
+    """Remove what mounts left behind that are gone."""
+    with os.scandir(base) as entries:
+        found = [entry.name for entry in entries if _NAME.fullmatch(entry.name) and entry.name != mine]
+    for name in found:
+        path = base / name
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            continue  # another user's, or gone already
+        try:
+            if os.fstat(fd).st_uid == os.geteuid() and locks.try_flock(fd, exclusive=True):
+                _log.info("removing %s: its mount is gone", path)
+                shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(fd)
+
+
+def _block_size(directory: Path) -> int | None:
+    """That of the store in there, if this version of the program can use it."""
+    try:
+        return format.parse_format((directory / "format").read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

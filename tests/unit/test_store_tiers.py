@@ -1,0 +1,195 @@
+"""Disk or memory: the rules, and two stores that look like one."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from fusecache.store import Store, StoredObject, paths
+from fusecache.store.memory import MemoryDirectory
+from fusecache.store.pace import LASTING, Best, Busy
+from fusecache.store.paths import Found, Paces
+from fusecache.store.tiers import Meter, Tiers
+from fusecache.types import ObjectVersion
+
+BLOCK = 4096
+MIB = 1 << 20
+
+
+def found(on_disk: int = 0, in_memory: int = 0, *, size: int = 100, fits: bool = True) -> Found:
+    return Found(size, on_disk, in_memory, fits=lambda: fits)
+
+
+def test_by_size_large_objects_go_to_memory_but_for_those_whole_on_the_disk() -> None:
+    assert paths.small_in_memory(found(), 99)
+    assert not paths.small_in_memory(found(), 100)
+    assert not paths.small_in_memory(found(on_disk=100), 99)
+    assert paths.small_in_memory(found(on_disk=50), 99)
+
+
+@pytest.mark.parametrize(
+    ("paces", "there", "memory"),
+    [
+        (Paces(), found(), False),  # nothing was measured
+        (Paces(write=100.0), found(), False),
+        (Paces(arriving=1000.0), found(), False),
+        (Paces(write=100.0, arriving=140.0), found(), False),  # slower, not clearly
+        (Paces(write=100.0, arriving=160.0), found(), True),
+        (Paces(write=100.0, arriving=160.0), found(fits=False), False),
+        (Paces(write=100.0, arriving=160.0), found(on_disk=40), False),  # where it was begun
+        (Paces(write=1000.0, arriving=160.0), found(in_memory=40), True),
+        (Paces(write=1000.0, arriving=160.0), found(on_disk=100, in_memory=40), False),
+    ],
+)
+def test_by_what_was_measured(paces: Paces, there: Found, memory: bool) -> None:
+    assert paths.auto_in_memory(there, paces) is memory
+
+
+def test_the_best_second_counts_for_a_while() -> None:
+    best = Best()
+    for tick in range(10):
+        best.add(tick / 10, 100)
+    fast = best.per_second(1.0)
+    assert fast is not None
+    assert fast > 900
+    for tick in range(20, 100):
+        best.add(tick / 10, 10)
+    assert best.per_second(10.0) == fast
+    slow = best.per_second(LASTING + 2)
+    assert slow is not None
+    assert slow < 200
+
+
+def test_calls_at_the_same_time_share_their_seconds() -> None:
+    busy = Busy()
+    assert busy.per_second(0) is None
+    busy.begin(0.0)
+    busy.begin(0.5)
+    busy.end(1.0, 64 * MIB)
+    busy.end(2.0, 64 * MIB)
+    busy.begin(10.0)  # nothing was under way for 8 s
+    busy.end(11.0, 64 * MIB)
+    assert busy.per_second(11.0) == 64 * MIB
+    assert busy.per_second(11.0 + LASTING + 1) is None
+
+
+def version(key: str, blocks: int) -> ObjectVersion:
+    return ObjectVersion("mem://b", key, "e", blocks * BLOCK, 1)
+
+
+def fill(stored: StoredObject) -> None:
+    for block in range(stored.block_count):
+        part = bytes([block + 1]) * BLOCK
+        assert stored.reserve(BLOCK)
+        stored.write(block * BLOCK, part)
+        stored.commit(block, xxhash.xxh3_64_intdigest(part))
+
+
+def tiers(folder: Path, meter: Meter | None = None) -> Tiers:
+    stores = [
+        Store(folder / name, limit=100 * BLOCK, free_floor=0, block_size=BLOCK, in_memory=name == "memory")
+        for name in ("disk", "memory")
+    ]
+    return Tiers(*stores, small_size=2 * BLOCK, meter=meter)
+
+
+def test_each_object_is_in_one_place(tmp_path: Path) -> None:
+    small, large = version("small", 2), version("large", 3)
+    with closing(tiers(tmp_path)) as both:
+        for one in (small, large):
+            stored = both.open(one)
+            fill(stored)
+            assert both.open(one) is stored
+            stored.close()
+            stored.close()
+        assert [path.stat().st_size for path in (tmp_path / "disk").rglob("*.data")] == [small.size]
+        assert [path.stat().st_size for path in (tmp_path / "memory").rglob("*.data")] == [large.size]
+        usage = both.usage()
+        assert (usage.limit, usage.memory_limit, usage.objects_complete) == (200 * BLOCK, 100 * BLOCK, 2)
+        assert usage.used > usage.memory_used > large.size
+        assert {info.version.key: info.in_memory for info in both.objects()} == {
+            "small": False,
+            "large": True,
+        }
+        assert both.version_of(large.id) == large
+        both.pin(large.id, True)
+        both.pin(large.id, False)
+        assert both.evict(large.id) > 0
+        assert both.evict(small.id) > 0
+        assert both.usage().objects_complete == 0
+
+
+def settled(meter: Meter, wanted: Callable[[Paces], bool]) -> Paces:
+    until = time.monotonic() + 10
+    while not wanted(meter.paces()) and time.monotonic() < until:
+        time.sleep(0.01)
+    return meter.paces()
+
+
+def test_a_disk_that_is_slower_than_what_arrives_is_passed_over(tmp_path: Path) -> None:
+    """The measurement is replaced: a slow disk can't be made without device mapper or a cgroup."""
+    paces = itertools.chain([1000.0], itertools.repeat(1000.0))
+    meter = Meter(tmp_path, 0, measure=lambda _directory: next(paces))
+    with closing(tiers(tmp_path, meter)) as both:
+        assert settled(meter, lambda now: now.write is not None).write == 1000.0
+        first = both.open(version("first", 1))
+        fill(first)
+        first.close()
+        assert list((tmp_path / "disk").rglob("*.data"))  # nothing is known of the network yet
+        until = time.monotonic() + 10
+        while meter.paces().arriving is None and time.monotonic() < until:
+            with meter.to_memory(1 << 20):
+                time.sleep(0.01)
+        second = both.open(version("second", 3))
+        fill(second)
+        second.close()
+        assert [path.stat().st_size for path in (tmp_path / "memory").rglob("*.data")] == [3 * BLOCK]
+        again = both.open(version("first", 1))
+        assert again.complete  # where it was
+        again.close()
+
+
+def test_a_real_disk_is_measured(tmp_path: Path) -> None:
+    meter = Meter(tmp_path, 0)
+    meter.paces()
+    meter.close()
+    written = meter.paces().write
+    assert written is None or written > 0  # None: a file system without O_DIRECT
+    assert not list(tmp_path.iterdir())
+
+
+def directory(base: Path, *, name: str = "/mnt", keep: bool = False) -> MemoryDirectory:
+    return MemoryDirectory(base, runtime_dir=base / "run", mountpoint=Path(name), block_size=BLOCK, keep=keep)
+
+
+def test_a_directory_in_memory_is_one_mount_s_own(tmp_path: Path) -> None:
+    first, other = directory(tmp_path), directory(tmp_path, name="/other")
+    assert first.path != other.path
+    assert first.path.stat().st_mode & 0o777 == 0o700
+    (tmp_path / "fusecache-0123456789abcdef").mkdir(mode=0o700)  # of a mount that is gone
+    (tmp_path / "fusecache-not-ours").mkdir()
+    third = directory(tmp_path, name="/third")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        first.path.name, other.path.name, third.path.name, "fusecache-not-ours"
+    }  # fmt: skip
+    for made in (first, other, third):
+        made.remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["fusecache-not-ours"]
+
+
+def test_what_a_killed_daemon_left_in_memory_is_kept_if_it_can_be_used(tmp_path: Path) -> None:
+    first = directory(tmp_path)
+    Store(first.path, limit=100 * BLOCK, free_floor=0, block_size=BLOCK).close()
+    first.close()
+    second = directory(tmp_path, keep=True)
+    assert (second.path / "format").exists()
+    second.close()
+    third = directory(tmp_path)
+    assert not list(third.path.iterdir())
+    third.remove()
