@@ -136,6 +136,8 @@ STATUS: dict[str, Any] = {
         "dir": "/c",
         "used": 100,
         "limit": 200,
+        "memory_used": 50,
+        "memory_limit": 60,
         "objects_complete": 3,
         "objects_partial": 4,
         "evictions": 5,
