@@ -49,11 +49,3 @@ class BlockStore(Protocol):
     def pin(self, object_id: ObjectId, pinned: bool) -> None:
         """Keep it from eviction, or let it go again. Raises StoreError."""
         ...
-
-    def wait_scanned(self, timeout: float) -> bool:
-        """Wait until every object was seen; False after `timeout` seconds."""
-        ...
-
-    def close(self) -> None:
-        """Let it go."""
-        ...

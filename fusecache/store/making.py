@@ -29,20 +29,23 @@ def open_store(config: MountConfig, *, keep: bool, seals: Seals | None = None) -
             yield memory
             return
         floor = config.free_floor_bytes()
-        disk = Store(
-            config.cache_dir,
-            limit=config.cache_limit(),
-            free_floor=floor,
-            block_size=config.block_size,
-            verify=config.store_verify(),
-            seals=seals,
+        disk = stack.enter_context(
+            Store(
+                config.cache_dir,
+                limit=config.cache_limit(),
+                free_floor=floor,
+                block_size=config.block_size,
+                verify=config.store_verify(),
+                seals=seals,
+            )
         )
-        stack.callback(disk.close)
         if memory is None:
             yield disk
             return
-        meter = Meter(config.cache_dir, floor) if config.store == "auto" else None
-        yield stack.enter_context(closing(Tiers(disk, memory, small_size=config.small_size, meter=meter)))
+        meter = (
+            stack.enter_context(closing(Meter(config.cache_dir, floor))) if config.store == "auto" else None
+        )
+        yield Tiers(disk, memory, small_size=config.small_size, meter=meter)
 
 
 def _memory(config: MountConfig, stack: ExitStack, *, keep: bool, seals: Seals | None) -> Store:
@@ -55,14 +58,14 @@ def _memory(config: MountConfig, stack: ExitStack, *, keep: bool, seals: Seals |
         keep=keep,
     )
     stack.callback(directory.remove)
-    store = Store(
-        directory.path,
-        limit=limit,
-        free_floor=int(config.memory_dir_size() * _FLOOR),
-        block_size=config.block_size,
-        verify=config.store_verify(),
-        seals=seals,
-        in_memory=True,
+    return stack.enter_context(
+        Store(
+            directory.path,
+            limit=limit,
+            free_floor=int(config.memory_dir_size() * _FLOOR),
+            block_size=config.block_size,
+            verify=config.store_verify(),
+            seals=seals,
+            in_memory=True,
+        )
     )
-    stack.callback(store.close)
-    return store

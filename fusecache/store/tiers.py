@@ -105,7 +105,7 @@ class Meter:
 
 class Tiers:
     """See BlockStore. `small_size` (bytes): larger objects are kept in memory; or with a `meter`: what the disk is too
-    slow for. Owns the stores."""
+    slow for. Who made the stores and the meter closes them."""
 
     def __init__(
         self, disk: Store, memory: Store, *, small_size: int = 0, meter: Meter | None = None
@@ -197,15 +197,3 @@ class Tiers:
                 store.pin(object_id, pinned)
                 return
         self._disk.pin(object_id, pinned)
-
-    def wait_scanned(self, timeout: float) -> bool:
-        """See BlockStore."""
-        until = time.monotonic() + timeout
-        return all(store.wait_scanned(max(0.0, until - time.monotonic())) for store in self._both)
-
-    def close(self) -> None:
-        """See BlockStore."""
-        if self._meter is not None:
-            self._meter.close()
-        for store in self._both:
-            store.close()

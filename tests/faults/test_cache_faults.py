@@ -29,7 +29,7 @@ from tests.support.live import (
     status,
     wait_cached,
 )
-from tests.support.mounting import RealMount, command, mounted, needs_fuse, s3_environment
+from tests.support.mounting import RealMount, command, mounted, needs_fuse, s3_environment, tmpfs
 from tests.support.servers import S3Bucket, wait_until
 
 pytestmark = needs_fuse
@@ -52,20 +52,8 @@ def origin(tmp_path: Path) -> Path:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     """Makes file systems of so many MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a tmpfs needs root")
     with ExitStack() as stack:
-
-        def make(size: int) -> Path:
-            path = tmp_path / f"disk-{size}"
-            path.mkdir()
-            words = ["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", str(path)]
-            if subprocess.run(words, check=False).returncode:
-                pytest.skip("a tmpfs can't be mounted here")
-            stack.callback(subprocess.run, ["umount", "-l", str(path)], check=True)
-            return path
-
-        yield make
+        yield lambda size: stack.enter_context(tmpfs(tmp_path / f"disk-{size}", size))
 
 
 def data_file(cache: Path, size: int = _SIZE) -> Path:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.support.content import content
 from tests.support.live import HANG, MIB, is_right, kill_daemon, status
-from tests.support.mounting import RealMount, mounted, needs_fuse
+from tests.support.mounting import RealMount, mounted, needs_fuse, tmpfs
 from tests.support.servers import wait_until
 
 pytestmark = needs_fuse
@@ -34,24 +32,9 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
-def memory(tmp_path: Path, stack: ExitStack) -> Path:
-    """A tmpfs of 64 MiB, gone after the test."""
-    return tmpfs(tmp_path / "memory", "64m", stack)
-
-
-def tmpfs(path: Path, size: str, stack: ExitStack) -> Path:
-    path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", path], capture_output=True)
-    if done.returncode:
-        pytest.skip("a tmpfs can't be mounted here")
-    stack.callback(subprocess.run, ["umount", "--lazy", path], check=True)
-    return path
+def memory(tmp_path: Path) -> Iterator[Path]:
+    with tmpfs(tmp_path / "memory", 64) as path:
+        yield path
 
 
 def sizes_in(directory: Path) -> set[int]:
@@ -64,9 +47,7 @@ def passes(mount: RealMount) -> bool:
     return bool(status(mount)["mode"]["now"] == "passthrough")
 
 
-def test_without_a_disk_all_goes_through_memory(
-    source: Path, memory: Path, tmp_path: Path, stack: ExitStack
-) -> None:
+def test_without_a_disk_all_goes_through_memory(source: Path, memory: Path, tmp_path: Path) -> None:
     with mounted(
         f"file://{source}", tmp_path, **OPTIONS, store="off", memory_dir=memory, memory_size="48MiB"
     ) as mount:
@@ -135,9 +116,9 @@ def test_what_is_in_memory_outlives_a_killed_daemon(source: Path, memory: Path, 
     assert not list(memory.iterdir())
 
 
-def test_memory_that_is_not_there_is_one_clear_line(source: Path, tmp_path: Path, stack: ExitStack) -> None:
-    little = tmpfs(tmp_path / "little", "4m", stack)
+def test_memory_that_is_not_there_is_one_clear_line(source: Path, tmp_path: Path) -> None:
     with (
+        tmpfs(tmp_path / "little", 4) as little,
         pytest.raises(
             AssertionError, match=r"memory_dir .*little holds 4 MiB and memory_size is 8 MiB: lower"
         ),

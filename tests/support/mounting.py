@@ -22,6 +22,21 @@ needs_fuse = pytest.mark.skipif(
 )
 
 
+@contextlib.contextmanager
+def tmpfs(path: Path, mib: int) -> Iterator[Path]:
+    """A file system of its own of so many MiB, unmounted in the end; where there can be none, the test is skipped."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a tmpfs needs root")
+    path.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(path)]
+    if subprocess.run(words, check=False).returncode:
+        pytest.skip("a tmpfs can't be mounted here")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
 @dataclass(frozen=True)
 class RealMount:
     """A mount that answers at `path`."""

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-import xxhash
 
-from fusecache.store import Store, StoredObject, paths
+from fusecache.store import Store, paths
 from fusecache.store.memory import MemoryDirectory
 from fusecache.store.pace import LASTING, Best, Busy
 from fusecache.store.paths import Found, Paces
 from fusecache.store.tiers import Meter, Tiers
-from fusecache.types import ObjectVersion
+from tests.unit.test_store import BLOCK, LIMIT, fill, version
 
-BLOCK = 4096
 MIB = 1 << 20
 
 
@@ -79,29 +77,19 @@ def test_calls_at_the_same_time_share_their_seconds() -> None:
     assert busy.per_second(11.0 + LASTING + 1) is None
 
 
-def version(key: str, blocks: int) -> ObjectVersion:
-    return ObjectVersion("mem://b", key, "e", blocks * BLOCK, 1)
-
-
-def fill(stored: StoredObject) -> None:
-    for block in range(stored.block_count):
-        part = bytes([block + 1]) * BLOCK
-        assert stored.reserve(BLOCK)
-        stored.write(block * BLOCK, part)
-        stored.commit(block, xxhash.xxh3_64_intdigest(part))
-
-
-def tiers(folder: Path, meter: Meter | None = None) -> Tiers:
-    stores = [
-        Store(folder / name, limit=100 * BLOCK, free_floor=0, block_size=BLOCK, in_memory=name == "memory")
-        for name in ("disk", "memory")
-    ]
-    return Tiers(*stores, small_size=2 * BLOCK, meter=meter)
+@contextmanager
+def tiers(folder: Path, meter: Meter | None = None) -> Iterator[Tiers]:
+    options: dict[str, Any] = {"limit": LIMIT, "free_floor": 0, "block_size": BLOCK}
+    with (
+        Store(folder / "disk", **options) as disk,
+        Store(folder / "memory", **options, in_memory=True) as memory,
+    ):
+        yield Tiers(disk, memory, small_size=2 * BLOCK, meter=meter)
 
 
 def test_each_object_is_in_one_place(tmp_path: Path) -> None:
     small, large = version("small", 2), version("large", 3)
-    with closing(tiers(tmp_path)) as both:
+    with tiers(tmp_path) as both:
         for one in (small, large):
             stored = both.open(one)
             fill(stored)
@@ -111,7 +99,7 @@ def test_each_object_is_in_one_place(tmp_path: Path) -> None:
         assert [path.stat().st_size for path in (tmp_path / "disk").rglob("*.data")] == [small.size]
         assert [path.stat().st_size for path in (tmp_path / "memory").rglob("*.data")] == [large.size]
         usage = both.usage()
-        assert (usage.limit, usage.memory_limit, usage.objects_complete) == (200 * BLOCK, 100 * BLOCK, 2)
+        assert (usage.limit, usage.memory_limit, usage.objects_complete) == (2 * LIMIT, LIMIT, 2)
         assert usage.used > usage.memory_used > large.size
         assert {info.version.key: info.in_memory for info in both.objects()} == {
             "small": False,
@@ -134,9 +122,8 @@ def settled(meter: Meter, wanted: Callable[[Paces], bool]) -> Paces:
 
 def test_a_disk_that_is_slower_than_what_arrives_is_passed_over(tmp_path: Path) -> None:
     """The measurement is replaced: a slow disk can't be made without device mapper or a cgroup."""
-    paces = itertools.chain([1000.0], itertools.repeat(1000.0))
-    meter = Meter(tmp_path, 0, measure=lambda _directory: next(paces))
-    with closing(tiers(tmp_path, meter)) as both:
+    meter = Meter(tmp_path, 0, measure=lambda _directory: 1000.0)
+    with closing(meter), tiers(tmp_path, meter) as both:
         assert settled(meter, lambda now: now.write is not None).write == 1000.0
         first = both.open(version("first", 1))
         fill(first)
@@ -185,7 +172,7 @@ def test_a_directory_in_memory_is_one_mount_s_own(tmp_path: Path) -> None:
 
 def test_what_a_killed_daemon_left_in_memory_is_kept_if_it_can_be_used(tmp_path: Path) -> None:
     first = directory(tmp_path)
-    Store(first.path, limit=100 * BLOCK, free_floor=0, block_size=BLOCK).close()
+    Store(first.path, limit=LIMIT, free_floor=0, block_size=BLOCK).close()
     first.close()
     second = directory(tmp_path, keep=True)
     assert (second.path / "format").exists()
