@@ -124,6 +124,7 @@ class Service:
                 "objects_quarantined": usage.objects_quarantined,
                 "corrupt_blocks": usage.corrupt_blocks,
                 "sick": usage.sick,
+                **{f"pace_{name}": pace for name, pace in vars(self._store.paces()).items()},
             },
             "origin": {
                 name: sum(getattr(origin.stats, name) for origin in origins)

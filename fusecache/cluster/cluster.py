@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import trio
 
 import fusecache
+from fusecache.cluster.elsewhere import Elsewhere, Held
 from fusecache.cluster.exchange import Exchange
 from fusecache.cluster.holdings import Holdings
 from fusecache.cluster.orders import SharedOrders
@@ -92,6 +93,7 @@ class Cluster:
         self._holdings: Holdings | None = None
         self._orders: SharedOrders | None = None
         store.is_spare = self._is_spare
+        self._elsewhere = Elsewhere(settings.node, self._members, self.exchange, self._client, store)
 
     def share(self, shelf: Orders) -> SharedOrders:
         """Give recordings on this shelf to other nodes, and put there what they have; before `run`."""
@@ -189,16 +191,20 @@ class Cluster:
     # -- what the others have
 
     async def _look_at_coverage(self) -> None:
-        """While room is short: know what is elsewhere, too."""
+        """While room is short, or the disk slow: know what is elsewhere, too."""
         while True:
-            await trio.sleep(_COVERAGE_EVERY)
             usage = await trio.to_thread.run_sync(self._store.usage)
-            if usage.used > usage.limit * _NEARLY_FULL:
+            matters = await trio.to_thread.run_sync(self._elsewhere.matters)
+            if matters or usage.fullness > _NEARLY_FULL:
                 await self.look()
+            if matters:
+                await trio.to_thread.run_sync(self._elsewhere.sample)
+            await trio.sleep(_COVERAGE_EVERY)
 
     async def look(self) -> None:
         """Ask all other nodes what they have."""
         found: dict[str, dict[ObjectId, int]] = {}
+        quick: dict[str, list[Held]] = {}
 
         async def ask(name: str, url: str) -> None:
             try:
@@ -206,6 +212,11 @@ class Cluster:
                     functools.partial(self._client.json, url, "/v1/objects", _COVERAGE_TIMEOUT)
                 )
                 found[name] = {ObjectId(str(item["id"])): int(item["cached_bytes"]) for item in answer}
+                quick[name] = [
+                    Held(ObjectId(str(item["id"])), int(item["size"]))
+                    for item in answer
+                    if item["quick"] and item["cached_bytes"] == item["size"] > 0
+                ]
             except (FusecacheError, TypeError, KeyError, ValueError) as error:
                 _log.debug("node %s does not tell what it has: %s", name, error)
 
@@ -214,6 +225,7 @@ class Cluster:
                 if member.name != self._settings.node:
                     nursery.start_soon(ask, member.name, member.url)
         self._coverage = found
+        self._elsewhere.seen(quick)
 
     def _is_spare(self, object_id: ObjectId) -> bool:
         """Whether another node has this object, and is the one to keep it longer."""
@@ -303,6 +315,7 @@ class Cluster:
             "sending": holdings.sending if holdings else 0,
             "queued": holdings.waiting if holdings else 0,
             "receiving": self.exchange.receiving,
+            "pace": self.exchange.pace(),
             "nodes": len(self._members.members()),
         }
 

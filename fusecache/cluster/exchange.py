@@ -34,6 +34,7 @@ from fusecache.peers.errors import (
 from fusecache.peers.member import Member
 from fusecache.peers.placement import ranking
 from fusecache.peers.wire import BlockRequest
+from fusecache.store.pace import Best
 from fusecache.types import ObjectId, ObjectVersion
 
 if TYPE_CHECKING:
@@ -164,6 +165,7 @@ class Exchange:
         self.crew = crew
         self.stats = ExchangeStats()
         self.breakers = Breakers()
+        self._pace = Best()
         self.owed: Callable[[], int] = lambda: 0
         """Bytes that wait for room on their way to others."""
         self._name = name
@@ -195,6 +197,16 @@ class Exchange:
         """So many bytes went to a node."""
         with self._lock:
             self.stats.peers.setdefault(name, PeerTraffic()).bytes_out += nbytes
+
+    def pace(self) -> float | None:
+        """Bytes per second that the other nodes gave in their best second of late; None: nothing is known."""
+        with self._lock:
+            return self._pace.per_second(time.monotonic())
+
+    def took(self, nbytes: int) -> None:
+        """So many bytes came, and are not kept."""
+        with self._lock:
+            self._pace.add(time.monotonic(), nbytes)
 
     def route(self, version: ObjectVersion, block_size: int) -> Route | None:
         """See loader.Supplier."""
@@ -454,6 +466,7 @@ class Exchange:
             self._members.heard(member.name)
             with self._lock:
                 self.stats.bytes_peers += nbytes
+                self._pace.add(time.monotonic(), nbytes)
                 self.stats.peers.setdefault(member.name, PeerTraffic()).bytes_in += nbytes
 
     def look_around(self, flight: _Flight, member: Member, silent: float) -> None:

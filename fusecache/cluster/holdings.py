@@ -25,6 +25,7 @@ from fusecache.peers.member import Health, Member
 from fusecache.peers.server import Offer, Piece
 from fusecache.peers.wire import BlockRequest, RequestError
 from fusecache.store import BlockStore
+from fusecache.store.paths import is_slower
 from fusecache.types import ObjectId, ObjectVersion
 
 _log = logging.getLogger(__name__)
@@ -106,6 +107,7 @@ class Holdings:
 
     def coverage(self) -> list[dict[str, Any]]:
         """See Node."""
+        slow = is_slower(self._store.paces().read, self._exchange.pace())
         return [
             {
                 "id": info.id,
@@ -113,6 +115,7 @@ class Holdings:
                 "key": info.version.key,
                 "size": info.version.size,
                 "cached_bytes": info.present_bytes,
+                "quick": info.in_memory or not slow,
             }
             for info in self._store.objects()
         ]
@@ -150,10 +153,15 @@ class Holdings:
             if not handed_over:
                 await trio.to_thread.run_sync(self._loader.release, load)
 
+    def _open(self, version: ObjectVersion, source: str) -> ObjectLoad:
+        """Who is asked gives what it has, be it from a slow disk: it has asked nobody else for it yet."""
+        with self._store.in_place(version):
+            return self._loader.open(version, source)
+
     async def _load(self, version: ObjectVersion, source: str) -> ObjectLoad:
         """Opened once more."""
         try:
-            load = await trio.to_thread.run_sync(self._loader.open, version, source)
+            load = await trio.to_thread.run_sync(self._open, version, source)
             kept = self._kept.get(version.id)
             if kept is None or kept[0] is not load:
                 await trio.to_thread.run_sync(self._loader.open, version, source)

@@ -192,7 +192,8 @@ class MountConfig(Model):
         default="on",
         description="Where objects are kept: `on`: in `cache_dir`; `off`: in memory, and nothing of them is written to "
         "a disk; `small`: those of more than `small_size` in memory, the others in `cache_dir`; `auto`: in `cache_dir` "
-        "unless its disk was measured to be clearly slower than what brings the bytes, then in memory.",
+        "unless its disk was measured to be clearly slower than what brings the bytes, then in memory; what is on such "
+        "a disk comes from other nodes that are clearly faster.",
     )
     small_size: Bytes = Field(
         default=64 << 20,

@@ -32,6 +32,10 @@ class Filling:
         self._rest: deque[tuple[ObjectVersion, str]] = deque()
         self._reminded = False
 
+    def __len__(self) -> int:
+        """Files that are left."""
+        return len(self._rest)
+
     def add(self, versions: Iterable[tuple[ObjectVersion, str]]) -> None:
         """Complete these, of these sources, when there is time."""
         with self._office.lock:
@@ -67,15 +71,10 @@ class Filling:
             _log.debug("%s is not completed: %s", version.key, error)
             return
         missing = load.stored.missing * load.stored.block_size
-        if not load.stored.complete and self._has_room(missing):
+        if not load.stored.complete and missing <= load.stored.room(_KEPT_FREE):
             with self._office.lock:
                 if load.gone is None and (load.model is None or load.model.session is None):
                     load.wanted = None
                     self._board.slow.append(load)
                     self._office.wake()
         self._office.release(load)
-
-    def _has_room(self, nbytes: int) -> bool:
-        """Whether so much more can be stored without evicting anything."""
-        usage = self._office.store.usage()
-        return usage.used + nbytes <= usage.limit * (1 - _KEPT_FREE)

@@ -85,7 +85,7 @@ class Learning:
         self._ahead = ahead
         self._shelf = shelf if settings.learn else None
         self._others = others
-        self._filling = Filling(office, board)
+        self.filling = Filling(office, board)
         self._models: dict[ObjectId, Model | None] = {}
         """By each of its files; None: nothing is learned of that one."""
 
@@ -259,7 +259,7 @@ class Learning:
                 recorder = Recorder(model.id, model.block_size, model.counts, model.ahead)
             session = model.session = Session(recorder, now)
             model.recorder = recorder
-            self._filling.stop(model)
+            self.filling.stop(model)
             self._board.remind(now + _LOOK, functools.partial(self._look, model))
             self._office.wake()
         session.last = now
@@ -395,7 +395,7 @@ class Learning:
         self._keep(model, session)
         if not session.wrong and model.marks is not None:
             sparse = [number for number, mark in enumerate(model.marks) if 0 in mark]
-            self._filling.add((model.versions[number], model.source) for number in sparse)
+            self.filling.add((model.versions[number], model.source) for number in sparse)
         model.layouts.clear()
         self._ahead.forget(version.id for version in model.versions)
 

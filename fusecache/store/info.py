@@ -26,6 +26,15 @@ class StoreUsage:
     memory_used: int = 0
     memory_limit: int = 0
 
+    @property
+    def fullness(self) -> float:
+        """Share of the limit that is used: of the disk or of memory, whichever is fuller."""
+        places = (
+            (self.memory_used, self.memory_limit),
+            (self.used - self.memory_used, self.limit - self.memory_limit),
+        )
+        return max((used / limit for used, limit in places if limit > 0), default=0.0)
+
 
 @dataclass(frozen=True)
 class ObjectInfo:

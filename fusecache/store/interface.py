@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
 from fusecache.store.info import ObjectInfo, StoreUsage
 from fusecache.store.object import StoredObject
+from fusecache.store.paths import Paces
 from fusecache.types import ObjectId, ObjectVersion
 
 
@@ -15,6 +17,8 @@ class BlockStore(Protocol):
     """A Store, or several that look like one (tiers.py). Thread-safe; for what the methods do, see Store."""
 
     is_spare: Callable[[ObjectId], bool] | None
+    elsewhere: Callable[[ObjectVersion], float | None] | None
+    """How fast other nodes would give all of a version, in bytes per second; None: they can't."""
 
     @property
     def directories(self) -> Sequence[Path]:
@@ -28,6 +32,15 @@ class BlockStore(Protocol):
 
     def open(self, version: ObjectVersion) -> StoredObject:
         """Open an object version, wherever it is to be. Raises StoreError."""
+        ...
+
+    def in_place(self, version: ObjectVersion) -> AbstractContextManager[object]:
+        """While this is entered, the version is opened where most of it is now, however slow. Raises StoreError."""
+        ...
+
+    def paces(self, *, wait: bool = False) -> Paces:
+        """What was measured, where that decides something. With `wait` a measurement that is under way is waited for,
+        some seconds at most."""
         ...
 
     def usage(self) -> StoreUsage:

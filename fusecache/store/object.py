@@ -136,6 +136,10 @@ class StoredObject:
         """How many blocks are not present."""
         return self._missing
 
+    def room(self, keeping: float) -> int:
+        """See Space: where this object is."""
+        return self._shared.space.room(keeping)
+
     # -- verification
 
     def verify(self, block: int) -> bool:

@@ -52,6 +52,10 @@ class Space:
         self._evicting = threading.Lock()
         self._hopeless_until = 0.0
 
+    def room(self, keeping: float) -> int:
+        """Bytes that can be stored without evicting anything, and with this share of the limit left over."""
+        return int(self.limit * (1 - keeping)) - self._ledger.used()
+
     def reserve(self, nbytes: int) -> bool:
         """Reserve bytes, evicting for them; False when the disk is sick or no room can be made."""
         if nbytes > self.limit or not self._health.usable():

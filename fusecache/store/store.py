@@ -29,6 +29,7 @@ from fusecache.store.health import Health
 from fusecache.store.info import ObjectInfo, StoreUsage
 from fusecache.store.ledger import Ledger
 from fusecache.store.object import StoredObject
+from fusecache.store.paths import Paces
 from fusecache.store.records import Records, from_summary
 from fusecache.store.scan import Scanner
 from fusecache.store.seals import Seals
@@ -68,6 +69,8 @@ class Store:
         self._in_memory = in_memory
         self.is_spare: Callable[[ObjectId], bool] | None = None
         """What goes first when there is no room: what is elsewhere, too. From any thread, often: has to be quick."""
+        self.elsewhere: Callable[[ObjectVersion], float | None] | None = None
+        """See BlockStore: nothing that matters here, the object is in this store or in none."""
         if limit <= 0 or free_floor < 0 or block_size <= 0:
             raise ConfigError(f"cache directory {directory}: cache_size and block_size must be above 0")
         self._lock = threading.Lock()
@@ -125,6 +128,14 @@ class Store:
                 stored = self._open[version.id] = StoredObject(version, self._shared)
             stored.open_count += 1
             return stored
+
+    def in_place(self, version: ObjectVersion) -> contextlib.closing[StoredObject]:
+        """See BlockStore."""
+        return contextlib.closing(self.open(version))
+
+    def paces(self, *, wait: bool = False) -> Paces:
+        """See BlockStore: nothing decides anything."""
+        return Paces()
 
     @property
     def directories(self) -> Sequence[Path]:

@@ -1,7 +1,7 @@
 """A store on the disk and one in memory that look like one: which of them an object is in is decided when it is opened.
 
 Whoever opens a version while somebody has it open gets the same StoredObject. Otherwise `_in_memory` decides, by the
-rules of paths.py. A version that was begun under other settings may be in both stores.
+rules of paths.py. A version may be in both stores: it was whole on a slow disk, or was begun under other settings.
 
 Lock order: `_lock` before the stores'; held across the opening of files, as a store's own lock is.
 """
@@ -13,10 +13,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from pathlib import Path
 
+from fusecache.errors import StoreError
 from fusecache.store import paths, probe
 from fusecache.store.info import ObjectInfo, StoreUsage
 from fusecache.store.object import StoredObject
@@ -28,7 +29,7 @@ from fusecache.types import ObjectId, ObjectVersion
 _log = logging.getLogger(__name__)
 
 _PROBE = 10.0
-"""Seconds that close() waits for a measurement."""
+"""Seconds to wait for a measurement."""
 
 
 class Meter:
@@ -39,7 +40,7 @@ class Meter:
         self,
         directory: Path,
         floor: int,
-        measure: Callable[[Path], float | None] = probe.measure,
+        measure: Callable[[Path], tuple[float, float] | None] = probe.measure,
     ) -> None:
         self._directory = directory
         self._floor = floor
@@ -47,7 +48,7 @@ class Meter:
         self._lock = threading.Lock()
         self._arriving = Best()
         self._disk = Busy()
-        self._measured: float | None = None
+        self._measured: tuple[float, float] | None = None
         self._due = 0.0
         self._thread: threading.Thread | None = None
 
@@ -79,8 +80,9 @@ class Meter:
                 self._due = now + LASTING
                 self._thread = threading.Thread(target=self._look, name="disk-pace", daemon=True)
                 self._thread.start()
-            known = [pace for pace in (self._measured, self._disk.per_second(now)) if pace is not None]
-            return Paces(min(known, default=None), self._arriving.per_second(now))
+            write, read = self._measured or (None, None)
+            known = [pace for pace in (write, self._disk.per_second(now)) if pace is not None]
+            return Paces(min(known, default=None), read, self._arriving.per_second(now))
 
     def _look(self) -> None:
         try:
@@ -92,15 +94,20 @@ class Meter:
             _log.info("the pace of %s is not known: %s", self._directory, error.strerror)
             return
         if measured is not None:
-            _log.info("%s: writes %.0f MiB/s", self._directory, measured / 2**20)
+            write, read = (pace / 2**20 for pace in measured)
+            _log.info("%s: writes %.0f MiB/s, reads %.0f MiB/s", self._directory, write, read)
         with self._lock:
             self._measured = measured
 
-    def close(self) -> None:
-        """Wait for a measurement that is under way."""
+    def wait(self) -> None:
+        """Wait for a measurement that is under way, some seconds at most."""
         thread = self._thread
         if thread is not None:
             thread.join(_PROBE)
+
+    def close(self) -> None:
+        """Leave no measurement under way."""
+        self.wait()
 
 
 class Tiers:
@@ -110,6 +117,8 @@ class Tiers:
     def __init__(
         self, disk: Store, memory: Store, *, small_size: int = 0, meter: Meter | None = None
     ) -> None:
+        self.elsewhere: Callable[[ObjectVersion], float | None] | None = None
+        """See BlockStore."""
         self._disk = disk
         self._memory = memory
         self._both = (memory, disk)
@@ -150,13 +159,46 @@ class Tiers:
                     return store.open(version)
             return (self._memory if self._in_memory(version) else self._disk).open(version)
 
+    def in_place(self, version: ObjectVersion) -> AbstractContextManager[StoredObject]:
+        """See BlockStore."""
+        with self._lock:
+            for store in self._both:
+                if store.is_open(version.id):
+                    return store.in_place(version)
+            found = self._found(version)
+            if not found.on_disk and not found.in_memory:
+                return (self._memory if self._in_memory(version) else self._disk).in_place(version)
+            return (self._disk if found.on_disk > found.in_memory else self._memory).in_place(version)
+
+    def paces(self, *, wait: bool = False) -> Paces:
+        """See BlockStore."""
+        if self._meter is None:
+            return Paces()
+        found = self._meter.paces()
+        if wait:
+            self._meter.wait()
+            found = self._meter.paces()
+        return found
+
     def _found(self, version: ObjectVersion) -> Found:
+        def elsewhere() -> float | None:
+            return None if self.elsewhere is None else self.elsewhere(version)
+
         return Found(
             version.size,
             self._disk.present_bytes(version.id),
             self._memory.present_bytes(version.id),
             fits=lambda: self._memory.taken(time.time() - LASTING) + version.size <= self._memory.limit,
+            elsewhere=elsewhere,
+            resident=lambda: self._is_resident(version),
         )
+
+    def _is_resident(self, version: ObjectVersion) -> bool:
+        try:
+            with self._disk.in_place(version) as stored:
+                return probe.is_resident(stored.fileno(), version.size)
+        except (StoreError, OSError):
+            return True
 
     def _in_memory(self, version: ObjectVersion) -> bool:
         found = self._found(version)

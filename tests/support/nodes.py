@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +70,21 @@ class Nodes:
 
     def mount(self, name: str, **options: object) -> RealMount:
         """Mount one; returns when it has looked at the others."""
+        return self._stack.enter_context(self.mounted(name, **options))
+
+    @contextlib.contextmanager
+    def mounted(self, name: str, prefix: Sequence[str] = (), **options: object) -> Iterator[RealMount]:
+        """The same, for as long as this is entered; started behind `prefix`."""
         work = self.work / name
         work.mkdir(exist_ok=True)
-        prefix = self.hosts[name].command([]) if name in self.hosts else []
-        made = self._stack.enter_context(
-            mounted(self.source, work, env=self.env, prefix=prefix, **self.options(name, **options))
-        )
-        self.mounts[name] = made
-        return made
+        before = [*(self.hosts[name].command([]) if name in self.hosts else []), *prefix]
+        given = self.options(name, **options)
+        with mounted(self.source, work, env=self.env, prefix=before, **given) as made:
+            self.mounts[name] = made
+            try:
+                yield made
+            finally:
+                del self.mounts[name]
 
     def serve(self, name: str, **options: object) -> subprocess.Popen[bytes]:
         """Run `fusecache serve`; returns when it serves."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fusecache.loader import Loader, LoaderSettings
+from fusecache.loader import Loader, LoaderSettings, board, filling, learning, models
 from fusecache.loader.plan import group_of, model_of
 from fusecache.loader.recording import Recording, Run, model_id, pack
 from fusecache.store import Store
@@ -54,10 +54,10 @@ SPARSE = (Run(2, 30, 36), Run(0, 8, 14), Run(1, 20, 24), Run(0, 0, 2))
 
 
 class Bench:
-    def __init__(self, directory: Path, kept: Kept, *, others: bool = False) -> None:
+    def __init__(self, directory: Path, kept: Kept, *, others: bool = False, limit: int = 1 << 30) -> None:
         self.kept = kept
         self.origin = ScriptedOrigin(FILES, chunk=BLOCK)
-        self.store = Store(directory, limit=1 << 30, free_floor=0, block_size=BLOCK)
+        self.store = Store(directory, limit=limit, free_floor=0, block_size=BLOCK)
         settings = LoaderSettings(concurrency=2, range_bytes=2 * BLOCK, deadline=WAIT, read_ahead=BLOCK)
         self.loader = Loader(
             self.store, {"": self.origin}, Recorder(FILES), settings, None, kept, kept if others else None
@@ -180,3 +180,51 @@ def test_which_files_make_up_a_model() -> None:
     assert model_of(names[9], names) == [names[9]]
     assert model_of("config.json", ["config.json"]) == []
     assert group_of("part-1.bin") == group_of("part-22.bin") != group_of("part.bin")
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All waits are short."""
+    monkeypatch.setattr(filling, "QUIET", 0.4)
+    monkeypatch.setattr(board, "QUIET", 0.4)
+    monkeypatch.setattr(models, "CLOSED_FOR", 0.2)
+    monkeypatch.setattr(models, "SILENT_FOR", 1.0)
+    monkeypatch.setattr(learning, "_LOOK", 0.1)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_what_a_recording_left_out_comes_when_all_is_quiet(bench: Bench, kept: Kept) -> None:
+    kept.here[model_id(FILES)] = recorded(*SPARSE)
+    read(bench, 0, 0)
+    wait_until(lambda: len(set(bench.blocks())) == 3 * BLOCKS, "everything", 20)
+    assert len(bench.blocks()) == 3 * BLOCKS
+    assert bench.loader.learning.stats.wrong == 0
+
+
+@pytest.mark.usefixtures("hurried")
+def test_nothing_is_evicted_for_what_a_recording_left_out(tmp_path: Path, kept: Kept) -> None:
+    kept.here[model_id(FILES)] = recorded(*SPARSE)
+    bench = Bench(tmp_path / "cache", kept, limit=2 * BLOCKS * BLOCK)
+    try:
+        read(bench, 0, 0)
+        wait_until(lambda: len({file for file, _ in bench.blocks()}) == 3, "the headers", 20)
+        wait_until(lambda: not bench.loader.learning.filling, "all was looked at", 20)
+        kept_blocks = sum(info.present_bytes for info in bench.store.objects()) // BLOCK
+        assert kept_blocks < 2 * BLOCKS
+        assert bench.store.usage().evictions == 0
+    finally:
+        bench.close()
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_load_is_over_when_nobody_reads_though_files_are_open(bench: Bench, kept: Kept) -> None:
+    load = bench.loader.open(FILES[0], "")
+    bench.loader.learning.entered(FILES[0], whole=False)
+    for block in range(12):
+        load.heard(block * BLOCK, BLOCK, 7)
+        bench.loader.read(load, block * BLOCK, BLOCK)
+    assert kept.here == {}
+    wait_until(lambda: kept.here, "a recording", 20)
+    assert set(kept.here) == {model_id(FILES)}
+    bench.loader.learning.left(FILES[0])
+    bench.loader.release(load)

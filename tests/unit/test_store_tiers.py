@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fusecache.store import Store, paths
+from fusecache.store import Store, paths, probe
 from fusecache.store.memory import MemoryDirectory
 from fusecache.store.pace import LASTING, Best, Busy
 from fusecache.store.paths import Found, Paces
@@ -20,8 +22,16 @@ from tests.unit.test_store import BLOCK, LIMIT, fill, version
 MIB = 1 << 20
 
 
-def found(on_disk: int = 0, in_memory: int = 0, *, size: int = 100, fits: bool = True) -> Found:
-    return Found(size, on_disk, in_memory, fits=lambda: fits)
+def found(
+    on_disk: int = 0,
+    in_memory: int = 0,
+    *,
+    size: int = 100,
+    fits: bool = True,
+    elsewhere: float | None = None,
+    resident: bool = False,
+) -> Found:
+    return Found(size, on_disk, in_memory, lambda: fits, lambda: elsewhere, lambda: resident)
 
 
 def test_by_size_large_objects_go_to_memory_but_for_those_whole_on_the_disk() -> None:
@@ -43,6 +53,14 @@ def test_by_size_large_objects_go_to_memory_but_for_those_whole_on_the_disk() ->
         (Paces(write=100.0, arriving=160.0), found(on_disk=40), False),  # where it was begun
         (Paces(write=1000.0, arriving=160.0), found(in_memory=40), True),
         (Paces(write=1000.0, arriving=160.0), found(on_disk=100, in_memory=40), False),
+        (Paces(), found(on_disk=100, in_memory=100), True),
+        (Paces(read=100.0), found(on_disk=100), False),
+        (Paces(), found(on_disk=100, elsewhere=900.0), False),
+        (Paces(read=100.0), found(on_disk=100, elsewhere=140.0), False),
+        (Paces(read=100.0), found(on_disk=100, elsewhere=160.0), True),
+        (Paces(read=100.0), found(on_disk=99, elsewhere=160.0), False),
+        (Paces(read=100.0), found(on_disk=100, elsewhere=160.0, resident=True), False),
+        (Paces(read=100.0), found(on_disk=100, elsewhere=160.0, fits=False), False),
     ],
 )
 def test_by_what_was_measured(paces: Paces, there: Found, memory: bool) -> None:
@@ -101,6 +119,7 @@ def test_each_object_is_in_one_place(tmp_path: Path) -> None:
         usage = both.usage()
         assert (usage.limit, usage.memory_limit, usage.objects_complete) == (2 * LIMIT, LIMIT, 2)
         assert usage.used > usage.memory_used > large.size
+        assert usage.fullness == usage.memory_used / LIMIT > usage.used / usage.limit
         assert {info.version.key: info.in_memory for info in both.objects()} == {
             "small": False,
             "large": True,
@@ -121,8 +140,8 @@ def settled(meter: Meter, wanted: Callable[[Paces], bool]) -> Paces:
 
 
 def test_a_disk_that_is_slower_than_what_arrives_is_passed_over(tmp_path: Path) -> None:
-    """The measurement is replaced: a slow disk can't be made without device mapper or a cgroup."""
-    meter = Meter(tmp_path, 0, measure=lambda _directory: 1000.0)
+    """The measurement is replaced; tests/integration/test_paths.py has a disk that is slow."""
+    meter = Meter(tmp_path, 0, measure=lambda _directory: (1000.0, 1000.0))
     with closing(meter), tiers(tmp_path, meter) as both:
         assert settled(meter, lambda now: now.write is not None).write == 1000.0
         first = both.open(version("first", 1))
@@ -142,12 +161,63 @@ def test_a_disk_that_is_slower_than_what_arrives_is_passed_over(tmp_path: Path) 
         again.close()
 
 
+def test_what_other_nodes_give_faster_than_the_disk_is_opened_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident = False
+    monkeypatch.setattr(probe, "is_resident", lambda _fd, _size: resident)
+    meter = Meter(tmp_path, 0, measure=lambda _directory: (1000.0, 1000.0))
+    whole = version("whole", 3)
+    with closing(meter), tiers(tmp_path, meter) as both:
+        assert both.paces(wait=True).read == 1000.0
+        with closing(both.open(whole)) as stored:
+            fill(stored)
+            assert both.elsewhere is None
+        for pace, there in ((None, True), (1400.0, True), (1600.0, False)):
+            both.elsewhere = lambda _version, pace=pace: pace  # type: ignore[misc]
+            with closing(both.open(whole)) as stored:
+                assert stored.complete == there
+        with both.in_place(whole), closing(both.open(whole)) as stored:
+            assert stored.complete  # who is asked for it gives what it has
+        resident = True
+        with closing(both.open(whole)) as stored:
+            assert stored.complete
+        resident = False
+        with closing(both.open(whole)) as stored:
+            fill(stored)
+        assert len(both.objects()) == 1
+        assert both.usage().objects_complete == 2
+        assert both.evict(whole.id) > 2 * whole.size
+
+
+def test_the_page_cache_is_asked(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(MIB))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        assert probe.is_resident(file.fileno(), MIB)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        gone = not probe.is_resident(file.fileno(), MIB)
+        assert gone or _lives_in_memory(path)
+    empty = tmp_path / "empty"
+    empty.touch()
+    with empty.open("rb") as file:
+        assert probe.is_resident(file.fileno(), 0)
+
+
+def _lives_in_memory(path: Path) -> bool:
+    """Whether the file system has nothing but the page cache, or does not say (tmpfs, overlays of it)."""
+    found = subprocess.run(["stat", "-f", "-c", "%T", str(path)], check=True, capture_output=True, text=True)
+    return found.stdout.strip() in ("tmpfs", "ramfs", "overlayfs", "zfs", "fuseblk")
+
+
 def test_a_real_disk_is_measured(tmp_path: Path) -> None:
     meter = Meter(tmp_path, 0)
     meter.paces()
-    meter.close()
-    written = meter.paces().write
-    assert written is None or written > 0  # None: a file system without O_DIRECT
+    meter.wait()
+    paces = meter.paces()
+    assert (paces.write is None) == (paces.read is None)  # None: a file system without O_DIRECT
+    assert paces.write is None or paces.write > 0
     assert not list(tmp_path.iterdir())
 
 
