@@ -43,7 +43,9 @@ CREW = 64
 """Requests to other nodes at a time: enough to follow all stripes that come from the origin (choice.ORIGIN_REQUESTS),
 and no more memory than a buffer each."""
 _COVERAGE_EVERY = 20.0
-"""Seconds between looks at what the other nodes have, while the cache is nearly full."""
+"""Seconds between looks at what the other nodes have, while that matters."""
+_LOOKED_AT = 5
+"""Nodes per second, on average: in a large cluster the looks are farther apart."""
 _COVERAGE_TIMEOUT = 5.0
 _NEARLY_FULL = 0.8
 
@@ -199,7 +201,7 @@ class Cluster:
                 await self.look()
             if matters:
                 await trio.to_thread.run_sync(self._elsewhere.sample)
-            await trio.sleep(_COVERAGE_EVERY)
+            await trio.sleep(max(_COVERAGE_EVERY, len(self._members.members()) / _LOOKED_AT))
 
     async def look(self) -> None:
         """Ask all other nodes what they have."""
