@@ -30,6 +30,7 @@ from fusecache.peers.errors import (
     PeerError,
     PeerMissError,
     PeerRefusedError,
+    PeerSilentError,
 )
 from fusecache.peers.member import Member
 from fusecache.peers.placement import ranking
@@ -287,6 +288,7 @@ class Exchange:
     def _ask(self, flight: _Flight, member: Member, stored_only: bool = False) -> Items:
         """What this node gives of what is left, which may be nothing. Raises CancelledReadError, UnavailableError."""
         asking = choice.Asking(member, member)
+        silent: set[str] = set()
         while True:
             self._check(flight)
             target = asking.target
@@ -315,6 +317,8 @@ class Exchange:
                             del self._empty[next(iter(self._empty))]
                         self._empty[target.name, flight.version.id] = time.monotonic()
             except PeerError as error:
+                if isinstance(error, PeerSilentError) and self._try_again(target, silent):
+                    continue
                 self._blame(target, error, redirected=asking.sent_on)
             if flight.begun:
                 flight.begun = False
@@ -325,6 +329,16 @@ class Exchange:
             if not stored_only and member.name not in flight.failed:
                 flight.failed.append(member.name)
             return
+
+    def _try_again(self, member: Member, silent: set[str]) -> bool:
+        """Whether to connect to a node once more. Where many send at once a connection's first packets get lost, and
+        that is no reason to ask the origin. A node that is gone is known to be by then."""
+        self._members.suspect(member.name)
+        if member.name in silent or not self._members.is_alive(member.name):
+            return False
+        silent.add(member.name)
+        self.breakers.undecided(member.name)
+        return True
 
     def _blame(self, member: Member, error: PeerError, *, redirected: bool) -> None:
         self._members.suspect(member.name)

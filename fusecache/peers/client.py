@@ -30,6 +30,7 @@ from fusecache.peers.errors import (
     PeerGoneError,
     PeerMissError,
     PeerRefusedError,
+    PeerSilentError,
 )
 from fusecache.peers.wire import FRAME, MAX_HEADER, MAX_ORDER, BlockRequest, frame_of, order_target
 
@@ -153,8 +154,8 @@ class PeerClient:
         """Ask the node at `url` for blocks of an object of `size` bytes; returns when the first of them comes.
 
         `glance` is called about every half second of waiting, and may raise to give up. Raises PeerError,
-        PeerMissError (404, 421, 504), PeerElsewhereError (307), PeerBusyError (503), PeerGoneError (410),
-        PeerRefusedError (401, 403, TLS).
+        PeerSilentError (no connection), PeerMissError (404, 421, 504), PeerElsewhereError (307), PeerBusyError (503),
+        PeerGoneError (410), PeerRefusedError (401, 403, TLS).
         """
         headers = request.headers()
         connection, answer, rest = self._ask(url, request.target, headers, glance)
@@ -316,6 +317,8 @@ class PeerClient:
             return _Connection(url, self._tls, self._connect_timeout, self._window)
         except ssl.SSLError as error:
             raise PeerRefusedError(f"{url}: TLS: {error.reason or error}") from error
+        except TimeoutError as error:
+            raise PeerSilentError(f"{url}: no connection within {self._connect_timeout:g} s") from error
         except OSError as error:
             raise PeerError(f"{url}: {_reason(error)}") from error
 

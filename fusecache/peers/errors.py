@@ -9,6 +9,10 @@ class PeerError(FusecacheError):
     """A request to another node failed: it does not answer, breaks off, or breaks the protocol."""
 
 
+class PeerSilentError(PeerError):
+    """No connection came about in time: the node is gone, or so much is sent to it that its answers are lost."""
+
+
 class PeerRefusedError(PeerError):
     """The node does not let us in: another secret, tenant, certificate or protocol, or a clock that is off."""
 
