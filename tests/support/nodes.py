@@ -84,7 +84,8 @@ class Nodes:
             try:
                 yield made
             finally:
-                del self.mounts[name]
+                if self.mounts.get(name) is made:
+                    del self.mounts[name]
 
     def serve(self, name: str, **options: object) -> subprocess.Popen[bytes]:
         """Run `fusecache serve`; returns when it serves."""
