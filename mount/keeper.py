@@ -400,7 +400,10 @@ def keeper_of(directory: Path) -> int | None:
 
 
 def find_keeper(connection: int) -> int | None:
-    """The pid of the process that keeps a connection, from the process list: whatever its runtime directory is."""
+    """The pid of the process that keeps a connection, from the process list: whatever its runtime directory is. The
+    kernel gives a connection's number to the next mount while the keeper of the one before may still be ending: the
+    youngest it is."""
+    found: tuple[int, int] | None = None
     for name in os.listdir("/proc"):
         if not name.isdecimal():
             continue
@@ -411,17 +414,20 @@ def find_keeper(connection: int) -> int | None:
             continue
         if b"fusecache.mount.keeper" in words and b"--connection" in words:
             number = words[words.index(b"--connection") + 1]
-            if number == str(connection).encode() and not _is_zombie(name):
-                return int(name)
-    return None
+            began = _began(name) if number == str(connection).encode() else None
+            if began is not None:
+                found = max(found or (0, 0), (began, int(name)))
+    return None if found is None else found[1]
 
 
-def _is_zombie(pid: str) -> bool:
+def _began(pid: str) -> int | None:
+    """When a process started, in clock ticks since the boot; None: it ended."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] == b"Z"
+            fields = file.read().rpartition(b")")[2].split()
     except OSError:
-        return True
+        return None
+    return None if fields[0] == b"Z" else int(fields[19])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import signal
 import struct
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from fusecache.errors import MountError
 from fusecache.mount import keeper, mounting
 from tests.support.kept import Kept, ended, kept
 from tests.support.mounting import needs_fuse
+from tests.support.servers import wait_until
 from tests.support.standin import HELLO
 
 pytestmark = needs_fuse
@@ -209,3 +214,20 @@ def test_json_log(mount: Kept) -> None:
     found = json.loads(line)
     assert list(found)[:4] == ["timestamp", "level", "logger", "event"]
     assert found["mountpoint"] == str(mount.mountpoint)
+
+
+def test_of_two_keepers_of_one_number_the_youngest_is_found() -> None:
+    number = 1 << 30  # of no connection there is
+    words = [sys.executable, "-c", "import time; time.sleep(60)", "fusecache.mount.keeper", "--connection"]
+    assert keeper.find_keeper(number) is None
+    with contextlib.ExitStack() as stack:
+        pids = []
+        for _ in range(3):
+            process = stack.enter_context(subprocess.Popen([*words, str(number)]))
+            stack.callback(process.kill)
+            pids.append(process.pid)
+            wait_until(lambda: keeper.find_keeper(number) == pids[-1], "the youngest keeper", 10)
+            time.sleep(0.05)  # longer than a clock tick, in which they are told apart
+        os.kill(pids[-1], signal.SIGKILL)
+        assert ended(pids[-1])
+        assert keeper.find_keeper(number) == pids[-2]
