@@ -73,7 +73,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     type=float,
     default=0.01,
     show_default=True,
-    help="Seconds of the lab's links, which have queues of 20 ms.",
+    help="Seconds of a packet on the lab's links, one way.",
 )
 @click.option("--results", type=click.Path(file_okay=False, path_type=Path), default=RESULTS)
 def main(
