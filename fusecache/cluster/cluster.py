@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import trio
 
 import fusecache
-from fusecache.cluster.elsewhere import Elsewhere, Held
+from fusecache.cluster.elsewhere import Elsewhere
 from fusecache.cluster.exchange import Exchange
 from fusecache.cluster.holdings import Holdings
 from fusecache.cluster.orders import SharedOrders
@@ -206,7 +206,7 @@ class Cluster:
     async def look(self) -> None:
         """Ask all other nodes what they have."""
         found: dict[str, dict[ObjectId, int]] = {}
-        quick: dict[str, list[Held]] = {}
+        quick: dict[str, dict[ObjectId, int]] = {}
 
         async def ask(name: str, url: str) -> None:
             try:
@@ -214,11 +214,11 @@ class Cluster:
                     functools.partial(self._client.json, url, "/v1/objects", _COVERAGE_TIMEOUT)
                 )
                 found[name] = {ObjectId(str(item["id"])): int(item["cached_bytes"]) for item in answer}
-                quick[name] = [
-                    Held(ObjectId(str(item["id"])), int(item["size"]))
+                quick[name] = {
+                    ObjectId(str(item["id"])): int(item["size"])
                     for item in answer
                     if item["quick"] and item["cached_bytes"] == item["size"] > 0
-                ]
+                }
             except (FusecacheError, TypeError, KeyError, ValueError) as error:
                 _log.debug("node %s does not tell what it has: %s", name, error)
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
 
 from fusecache.cluster.exchange import Exchange, Members
 from fusecache.errors import FusecacheError
-from fusecache.peers.client import PeerClient
-from fusecache.peers.errors import PeerError
+from fusecache.peers.client import PeerClient, patience
 from fusecache.peers.wire import MAX_BLOCKS, BlockRequest
 from fusecache.store import BlockStore
 from fusecache.store.paths import is_slower
@@ -25,14 +23,6 @@ _SILENT = 2.0
 """Seconds after which a node that is to give a sample is given up."""
 
 
-@dataclass(frozen=True)
-class Held:
-    """An object that a node has all of, in memory or on a disk that is not slow."""
-
-    object_id: ObjectId
-    size: int
-
-
 class Elsewhere:
     """What other nodes give, at what pace. Thread-safe but for `sample`, which one thread calls at a time."""
 
@@ -44,12 +34,12 @@ class Elsewhere:
         self._exchange = exchange
         self._client = client
         self._store = store
-        self._quick: Mapping[str, Mapping[ObjectId, Held]] = {}
+        self._quick: Mapping[str, Mapping[ObjectId, int]] = {}
         store.elsewhere = self.pace_of
 
-    def seen(self, quick: Mapping[str, Collection[Held]]) -> None:
-        """What the nodes of these names have."""
-        self._quick = {name: {held.object_id: held for held in objects} for name, objects in quick.items()}
+    def seen(self, quick: Mapping[str, Mapping[ObjectId, int]]) -> None:
+        """What each node has all of, in memory or on a disk that is not slow, with its size in bytes."""
+        self._quick = quick
 
     def matters(self) -> bool:
         """Whether this node's disk is, or may be, slower than the other nodes. Waits for a measurement of the disk."""
@@ -85,34 +75,25 @@ class Elsewhere:
             if self._exchange.pace() is not None or time.monotonic() > until:
                 return
             if name in urls and objects:
-                largest = max(objects.values(), key=lambda held: held.size)
+                largest = max(objects, key=objects.__getitem__)
                 try:
-                    self._take(urls[name], largest, until)
+                    self._take(urls[name], largest, objects[largest], until)
                 except FusecacheError as error:
                     _log.debug("node %s gives no sample: %s", name, error)
 
-    def _take(self, url: str, held: Held, until: float) -> None:
+    def _take(self, url: str, object_id: ObjectId, nbytes: int, until: float) -> None:
         """Bytes of an object, again and again until then. Raises PeerError."""
         size = self._store.block_size
-        blocks = range(min(MAX_BLOCKS, max(1, -(-held.size // size))))
+        blocks = range(min(MAX_BLOCKS, max(1, -(-nbytes // size))))
         while time.monotonic() < until:
             request = BlockRequest(
-                held.object_id, blocks, block_size=size, deadline=_SILENT, stored_only=True, urgent=False
+                object_id, blocks, block_size=size, deadline=_SILENT, stored_only=True, urgent=False
             )
-            with closing(self._client.blocks(url, request, held.size, _patience(url))) as answer:
+            with closing(
+                self._client.blocks(url, request, nbytes, patience(url, _SAMPLE + _SILENT))
+            ) as answer:
                 for part in answer:
                     if isinstance(part, memoryview):
                         self._exchange.took(len(part))
                     if time.monotonic() > until:
                         return
-
-
-def _patience(url: str) -> Callable[[], None]:
-    """A glance (see PeerClient.blocks) that gives up in the end."""
-    until = time.monotonic() + _SAMPLE + _SILENT
-
-    def glance() -> None:
-        if time.monotonic() > until:
-            raise PeerError(f"{url}: no sample in time")
-
-    return glance

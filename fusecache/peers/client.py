@@ -184,12 +184,7 @@ class PeerClient:
 
     def json(self, url: str, target: str, timeout: float) -> Any:
         """A short answer of a node. Raises PeerError."""
-        until = time.monotonic() + timeout
-
-        def glance() -> None:
-            if time.monotonic() > until:
-                raise PeerError(f"{url}: no answer within {timeout:g} s")
-
+        glance = patience(url, timeout)
         connection, answer, rest = self._ask(url, target, {}, glance)
         try:
             body = self._rest_of(connection, answer, rest, glance, _MAX_ANSWER)
@@ -205,12 +200,7 @@ class PeerClient:
     def order(self, url: str, name: str, timeout: float, *, have: bool = False) -> bytes | None:
         """The recording of this name that a node has; None: it has none. `have`: we do, and it may come and take it.
         Raises PeerError."""
-        until = time.monotonic() + timeout
-
-        def glance() -> None:
-            if time.monotonic() > until:
-                raise PeerError(f"{url}: no answer within {timeout:g} s")
-
+        glance = patience(url, timeout)
         headers = {"Fusecache-Node": self._node}
         if have:
             headers["Fusecache-Have"] = "1"
@@ -409,6 +399,17 @@ class Answer:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def patience(url: str, timeout: float) -> Callable[[], None]:
+    """A glance (see PeerClient.blocks) that gives up `timeout` seconds from now: it raises PeerError."""
+    until = time.monotonic() + timeout
+
+    def glance() -> None:
+        if time.monotonic() > until:
+            raise PeerError(f"{url}: no answer within {timeout:g} s")
+
+    return glance
 
 
 def _receive(connection: _Connection, into: memoryview, glance: Callable[[], None]) -> int:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from fusecache.cluster.elsewhere import Elsewhere, Held
+from fusecache.cluster.elsewhere import Elsewhere
 from fusecache.cluster.exchange import Exchange
 from fusecache.peers.client import PeerClient
 from fusecache.peers.member import Member
@@ -63,7 +63,7 @@ def elsewhere(disk: Disk, exchange: Exchange) -> Elsewhere:
 
 
 def everybody_has_it(elsewhere: Elsewhere, *names: str) -> None:
-    elsewhere.seen({name: [Held(FILE.id, FILE.size)] for name in names})
+    elsewhere.seen({name: {FILE.id: FILE.size} for name in names})
 
 
 def test_the_store_asks_it(disk: Disk, elsewhere: Elsewhere) -> None:
