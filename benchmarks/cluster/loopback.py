@@ -152,18 +152,8 @@ def _iperf3_server(folder: Path) -> Iterator[int]:
 
 def _iperf3(port: int, *more: str) -> float:
     command = [
-        "iperf3",
-        "-c",
-        "127.0.0.1",
-        "-p",
-        str(port),
-        "-P",
-        str(STREAMS),
-        "-t",
-        str(_SECONDS),
-        "-J",
-        *more,
-    ]
+        "iperf3", "-c", "127.0.0.1", "-p", str(port), "-P", str(STREAMS), "-t", str(_SECONDS), "-J", *more,
+    ]  # fmt: skip
     told: dict[str, Any] = json.loads(run(command, timeout=60))
     return float(told["end"]["sum_received"]["bits_per_second"]) / 8
 

@@ -154,21 +154,24 @@ class Tiers:
     def open(self, version: ObjectVersion) -> StoredObject:
         """See BlockStore."""
         with self._lock:
-            for store in self._both:
-                if store.is_open(version.id):
-                    return store.open(version)
-            return (self._memory if self._in_memory(version) else self._disk).open(version)
+            return self._place(version).open(version)
 
     def in_place(self, version: ObjectVersion) -> AbstractContextManager[StoredObject]:
         """See BlockStore."""
         with self._lock:
-            for store in self._both:
-                if store.is_open(version.id):
-                    return store.in_place(version)
-            found = self._found(version)
-            if not found.on_disk and not found.in_memory:
-                return (self._memory if self._in_memory(version) else self._disk).in_place(version)
-            return (self._disk if found.on_disk > found.in_memory else self._memory).in_place(version)
+            return self._place(version, moves=False).in_place(version)
+
+    def _place(self, version: ObjectVersion, *, moves: bool = True) -> Store:
+        """Where to open it: where it is open; or by the rules, unless something is there and it does not move."""
+        for store in self._both:
+            if store.is_open(version.id):
+                return store
+        found = self._found(version)
+        if not moves and (found.on_disk or found.in_memory):
+            in_memory = found.in_memory >= found.on_disk
+        else:
+            in_memory = self._in_memory(found)
+        return self._memory if in_memory else self._disk
 
     def paces(self, *, wait: bool = False) -> Paces:
         """See BlockStore."""
@@ -200,8 +203,7 @@ class Tiers:
         except (StoreError, OSError):
             return True
 
-    def _in_memory(self, version: ObjectVersion) -> bool:
-        found = self._found(version)
+    def _in_memory(self, found: Found) -> bool:
         if self._meter is None:
             return paths.small_in_memory(found, self._small_size)
         return paths.auto_in_memory(found, self._meter.paces())
