@@ -43,7 +43,7 @@ from benchmarks.processes import (
 from benchmarks.tools.fusecache import status
 from benchmarks.tools.seaweedfs import s3_server, upload
 from fusecache.peers.auth import Signer
-from fusecache.peers.client import PeerClient
+from fusecache.peers.client import Patience, PeerClient
 from fusecache.peers.wire import BlockRequest
 from fusecache.types import ObjectId
 
@@ -173,7 +173,7 @@ def take(url: str, secret: str) -> None:
     def one(work: tuple[ObjectId, int, range]) -> int:
         object_id, size, blocks = work
         request = BlockRequest(object_id, blocks, None, _BLOCK, stored_only=True, node="client")
-        answer = client.blocks(url, request, size, lambda: None)
+        answer = client.blocks(url, request, size, Patience(url, 60.0))
         digest, expected, total = xxhash.xxh3_64(), None, 0
         with contextlib.closing(answer):
             for piece in answer:

@@ -9,7 +9,7 @@ from contextlib import closing
 
 from fusecache.cluster.exchange import Exchange, Members
 from fusecache.errors import FusecacheError
-from fusecache.peers.client import PeerClient, patience
+from fusecache.peers.client import Patience, PeerClient
 from fusecache.peers.wire import MAX_BLOCKS, BlockRequest
 from fusecache.store import BlockStore
 from fusecache.store.paths import is_slower
@@ -90,7 +90,7 @@ class Elsewhere:
                 object_id, blocks, block_size=size, deadline=_SILENT, stored_only=True, urgent=False
             )
             with closing(
-                self._client.blocks(url, request, nbytes, patience(url, _SAMPLE + _SILENT))
+                self._client.blocks(url, request, nbytes, Patience(url, _SAMPLE + _SILENT))
             ) as answer:
                 for part in answer:
                     if isinstance(part, memoryview):

@@ -14,12 +14,13 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from fusecache.cluster import choice
 from fusecache.cluster.slots import Slots
+from fusecache.cluster.watch import Flight, Watch
 from fusecache.errors import CancelledReadError, UnavailableError
 from fusecache.loader import Again, Expect, Route
 from fusecache.peers.breaker import Breakers
@@ -50,12 +51,8 @@ Items = Generator["Buffer | Expect | Again", None, None]
 _EMPTY_HANDED = 10.0
 """Seconds for which a node that had nothing of an object is not asked again whether it has."""
 _SILENCE = 20.0
-"""Seconds without a byte after which a node that is alive is passed over all the same: longer than a slow origin takes
-for a block."""
-_HEDGE_EVERY = 1.0
-"""Seconds between looks for another holder of what a slow node, or the last of all, is sending."""
-_STAND_IN_AFTER = 6.0
-"""Seconds after which the node next in order is asked to fetch what a slow one does not bring."""
+"""Seconds without a byte, or word that the node waits itself, after which one that is alive is passed over all the
+same."""
 _AT_RANDOM = 3
 _RANKED = 16
 """Of a ranking, as far as anybody looks."""
@@ -127,26 +124,6 @@ class _HedgedError(Exception):
         self.close = close
 
 
-@dataclass
-class _Flight:
-    """The state of one flight: `at` is the next block, `begun` says that some of its bytes were handed over."""
-
-    version: ObjectVersion
-    blocks: range
-    block_size: int
-    deadline: float
-    cancelled: Callable[[], bool]
-    at: int
-    begun: bool = False
-    urgent: bool = True
-    failed: list[str] = field(default_factory=list)
-    may_hedge: Sequence[Member] = ()
-
-    @property
-    def left(self) -> range:
-        return range(self.at, self.blocks.stop)
-
-
 class Exchange:
     """The supplier of a node in a cluster; see loader.Supplier. Thread-safe."""
 
@@ -179,6 +156,7 @@ class Exchange:
         self._receiving = 0
         self._empty: dict[tuple[str, ObjectId], float] = {}
         self._upstream: dict[tuple[ObjectId, int], str] = {}
+        self._coming: dict[tuple[ObjectId, int], float] = {}
         self._ranked: tuple[Member, ...] = ()
         self._rankings: dict[tuple[ObjectId, int], list[Member]] = {}
         self._own = Slots(lambda: choice.origin_slots(concurrency, len(members.members())))
@@ -222,6 +200,14 @@ class Exchange:
         """The node from which blocks of this stripe are coming just now."""
         return self._upstream.get((object_id, stripe))
 
+    def note_coming(self, flight: Flight, when: float) -> None:
+        """At that time it was certain that what is left of a flight comes to us."""
+        self._coming[flight.version.id, self.stripe_of(flight.at, flight.block_size)] = when
+
+    def coming(self, object_id: ObjectId, stripe: int) -> float:
+        """When it was last certain that blocks of this stripe come to us, as time.monotonic()."""
+        return self._coming.get((object_id, stripe), 0.0)
+
     def ranking(self, object_id: ObjectId, stripe: int) -> list[Member]:
         """The nodes for one stripe, the owner first."""
         members = self._members.members()
@@ -254,7 +240,7 @@ class Exchange:
         urgent: bool,
     ) -> Items:
         """See loader.Supplier."""
-        flight = _Flight(version, blocks, block_size, deadline, cancelled, blocks.start, urgent=urgent)
+        flight = Flight(version, blocks, block_size, deadline, cancelled, blocks.start, urgent=urgent)
         order = self.ranking(version.id, self.stripe_of(blocks.start, block_size))
         may_have = functools.partial(self._may_have, version.id)
         for turn in choice.turns(order, self._name, flight.failed, self.breakers.allowed, may_have):
@@ -266,7 +252,7 @@ class Exchange:
             if not flight.left:
                 return
 
-    def _from_origin(self, flight: _Flight, source: str, owner: bool) -> Items:
+    def _from_origin(self, flight: Flight, source: str, owner: bool) -> Items:
         if not owner:
             with self._lock:
                 self.stats.fallbacks += 1
@@ -285,7 +271,7 @@ class Exchange:
 
     # -- one node
 
-    def _ask(self, flight: _Flight, member: Member, stored_only: bool = False) -> Items:
+    def _ask(self, flight: Flight, member: Member, stored_only: bool = False) -> Items:
         """What this node gives of what is left, which may be nothing. Raises CancelledReadError, UnavailableError."""
         asking = choice.Asking(member, member)
         silent: set[str] = set()
@@ -359,20 +345,20 @@ class Exchange:
                 return member
         return None
 
-    def _check(self, flight: _Flight) -> None:
+    def _check(self, flight: Flight) -> None:
         if flight.cancelled():
             raise CancelledReadError(f"{flight.version.key}: the reader went away")
         if time.monotonic() >= flight.deadline:
             raise UnavailableError(f"{flight.version.key}: not all bytes came before the deadline")
 
-    def _wait(self, flight: _Flight, seconds: float) -> None:
+    def _wait(self, flight: Flight, seconds: float) -> None:
         until = time.monotonic() + seconds
         pause = threading.Event()
         while (left := until - time.monotonic()) > 0:
             pause.wait(min(left, 0.25))
             self._check(flight)
 
-    def _request(self, flight: _Flight, *, stored_only: bool, direct: bool, hops: int) -> BlockRequest:
+    def _request(self, flight: Flight, *, stored_only: bool, direct: bool, hops: int) -> BlockRequest:
         return BlockRequest(
             flight.version.id,
             flight.left,
@@ -388,12 +374,10 @@ class Exchange:
             node=self._name,
         )
 
-    def _stream(
-        self, flight: _Flight, member: Member, *, stored_only: bool, direct: bool, hops: int
-    ) -> Items:
+    def _stream(self, flight: Flight, member: Member, *, stored_only: bool, direct: bool, hops: int) -> Items:
         request = self._request(flight, stored_only=stored_only, direct=direct, hops=hops)
-        watch = _Watch(self, flight, member, may_hedge=not stored_only)
         stripe = (flight.version.id, self.stripe_of(flight.at, flight.block_size))
+        watch = Watch(self, flight, member, may_hedge=not stored_only)
         with self._lock:
             self._receiving += 1
             self._upstream[stripe] = member.name
@@ -406,9 +390,7 @@ class Exchange:
                     with contextlib.ExitStack() as stack:
                         if items is None:
                             began = time.monotonic()
-                            answer = self._client.blocks(
-                                member.url, request, flight.version.size, watch.glance
-                            )
+                            answer = self._client.blocks(member.url, request, flight.version.size, watch)
                             self._answered(member, time.monotonic() - began)
                             items, close = iter(answer), answer.close
                             watch.stored = answer.stored
@@ -430,6 +412,7 @@ class Exchange:
             with self._lock:
                 self._receiving -= 1
                 self._upstream.pop(stripe, None)
+                self._coming.pop(stripe, None)
 
     def _answered(self, member: Member, seconds: float) -> None:
         self._members.heard(member.name)
@@ -438,7 +421,7 @@ class Exchange:
             known = traffic.first_byte
             traffic.first_byte = seconds if known is None else 0.8 * known + 0.2 * seconds
 
-    def _deliver(self, flight: _Flight, items: Iterator[int | memoryview], watch: _Watch) -> Items:
+    def _deliver(self, flight: Flight, items: Iterator[int | memoryview], watch: Watch) -> Items:
         expected: Expect | None = None
         left = 0
         for item in items:
@@ -461,7 +444,7 @@ class Exchange:
             flight.at += 1
             watch.tell()
 
-    def _wrong_bytes(self, member: Member, flight: _Flight) -> None:
+    def _wrong_bytes(self, member: Member, flight: Flight) -> None:
         self.breakers.sent_wrong_bytes(member.name)
         with self._lock:
             self.stats.peers.setdefault(member.name, PeerTraffic()).bad_blocks += 1
@@ -483,7 +466,7 @@ class Exchange:
                 self._pace.add(time.monotonic(), nbytes)
                 self.stats.peers.setdefault(member.name, PeerTraffic()).bytes_in += nbytes
 
-    def look_around(self, flight: _Flight, member: Member, silent: float) -> None:
+    def look_around(self, flight: Flight, member: Member, silent: float) -> None:
         """While nothing comes from a node. Raises PeerError when it is not worth waiting for, or what ends a flight."""
         self._check(flight)
         if not self._members.is_alive(member.name):
@@ -496,7 +479,7 @@ class Exchange:
         """Whether most of the crew has nothing to do: what is under way is the last there is."""
         return self._receiving < self.crew // 8
 
-    def hedge(self, flight: _Flight, now_from: Member, *, stored_only: bool) -> None:
+    def hedge(self, flight: Flight, now_from: Member, *, stored_only: bool) -> None:
         """Ask another node for what is left, too: any that has it stored, or the next in order, which then fetches it.
         Raises _HedgedError if it has an answer."""
         if stored_only:
@@ -511,7 +494,7 @@ class Exchange:
         for member in asked:
             if not self.breakers.allowed(member.name):
                 continue
-            again = _Flight(
+            again = Flight(
                 flight.version,
                 flight.blocks,
                 flight.block_size,
@@ -522,9 +505,9 @@ class Exchange:
                 failed=list(flight.failed) if stored_only else [*flight.failed, now_from.name],
             )
             request = self._request(again, stored_only=stored_only, direct=True, hops=0)
-            watch = _Watch(self, again, member, may_hedge=False)
+            watch = Watch(self, again, member, may_hedge=False)
             try:
-                answer = self._client.blocks(member.url, request, flight.version.size, watch.glance)
+                answer = self._client.blocks(member.url, request, flight.version.size, watch)
             except PeerError as error:
                 _log.debug("node %s instead of %s: %s", member.name, now_from.name, error)
                 self.breakers.undecided(member.name)
@@ -536,51 +519,3 @@ class Exchange:
 
 def _nothing() -> None:
     """There is nothing to close yet."""
-
-
-class _Watch:
-    """What one request looks at while it waits."""
-
-    def __init__(self, exchange: Exchange, flight: _Flight, member: Member, *, may_hedge: bool) -> None:
-        self.member = member
-        self.stored = False
-        self.nbytes = 0
-        self._exchange = exchange
-        self._flight = flight
-        self._may_hedge = may_hedge
-        self._told = 0
-        self._since = self._heard = self._looked = self._began = time.monotonic()
-        self._hedge_at = self._began + _HEDGE_EVERY
-
-    def switch(self, member: Member) -> None:
-        """The bytes come from another node now."""
-        self.tell()
-        self.member = member
-        self._may_hedge = False
-
-    def tell(self) -> None:
-        """Count what came since the last time."""
-        now = time.monotonic()
-        self._exchange.count(self.member, self.nbytes - self._told, now - self._since, stored=self.stored)
-        if self.nbytes > self._told:
-            self._heard = now
-        self._told, self._since = self.nbytes, now
-
-    def glance(self) -> None:
-        """See PeerClient.blocks."""
-        now = time.monotonic()
-        if now - self._looked < 0.4:
-            return
-        self._looked = now
-        self.tell()
-        self._exchange.look_around(self._flight, self.member, now - self._heard)
-        if not self._may_hedge or now < self._hedge_at:
-            return
-        slow = self._exchange.breakers.is_slow(self.member.name)
-        if not slow and not self._exchange.idle:
-            return
-        self._hedge_at = now + _HEDGE_EVERY
-        self._exchange.hedge(self._flight, self.member, stored_only=True)
-        if slow and now - self._began > _STAND_IN_AFTER:
-            self._may_hedge = False
-            self._exchange.hedge(self._flight, self.member, stored_only=False)

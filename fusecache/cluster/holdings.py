@@ -6,8 +6,8 @@ a moment, since the next stripe of the same object will be asked for soon.
 
 from __future__ import annotations
 
+import functools
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -33,10 +33,13 @@ _log = logging.getLogger(__name__)
 _KEPT = 10.0
 """Seconds that a load stays open after it was asked for."""
 _PATIENCE = 5.0
-"""Seconds without progress after which blocks that are not ours to fetch are no longer waited for: whoever gives them
-to us may be waiting for whom we keep waiting."""
-_QUEUE = 20.0
-"""Most seconds in the queue for a stream; a caller that can wait longer is told to ask again."""
+"""Seconds without a sign that they are coming after which blocks that are not ours to fetch are no longer waited for:
+whoever gives them to us may be waiting for whom we keep waiting."""
+_SIGN = 2.0
+"""Seconds after which a caller that still waits is told that it may."""
+_QUEUE = 15.0
+"""Most seconds in the queue for a stream; a caller that can wait longer is told to ask again. Callers do not wait
+longer than 20 for any sign of life."""
 _RUN = 2 << 20
 """Bytes sent at a time."""
 
@@ -199,7 +202,8 @@ class Holdings:
                     raise RequestError(421, f"these blocks are for node {owner} to fetch", owner=owner)
         self._redirect(request, (load.version.id, stripe))
         await self._turn(request)
-        return _Offer(self, self._loader, load, request, patient=ours)
+        certain = None if ours else functools.partial(self._exchange.coming, load.version.id, stripe)
+        return _Offer(self, self._loader, load, request, certain)
 
     def _redirect(self, request: BlockRequest, stripe: tuple[ObjectId, int]) -> None:
         """Send a caller on to another holder, if it is that one's turn. Raises RequestError 307."""
@@ -243,8 +247,15 @@ class _Offer:
     """See fusecache.peers.server.Offer."""
 
     def __init__(
-        self, holdings: Holdings, loader: Loader, load: ObjectLoad, request: BlockRequest, *, patient: bool
+        self,
+        holdings: Holdings,
+        loader: Loader,
+        load: ObjectLoad,
+        request: BlockRequest,
+        coming: Callable[[], float] | None,
     ) -> None:
+        """`coming` tells when it was last certain that the blocks come to us, as time.monotonic(); None: we are the one
+        to fetch them."""
         stored = load.stored
         self.lengths: Sequence[int] = [
             block_bytes(block, load.version.size, stored.block_size) for block in request.blocks
@@ -256,20 +267,27 @@ class _Offer:
         self._blocks = request.blocks
         self._at = 0
         self._given = 0
-        self._patience = math.inf if patient else _PATIENCE
+        self._coming = coming
+        self._since = time.monotonic()
+        """When the last blocks were there."""
         self._urgent = request.urgent
         self._deadline = trio.current_time() + request.deadline
         self._waiter: Waiter | None = None
+        self._landed = trio.Event()
         self._token = trio.lowlevel.current_trio_token()
         self._closed = False
 
-    async def next(self) -> list[Piece]:
+    async def next(self) -> list[Piece] | float:
         """See Offer."""
         self._holdings.owed -= self._given
         self._given = 0
-        pieces = self._present()
+        pieces = self._present() if self._waiter is None else []
         while not pieces:
-            pieces = await self._wait()
+            found = await self._wait()
+            if isinstance(found, float):
+                return found
+            pieces = found
+        self._since = time.monotonic()
         self._at += len(pieces)
         self._given = sum(piece.length for piece in pieces)
         self._holdings.owed += self._given
@@ -287,9 +305,37 @@ class _Offer:
             total += length
         return pieces
 
-    async def _wait(self) -> list[Piece]:
+    async def _wait(self) -> list[Piece] | float:
         block, length = self._blocks[self._at], self.lengths[self._at]
-        landed = trio.Event()
+        if self._waiter is None and (found := await self._ask(block, length)):
+            return found
+        assert self._waiter is not None
+        with trio.move_on_at(min(self._deadline, trio.current_time() + _SIGN)) as scope:
+            await self._landed.wait()
+        if scope.cancelled_caught and not self._landed.is_set():
+            if trio.current_time() >= self._deadline:
+                raise trio.TooSlowError
+            return self._age()
+        waiter, self._waiter = self._waiter, None
+        if waiter.error is not None:
+            raise waiter.error
+        if block in waiter.pieces:
+            data = waiter.pieces[block]
+            return [Piece(block, await trio.to_thread.run_sync(_digest, data), length, data=data)]
+        return self._present()
+
+    def _age(self) -> float:
+        """Seconds since it was certain that there is reason to wait. Raises trio.TooSlowError when that is long ago."""
+        if self._coming is None:
+            return 0.0
+        age = time.monotonic() - max(self._coming(), self._since)
+        if age > _PATIENCE:
+            raise trio.TooSlowError
+        return age
+
+    async def _ask(self, block: int, length: int) -> list[Piece]:
+        """Have a block brought; what is there already is returned."""
+        landed = self._landed = trio.Event()
 
         def settled(_waiter: Waiter) -> None:
             try:
@@ -303,17 +349,7 @@ class _Offer:
             pieces = self._present()
             return pieces or [await self._copied(block, offset, length)]
         self._waiter = waiter
-        try:
-            with trio.fail_at(min(self._deadline, trio.current_time() + self._patience)):
-                await landed.wait()
-        finally:
-            self._loader.cancel(waiter)
-        if waiter.error is not None:
-            raise waiter.error
-        if block in waiter.pieces:
-            data = waiter.pieces[block]
-            return [Piece(block, await trio.to_thread.run_sync(_digest, data), length, data=data)]
-        return self._present()
+        return []
 
     async def _copied(self, block: int, offset: int, length: int) -> Piece:
         """A present block whose checksum another process has cleared."""
@@ -324,6 +360,8 @@ class _Offer:
         """See Offer."""
         if not self._closed:
             self._closed = True
+            if self._waiter is not None:
+                self._loader.cancel(self._waiter)
             self._holdings.ended(self._load, self._given)
 
 

@@ -17,8 +17,8 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from fusecache.blocks import block_bytes
@@ -32,7 +32,16 @@ from fusecache.peers.errors import (
     PeerRefusedError,
     PeerSilentError,
 )
-from fusecache.peers.wire import FRAME, MAX_HEADER, MAX_ORDER, BlockRequest, frame_of, order_target
+from fusecache.peers.wire import (
+    AGE,
+    FRAME,
+    MAX_HEADER,
+    MAX_ORDER,
+    BlockRequest,
+    age_of,
+    frame_of,
+    order_target,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +59,42 @@ _MAX_ANSWER = 64 << 20
 
 _SO_RCVBUFFORCE = 33
 """socket(7); Python 3.11 has no name for it."""
+
+
+class Watch(Protocol):
+    """Looks on while an answer is waited for. All of it is called in the thread that waits, and has to be quick."""
+
+    def came(self) -> None:
+        """Bytes of blocks came."""
+        ...
+
+    def waits(self, age: float) -> None:
+        """The node says that it waits itself; who is at the end of what is waited for said so `age` seconds ago."""
+        ...
+
+    def glance(self) -> None:
+        """Called about every half second; may raise to give up."""
+        ...
+
+
+class Patience:
+    """A Watch that gives up `timeout` seconds from now: it raises PeerError."""
+
+    def __init__(self, url: str, timeout: float) -> None:
+        self._url = url
+        self._timeout = timeout
+        self._until = time.monotonic() + timeout
+
+    def came(self) -> None:
+        """See Watch."""
+
+    def waits(self, age: float) -> None:
+        """See Watch."""
+
+    def glance(self) -> None:
+        """See Watch."""
+        if time.monotonic() > self._until:
+            raise PeerError(f"{self._url}: no answer within {self._timeout:g} s")
 
 
 class _Connection:
@@ -150,19 +195,17 @@ class PeerClient:
             for connection in connections:
                 connection.close()
 
-    def blocks(self, url: str, request: BlockRequest, size: int, glance: Callable[[], None]) -> Answer:
-        """Ask the node at `url` for blocks of an object of `size` bytes; returns when the first of them comes.
-
-        `glance` is called about every half second of waiting, and may raise to give up. Raises PeerError,
-        PeerSilentError (no connection), PeerMissError (404, 421, 504), PeerElsewhereError (307), PeerBusyError (503),
-        PeerGoneError (410), PeerRefusedError (401, 403, TLS).
+    def blocks(self, url: str, request: BlockRequest, size: int, watch: Watch) -> Answer:
+        """Ask the node at `url` for blocks of an object of `size` bytes; returns when the first of them comes. Raises
+        PeerError, PeerSilentError (no connection), PeerMissError (404, 421, 504), PeerElsewhereError (307),
+        PeerBusyError (503), PeerGoneError (410), PeerRefusedError (401, 403, TLS), and what `watch` raises.
         """
         headers = request.headers()
-        connection, answer, rest = self._ask(url, request.target, headers, glance)
+        connection, answer, rest = self._ask(url, request.target, headers, watch)
         keep = False
         try:
             if answer.status != 200:
-                body = self._rest_of(connection, answer, rest, glance)
+                body = self._rest_of(connection, answer, rest, watch)
                 keep = len(body) == answer.length and not answer.will_close
                 raise _refusal(url, answer, body)
             overhead = FRAME.size * len(request.blocks)
@@ -179,15 +222,15 @@ class PeerClient:
                 connection.close()
             raise
         return Answer(
-            self, url, connection, self._buffer(), request, size, rest, glance, not answer.will_close
+            self, url, connection, self._buffer(), request, size, rest, watch, not answer.will_close
         ).told(answer)
 
     def json(self, url: str, target: str, timeout: float) -> Any:
         """A short answer of a node. Raises PeerError."""
-        glance = patience(url, timeout)
-        connection, answer, rest = self._ask(url, target, {}, glance)
+        watch = Patience(url, timeout)
+        connection, answer, rest = self._ask(url, target, {}, watch)
         try:
-            body = self._rest_of(connection, answer, rest, glance, _MAX_ANSWER)
+            body = self._rest_of(connection, answer, rest, watch, _MAX_ANSWER)
             if answer.status != 200:
                 raise _refusal(url, answer, body)
             try:
@@ -200,14 +243,14 @@ class PeerClient:
     def order(self, url: str, name: str, timeout: float, *, have: bool = False) -> bytes | None:
         """The recording of this name that a node has; None: it has none. `have`: we do, and it may come and take it.
         Raises PeerError."""
-        glance = patience(url, timeout)
+        watch = Patience(url, timeout)
         headers = {"Fusecache-Node": self._node}
         if have:
             headers["Fusecache-Have"] = "1"
-        connection, answer, rest = self._ask(url, order_target(name), headers, glance)
+        connection, answer, rest = self._ask(url, order_target(name), headers, watch)
         keep = False
         try:
-            body = self._rest_of(connection, answer, rest, glance, MAX_ORDER)
+            body = self._rest_of(connection, answer, rest, watch, MAX_ORDER)
             keep = len(body) == answer.length and not answer.will_close
             if answer.status == 404:
                 return None
@@ -223,14 +266,14 @@ class PeerClient:
                 connection.close()
 
     def _ask(
-        self, url: str, target: str, headers: dict[str, str], glance: Callable[[], None]
+        self, url: str, target: str, headers: dict[str, str], watch: Watch
     ) -> tuple[_Connection, http.client.HTTPResponse, bytes]:
         for attempt in range(2):
-            connection, answer, rest = self._send(url, target, headers, glance)
+            connection, answer, rest = self._send(url, target, headers, watch)
             if answer.status != 401 or self._signer is None or attempt:
                 break
             told = answer.getheader("Fusecache-Time") or ""
-            body = self._rest_of(connection, answer, rest, glance)
+            body = self._rest_of(connection, answer, rest, watch)
             connection.close()
             offset = int(told) - time.time() if told.isdecimal() and len(told) < 12 else 0.0
             if b'"reason": "clock"' not in body or abs(offset) < 1:
@@ -243,7 +286,7 @@ class PeerClient:
         return connection, answer, rest
 
     def _send(
-        self, url: str, target: str, headers: dict[str, str], glance: Callable[[], None]
+        self, url: str, target: str, headers: dict[str, str], watch: Watch
     ) -> tuple[_Connection, http.client.HTTPResponse, bytes]:
         while True:
             connection = self._take(url)
@@ -255,7 +298,7 @@ class PeerClient:
                 lines.append(f"Authorization: {self._signer.authorization('GET', target, headers, offset)}")
             try:
                 connection.sock.sendall("\r\n".join([*lines, "", ""]).encode())
-                answer, rest = _head(connection, glance)
+                answer, rest = _head(connection, watch)
             except (OSError, http.client.HTTPException) as error:
                 connection.close()
                 if reused and not isinstance(error, BlockingIOError | TimeoutError):
@@ -272,7 +315,7 @@ class PeerClient:
         connection: _Connection,
         answer: http.client.HTTPResponse,
         rest: bytes,
-        glance: Callable[[], None],
+        watch: Watch,
         limit: int = _ERROR_BODY,
     ) -> bytes:
         length = answer.length
@@ -281,7 +324,7 @@ class PeerClient:
         parts, left = [rest[:length]], length - len(rest[:length])
         while left > 0:
             part = bytearray(min(left, 65536))
-            got = _receive(connection, memoryview(part), glance)
+            got = _receive(connection, memoryview(part), watch)
             if not got:
                 break
             parts.append(bytes(part[:got]))
@@ -335,7 +378,7 @@ class Answer:
         request: BlockRequest,
         size: int,
         begun: bytes,
-        glance: Callable[[], None],
+        watch: Watch,
         keep: bool,
     ) -> None:
         self.stored = False
@@ -347,7 +390,7 @@ class Answer:
         self._request = request
         self._size = size
         self._begun = begun
-        self._glance = glance
+        self._watch = watch
         self._keep = keep
 
     def told(self, answer: http.client.HTTPResponse) -> Answer:
@@ -357,7 +400,7 @@ class Answer:
 
     def __iter__(self) -> Iterator[int | memoryview]:
         """For each block its checksum, then its bytes in chunks; a chunk is valid until the next is asked for. Raises
-        PeerError when the node breaks off, and what `glance` raises."""
+        PeerError when the node breaks off, and what its watch raises."""
         connection = self._connection
         assert connection is not None
         assert self._request.block_size is not None
@@ -386,13 +429,14 @@ class Answer:
             self._begun = self._begun[done:]
         while done < len(into):
             try:
-                got = _receive(connection, into[done:], self._glance)
+                got = _receive(connection, into[done:], self._watch)
             except OSError as error:
                 raise PeerError(f"{self._url}: {_reason(error)}") from error
             if not got:
                 raise PeerError(f"{self._url}: broke off in the middle")
             done += got
-            self._glance()
+            self._watch.came()
+            self._watch.glance()
 
     def close(self) -> None:
         """Let the connection go: it is closed unless all of the answer was read."""
@@ -401,47 +445,42 @@ class Answer:
             self._connection = None
 
 
-def patience(url: str, timeout: float) -> Callable[[], None]:
-    """A glance (see PeerClient.blocks) that gives up `timeout` seconds from now: it raises PeerError."""
-    until = time.monotonic() + timeout
-
-    def glance() -> None:
-        if time.monotonic() > until:
-            raise PeerError(f"{url}: no answer within {timeout:g} s")
-
-    return glance
-
-
-def _receive(connection: _Connection, into: memoryview, glance: Callable[[], None]) -> int:
-    """At least one byte, or 0 at the end. Raises OSError, and what `glance` raises."""
+def _receive(connection: _Connection, into: memoryview, watch: Watch) -> int:
+    """At least one byte, or 0 at the end. Raises OSError, and what `watch` raises."""
     while True:
         try:
             if connection.secure:
                 return connection.sock.recv_into(into)
             return connection.sock.recv_into(into, 0, socket.MSG_WAITALL)
         except (BlockingIOError, TimeoutError):
-            glance()
+            watch.glance()
         except InterruptedError:
             continue
 
 
-def _head(connection: _Connection, glance: Callable[[], None]) -> tuple[http.client.HTTPResponse, bytes]:
-    """The head of the answer, and what came behind it."""
+def _head(connection: _Connection, watch: Watch) -> tuple[http.client.HTTPResponse, bytes]:
+    """The head of the answer, and what came behind it. Interim ones only say that the node waits, too."""
     begun = bytearray()
-    while (end := begun.find(b"\r\n\r\n")) < 0:
+    while True:
+        if (end := begun.find(b"\r\n\r\n")) >= 0:
+            answer = http.client.HTTPResponse(_Said(bytes(begun[: end + 4])), method="GET")  # type: ignore[arg-type]
+            answer.begin()
+            del begun[: end + 4]
+            if answer.status >= 200:
+                return answer, bytes(begun)
+            watch.waits(age_of(answer.getheader(AGE)))
+            watch.glance()
+            continue
         if len(begun) > MAX_HEADER:
             raise http.client.HTTPException("the head is too long")
         try:
             part = connection.sock.recv(16384)
         except (BlockingIOError, TimeoutError):
-            glance()
+            watch.glance()
             continue
         if not part:
             raise ConnectionResetError("the node closed the connection")
         begun += part
-    answer = http.client.HTTPResponse(_Said(bytes(begun[: end + 4])), method="GET")  # type: ignore[arg-type]
-    answer.begin()
-    return answer, bytes(begun[end + 4 :])
 
 
 class _Said:

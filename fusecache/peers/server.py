@@ -29,6 +29,7 @@ from fusecache.errors import ConfigError, FusecacheError
 from fusecache.peers.auth import Verifier
 from fusecache.peers.member import Health
 from fusecache.peers.wire import (
+    AGE,
     CONTENT_TYPE,
     FRAME,
     MAX_HEADER,
@@ -78,8 +79,9 @@ class Offer(Protocol):
     stored: bool
     """All of them are there already."""
 
-    async def next(self) -> list[Piece]:
-        """The next blocks, in order, at least one: waits until it is there. Raises FusecacheError when it can't be
+    async def next(self) -> list[Piece] | float:
+        """The next blocks, in order, at least one: waits until it is there. Or, some seconds later, how many seconds
+        ago it was certain that they are on their way, and worth waiting for. Raises FusecacheError when they can't be
         had, trio.TooSlowError when the request's deadline is over. The pieces hold until the next call."""
         ...
 
@@ -328,7 +330,9 @@ class _Connection:
         with contextlib.closing(await self._server.node.offer(request)) as offer:
             pieces: list[Piece] | None
             try:
-                pieces = await offer.next()
+                while isinstance(found := await offer.next(), float):
+                    await self._still_waiting(request, found)
+                pieces = found
             except FusecacheError as error:
                 raise RequestError(502, str(error)) from None
             except trio.TooSlowError:
@@ -348,13 +352,23 @@ class _Connection:
                 pieces = None
                 if left:
                     try:
-                        pieces = await offer.next()
+                        while isinstance(found := await offer.next(), float):
+                            pass
+                        pieces = found
                     except (FusecacheError, trio.TooSlowError) as error:
                         _log.debug("peers: an answer breaks off: %s", error)
             if left:
                 self._http.send_failed()
                 return
             self._http.send(h11.EndOfMessage())
+
+    async def _still_waiting(self, request: BlockRequest, age: float) -> None:
+        """Tell another node that there is no reason to ask elsewhere yet."""
+        if request.node:
+            head = h11.InformationalResponse(
+                status_code=102, headers=[(AGE, f"{age:.3f}")], reason=b"Processing"
+            )
+            await self._send_all(self._http.send(head))
 
     async def _send(self, pieces: Sequence[Piece], request: BlockRequest) -> None:
         """Send blocks that are there, their frames before them if they are wanted."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 import re
 import struct
 from collections.abc import Mapping
@@ -28,6 +29,9 @@ MAX_SIZE = 64 << 40
 MAX_DEADLINE = 120.0
 MAX_HEADER = 16 * 1024
 """Bytes of a request's or answer's head."""
+
+AGE = "Fusecache-Age"
+"""Of an interim answer: seconds since the node at the end of the chain said that it is there, and waits."""
 
 MAX_ORDER = 64 * 1024
 """Bytes of a recording (loader/recording.py)."""
@@ -111,6 +115,11 @@ class BlockRequest:
     def asked_again(self, blocks: range, deadline: float) -> BlockRequest:
         """The same for other blocks, with so many seconds left."""
         return replace(self, blocks=blocks, deadline=deadline)
+
+
+def age_of(text: str | None) -> float:
+    """The value of AGE in seconds; infinite when it is none."""
+    return float(text) if text and _DECIMAL.fullmatch(text) else math.inf
 
 
 def parse_request(target: str, headers: Mapping[str, str]) -> BlockRequest:

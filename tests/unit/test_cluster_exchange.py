@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import xxhash
 
 from fusecache.cluster.exchange import Exchange
-from fusecache.peers.client import PeerClient
+from fusecache.peers.client import PeerClient, Watch
 from fusecache.peers.errors import PeerSilentError
 from fusecache.peers.member import Member
 from fusecache.peers.wire import BlockRequest
@@ -60,7 +60,7 @@ class Client(PeerClient):
         super().__init__("me")
         self.left = tries
 
-    def blocks(self, url: str, request: BlockRequest, size: int, glance: Callable[[], None]) -> Any:
+    def blocks(self, url: str, request: BlockRequest, size: int, watch: Watch) -> Any:
         self.left -= 1
         if self.left > 0:
             raise PeerSilentError(f"{url}: no connection within 2 s")

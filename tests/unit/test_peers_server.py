@@ -20,7 +20,7 @@ import xxhash
 from fusecache.config import PeerSettings
 from fusecache.errors import UnavailableError
 from fusecache.peers.auth import Signer, Verifier, client_tls, server_tls
-from fusecache.peers.client import PeerClient
+from fusecache.peers.client import Patience, PeerClient
 from fusecache.peers.errors import (
     PeerBusyError,
     PeerElsewhereError,
@@ -41,6 +41,7 @@ VERSION = ObjectVersion("s3://b", "k", "e", SIZE, 1)
 DATA = random.Random(5).randbytes(SIZE)
 SECRET = "sixteen letters at least"
 DEADLINE = 20
+PATIENCE = Patience("a node", 120)
 
 
 def piece_of(block: int, fd: int) -> Piece:
@@ -59,7 +60,9 @@ class FakeOffer:
         self._node = node
         self._left = list(blocks)
 
-    async def next(self) -> list[Piece]:
+    async def next(self) -> list[Piece] | float:
+        if self._node.ages:
+            return self._node.ages.pop(0)
         block = self._left.pop(0)
         await self._node.before(block)
         return [piece_of(block, self._node.fd if block != 1 else -1)]
@@ -77,6 +80,7 @@ class FakeNode:
         self.bytes_sent = 0
         self.orders: dict[str, bytes] = {}
         self.orders_asked: list[tuple[str, str, bool]] = []
+        self.ages: list[float] = []
         self.before: Callable[[int], Any] = self._at_once
 
     async def _at_once(self, block: int) -> None:
@@ -128,7 +132,7 @@ def request(blocks: range = range(3), **more: Any) -> BlockRequest:
 
 def fetch(client: PeerClient, url: str, asked: BlockRequest) -> bytes:
     """In a thread: the checked bytes of the answer."""
-    answer = client.blocks(url, asked, SIZE, lambda: None)
+    answer = client.blocks(url, asked, SIZE, PATIENCE)
     try:
         parts: list[bytes] = []
         sums: list[int] = []
@@ -193,7 +197,7 @@ async def test_a_block_is_passed_on_before_the_next_is_there(node: FakeNode, ser
 
     def work() -> bytes:
         got = b""
-        for item in client.blocks(url_of(server), request(), SIZE, lambda: None):
+        for item in client.blocks(url_of(server), request(), SIZE, PATIENCE):
             if not isinstance(item, int):
                 got += bytes(item)
                 if len(got) == BLOCK:
@@ -210,6 +214,44 @@ async def test_a_block_is_passed_on_before_the_next_is_there(node: FakeNode, ser
         assert await in_thread(first_came.wait, DEADLINE)
         go_on.set()
     assert results == [DATA]
+
+
+class Looks(Patience):
+    def __init__(self) -> None:
+        super().__init__("a node", DEADLINE)
+        self.ages: list[float] = []
+        self.parts = 0
+
+    def came(self) -> None:
+        self.parts += 1
+
+    def waits(self, age: float) -> None:
+        self.ages.append(age)
+
+
+async def test_a_node_that_waits_says_so(node: FakeNode, serve: Any) -> None:
+    server = await serve()
+    looks = Looks()
+
+    def work() -> bytes:
+        answer = PeerClient("me").blocks(url_of(server), request(), SIZE, looks)
+        try:
+            return b"".join(bytes(item) for item in answer if not isinstance(item, int))
+        finally:
+            answer.close()
+
+    node.ages = [0.0, 2.25, 0.125]
+    assert await in_thread(work) == DATA
+    assert looks.ages == [0.0, 2.25, 0.125]
+    assert looks.parts
+
+
+async def test_who_is_no_node_is_told_nothing_in_between(node: FakeNode, serve: Any) -> None:
+    server = await serve()
+    node.ages = [0.0, 1.0]
+    head = f"GET /v1/objects/{VERSION.id}/blocks/0-2 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    said = await in_thread(talk, server.port, head.encode())
+    assert said.startswith(b"HTTP/1.1 200 ")
 
 
 async def test_an_answer_that_breaks_off_is_seen(node: FakeNode, serve: Any) -> None:
@@ -402,7 +444,7 @@ async def test_a_kept_connection_makes_room_for_who_has_none(
     url = f"http://127.0.0.1:{server.port}"
 
     def ask(client: PeerClient) -> bytes:
-        got = client.blocks(url, request(), SIZE, lambda: None)
+        got = client.blocks(url, request(), SIZE, PATIENCE)
         return b"".join(bytes(item) for item in got if not isinstance(item, int))
 
     clients = [PeerClient("me") for _ in range(6)]

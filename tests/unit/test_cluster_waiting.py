@@ -1,0 +1,224 @@
+"""Three nodes in one process, over real sockets, that wait for an origin: nobody takes one that waits for a slow one,
+or goes to the origin itself."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from fusecache.cluster import choice, exchange, holdings, watch
+from fusecache.cluster.exchange import Exchange
+from fusecache.cluster.holdings import Holdings
+from fusecache.loader import Loader, LoaderSettings
+from fusecache.peers.client import Patience, PeerClient
+from fusecache.peers.errors import PeerError, PeerMissError
+from fusecache.peers.member import PROTOCOL, Health, Member
+from fusecache.peers.server import PeerServer
+from fusecache.peers.wire import BlockRequest
+from fusecache.store import Store
+from fusecache.types import ObjectVersion
+from tests.support.content import content
+from tests.support.scripted import ScriptedOrigin, Step, version
+
+BLOCK = 16 << 10
+STRIPE = 4 * BLOCK
+STRIPES = 6
+FILE = version("a.safetensors", STRIPES * STRIPE)
+DATA = content(FILE.key, FILE.etag, 0, FILE.size)
+DEADLINE = 20.0
+SILENCE = 1.0
+"""Of the nodes of these tests."""
+
+
+class Everybody:
+    """A membership in which nobody dies."""
+
+    def __init__(self) -> None:
+        self.found: tuple[Member, ...] = ()
+
+    def members(self) -> tuple[Member, ...]:
+        return self.found
+
+    def is_alive(self, name: str) -> bool:
+        return True
+
+    def heard(self, name: str) -> None:
+        pass
+
+    def suspect(self, name: str) -> None:
+        pass
+
+
+class Library:
+    def siblings(self, version: ObjectVersion) -> Sequence[ObjectVersion]:
+        return [version]
+
+    def completed(self, version: ObjectVersion) -> None:
+        pass
+
+    def gone(self, version: ObjectVersion) -> None:
+        pass
+
+
+class Node:
+    def __init__(self, name: str, folder: Path, everybody: Everybody, origin: ScriptedOrigin) -> None:
+        self.name = name
+        self.client = PeerClient(name)
+        self.store = Store(folder / name, limit=1 << 30, free_floor=0, block_size=BLOCK)
+        self.exchange = Exchange(
+            name, everybody, self.client, {"": origin}, stripe=STRIPE, crew=8, concurrency=8, fallback=8
+        )
+        settings = LoaderSettings(concurrency=8, range_bytes=STRIPE, deadline=DEADLINE)
+        self.loader = Loader(self.store, {"": origin}, Library(), settings, self.exchange)
+        self.holdings = Holdings(
+            lambda: Health(name, name, 1, "", PROTOCOL, "0", 0.0), everybody, self.exchange, self.loader, self.store,
+            {origin.identity: ""}, streams=16, metrics=str,
+        )  # fmt: skip
+        self.url = ""
+
+    async def serve(self, nursery: trio.Nursery) -> None:
+        self.loader.start()
+        server = PeerServer(self.holdings, "127.0.0.1", 0, connections=32)
+        nursery.start_soon(self.holdings.run)
+        await nursery.start(server.run)
+        self.url = f"http://127.0.0.1:{server.port}"
+
+    def read(self) -> bytes:
+        load = self.loader.open(FILE, "")
+        try:
+            return self.loader.read(load, 0, FILE.size)
+        finally:
+            self.loader.release(load)
+
+    def close(self) -> None:
+        self.loader.close()
+        self.client.close()
+        self.store.close()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that takes seconds takes tenths, and an owner gives each stripe itself to one node only."""
+    monkeypatch.setattr(exchange, "_SILENCE", SILENCE)
+    monkeypatch.setattr(holdings, "_SIGN", SILENCE / 10)
+    monkeypatch.setattr(holdings, "_PATIENCE", SILENCE / 2)
+    monkeypatch.setattr(watch, "_UNTOLD", SILENCE / 2)
+    monkeypatch.setattr(choice, "FAN_OUT", 1)
+
+
+@pytest.fixture
+def origin() -> ScriptedOrigin:
+    return ScriptedOrigin([FILE], chunk=BLOCK)
+
+
+@pytest.fixture
+def step(origin: ScriptedOrigin) -> Iterator[Step]:
+    """The origin gives nothing until it is opened."""
+    held = Step()
+    origin.gate = held.hold_from(0)
+    yield held
+    held.open()
+
+
+@pytest.fixture
+async def nodes(
+    quick: None, tmp_path: Path, origin: ScriptedOrigin, step: Step, nursery: trio.Nursery
+) -> Any:
+    everybody = Everybody()
+    made = [Node(name, tmp_path, everybody, origin) for name in ("n1", "n2", "n3")]
+    try:
+        for node in made:
+            await node.serve(nursery)
+        everybody.found = tuple(Member(node.name, node.url, 1 << 30) for node in made)
+        yield made
+    finally:
+        step.open()
+        for node in made:
+            await trio.to_thread.run_sync(node.close)
+
+
+async def in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
+    with trio.fail_after(DEADLINE):
+        return await trio.to_thread.run_sync(functools.partial(work, *arguments))
+
+
+async def test_who_waits_for_the_origin_is_waited_for(
+    nodes: list[Node], origin: ScriptedOrigin, step: Step
+) -> None:
+    found: list[bytes] = []
+
+    async def read(node: Node) -> None:
+        found.append(await in_thread(node.read))
+
+    async with trio.open_nursery() as readers:
+        for node in nodes:
+            readers.start_soon(read, node)
+        await in_thread(step.arrived)
+        await trio.sleep(3 * SILENCE)
+        step.open()
+    assert found == [DATA] * 3
+    assert sum(length for _, _, length in origin.reads) == FILE.size
+    told = [node.exchange.stats for node in nodes]
+    assert sum(stats.redirected for stats in told) >= STRIPES, "nobody waited for one that waits itself"
+    assert [stats.fallbacks for stats in told] == [0, 0, 0]
+    assert not any(peer.errors for stats in told for peer in stats.peers.values())
+    slow = [other.name for node in nodes for other in nodes if node.exchange.breakers.is_slow(other.name)]
+    assert not slow
+
+
+async def test_who_passes_on_what_nobody_says_is_coming_loses_patience(
+    nodes: list[Node], step: Step, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = nodes[0].exchange.ranking(FILE.id, 0)[0].name
+    asked, asking = [node for node in nodes if node.name != owner]
+    request = BlockRequest(FILE.id, range(4), FILE, BLOCK, DEADLINE, hops=1, node=asking.name)
+
+    def ask() -> None:
+        asking.client.blocks(asked.url, request, FILE.size, Patience(asked.url, 2 * SILENCE)).close()
+
+    load = asked.loader.open(FILE, "")
+    waiter = asked.loader.request(load, 0, BLOCK, lambda _waiter: None)
+    assert waiter is not None
+    try:
+        await in_thread(step.arrived)
+        with pytest.raises(PeerError, match="no answer within"):
+            await in_thread(ask)
+        monkeypatch.setattr(asked.exchange, "coming", lambda _object_id, _stripe: 0.0)
+        with pytest.raises(PeerMissError):
+            await in_thread(ask)
+    finally:
+        asked.loader.cancel(waiter)
+        asked.loader.release(load)
+
+
+def test_a_node_that_says_nothing_is_passed_over(quick: None, origin: ScriptedOrigin) -> None:
+    everybody = Everybody()
+    everybody.found = (Member("a", "http://a:1", 1), Member("me", "http://me:1", 1))
+    ours = Exchange(
+        "me", everybody, PeerClient("me"), {"": origin}, stripe=STRIPE, crew=1, concurrency=1, fallback=1
+    )
+    flight = watch.Flight(FILE, range(4), BLOCK, time.monotonic() + DEADLINE, lambda: False, 0)
+    looks = watch.Watch(ours, flight, everybody.found[0], may_hedge=False)
+
+    def wait(age: float | None) -> None:
+        """As long as a node may be silent, and half as long again."""
+        for _ in range(3):
+            if age is not None:
+                looks.waits(age)
+            time.sleep(SILENCE / 2)
+            looks.glance()
+
+    wait(0.0)
+    assert time.monotonic() - ours.coming(FILE.id, 0) < SILENCE
+    looks.came()
+    with pytest.raises(PeerError, match="nothing came for"):
+        wait(2 * SILENCE)
+    looks.came()
+    with pytest.raises(PeerError, match="nothing came for"):
+        wait(None)
