@@ -303,7 +303,8 @@ class Node:
     def _flying(self, flight: Flight) -> Flying:
         order = self.world.ranking(self.view, flight.file, flight.stripe)
         may_have = lambda member: self._may_have(flight.file, member)  # noqa: E731
-        for turn in choice.turns(order, self.name, flight.failed, self.breakers.allowed, may_have):
+        members = len(self.world.views[self.view])
+        for turn in choice.turns(order, self.name, flight.failed, self.breakers.allowed, may_have, members):
             if turn.member is None:
                 yield from self._from_origin(flight, turn.owner)
                 return
@@ -372,7 +373,7 @@ class Node:
             asking.direct,
             asking.hops,
             tuple(flight.failed),
-            self.world.network.owed[self.number],
+            self.server.owed,
         )
         leaves = self.server.attention(self.world.setting.asking)
         server = self.nodes[self.world.index[target.name]].server
@@ -493,7 +494,7 @@ class Node:
             flight.turn += 1  # the first request is not listened to any more, if this one is answered
             request = Request(
                 self.number, flight, flight.turn, flight.left, stored_only, flight.job.urgent, True, 0, tuple(failed),
-                self.world.network.owed[self.number],
+                self.server.owed,
             )  # fmt: skip
             if server.would_give(request):
                 self.world.counters.hedged += 1

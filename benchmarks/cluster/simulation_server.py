@@ -54,6 +54,7 @@ class Server:
         self._backlog: deque[Request] = deque()
         self._waiting = 0
         self._streams = 0
+        self._given = 0
         self._queue: deque[Request] = deque()
         self._outgoing: dict[Stream, Request] = {}
         self._unready: dict[tuple[int, int], list[Stream]] = {}
@@ -64,6 +65,12 @@ class Server:
         now = self._world.clock.now
         self._busy_until = max(now, self._busy_until) + seconds
         return self._busy_until
+
+    @property
+    def owed(self) -> int:
+        """Bytes promised to others, and not there yet."""
+        block = self._world.setting.block
+        return self._given - block * sum(stream.arrived for stream in self._outgoing)
 
     # -- connections
 
@@ -141,7 +148,8 @@ class Server:
         if request.stored_only:
             return True
         order = self._world.ranking(node.view, flight.file, flight.stripe)
-        if choice.fetches(order, node.name, request.failed, request.hops):
+        members = len(self._world.views[node.view])
+        if choice.fetches(order, node.name, request.failed, request.hops, members):
             return False
         coming = load.idle.find(1, request.blocks.start, request.blocks.stop) < 0
         upstream = node.upstream.get((flight.file, flight.stripe))
@@ -163,7 +171,7 @@ class Server:
             asking = node.nodes[request.client].name
             stripe = (flight.load.version.id, flight.stripe)
             self._spread.told(asking, request.owed)
-            self._spread.told(node.name, self._world.network.owed[node.number])
+            self._spread.told(node.name, self.owed)
             usable = choice.Others(self._world.names(node.view), (asking, *request.failed))
             direct = request.direct or request.hops > 0
             nbytes = len(request.blocks) * self._world.setting.block
@@ -204,6 +212,7 @@ class Server:
         flight = request.flight
         load = node.load(flight.file)
         stream = Stream(node.number, request.client, len(request.blocks), client.arrive)
+        self._given += len(request.blocks) * setting.block
         self._outgoing[stream] = request
         flight.stream = stream
         flight.from_stored = load.stored.has(request.blocks)  # type: ignore[attr-defined]
@@ -264,6 +273,7 @@ class Server:
         if request is None:
             return
         stream.ended = True
+        self._given -= len(request.blocks) * self._world.setting.block
         self._streams -= 1
         self._disconnect(request.client)
         if self._queue:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.cluster.simulation_network import Clock, Network
+from fusecache.cluster import choice
 from fusecache.cluster.cluster import CREW
 from fusecache.config import PeerSettings, Tuning
 from fusecache.peers.member import Member
@@ -15,8 +16,6 @@ from fusecache.types import ObjectId, ObjectVersion
 
 _TUNING, _PEERS = Tuning(), PeerSettings(node="any")
 GBIT = 1e9 / 8
-RANKED = 16
-"""Of a ranking, as far as anybody looks; as in exchange.py."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,8 @@ class World:
         key = view, file, stripe
         found = self._rankings.get(key)
         if found is None:
-            found = ranking(self.files[file].id, stripe, self.views[view], RANKED)
+            members = self.views[view]
+            found = ranking(self.files[file].id, stripe, members, choice.ranked(len(members)))
             self._rankings[key] = found
         return found
 

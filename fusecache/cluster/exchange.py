@@ -54,8 +54,6 @@ _SILENCE = 20.0
 """Seconds without a byte, or word that the node waits itself, after which one that is alive is passed over all the
 same."""
 _AT_RANDOM = 3
-_RANKED = 16
-"""Of a ranking, as far as anybody looks."""
 _RANKINGS = 10_000
 """Kept at a time, as long as the members stay the same."""
 
@@ -218,7 +216,7 @@ class Exchange:
             found = self._rankings.get((object_id, stripe))
         if found is None:
             # all nodes ask the owner for the same stripe: 2 ms each in a cluster of 10,000
-            found = ranking(object_id, stripe, members, _RANKED)
+            found = ranking(object_id, stripe, members, choice.ranked(len(members)))
             with self._lock:
                 if members is self._ranked:
                     self._rankings[object_id, stripe] = found
@@ -243,7 +241,8 @@ class Exchange:
         flight = Flight(version, blocks, block_size, deadline, cancelled, blocks.start, urgent=urgent)
         order = self.ranking(version.id, self.stripe_of(blocks.start, block_size))
         may_have = functools.partial(self._may_have, version.id)
-        for turn in choice.turns(order, self._name, flight.failed, self.breakers.allowed, may_have):
+        members = len(self._members.members())
+        for turn in choice.turns(order, self._name, flight.failed, self.breakers.allowed, may_have, members):
             if turn.member is None:
                 yield from self._from_origin(flight, source, turn.owner)
                 return

@@ -194,7 +194,8 @@ class Holdings:
             missed = RequestError(404, "not all of these blocks are stored here")
             if request.stored_only:
                 raise missed
-            if not choice.fetches(order, self._name, request.failed, request.hops):
+            members = len(self._members.members())
+            if not choice.fetches(order, self._name, request.failed, request.hops, members):
                 upstream = self._exchange.upstream(load.version.id, stripe)
                 coming = self._loader.coming(load, blocks)
                 if not coming or (request.node and upstream == request.node):

@@ -15,6 +15,7 @@ from fusecache.cluster.slots import Slots
 from fusecache.errors import CancelledReadError, UnavailableError
 from fusecache.peers.breaker import Breakers
 from fusecache.peers.member import Member
+from fusecache.peers.placement import ranking
 from fusecache.types import ObjectId, ObjectVersion
 
 OBJECT = ObjectId("ab" * 16)
@@ -30,12 +31,12 @@ def names(found: list[Member]) -> list[str]:
 
 def test_the_nodes_ahead_of_us_are_asked_and_no_others() -> None:
     order = members(5)
-    asked, passed = choice.ask_order(order, "n2", lambda name: name != "n0")
+    asked, passed = choice.ask_order(order, "n2", lambda name: name != "n0", 5)
     assert names(asked) == ["n1"]
     assert passed == ["n0"]
-    asked, passed = choice.ask_order(order, "elsewhere", lambda _: True)
+    asked, passed = choice.ask_order(order, "elsewhere", lambda _: True, 5)
     assert names(asked) == ["n0", "n1", "n2"]
-    assert choice.ask_order(order, "n0", lambda _: True) == ([], [])
+    assert choice.ask_order(order, "n0", lambda _: True, 5) == ([], [])
 
 
 def test_a_stripe_is_ours_when_all_ahead_of_us_failed() -> None:
@@ -57,7 +58,7 @@ def test_where_a_flight_looks_for_a_stripe() -> None:
         failed: list[str] = []
         seen = []
         for turn in choice.turns(
-            members(5), me, failed, lambda name: name != "n0", lambda member: member.name in full
+            members(5), me, failed, lambda name: name != "n0", lambda member: member.name in full, 5
         ):
             if turn.member is None:
                 seen.append("own" if turn.owner else "fallback")
@@ -76,7 +77,7 @@ def test_where_a_flight_looks_for_a_stripe() -> None:
 
 
 def test_who_may_stand_in_is_who_comes_behind() -> None:
-    turns = list(choice.turns(members(5), "n3", [], lambda _: True, lambda _: False))
+    turns = list(choice.turns(members(5), "n3", [], lambda _: True, lambda _: False, 5))
     assert [names(list(turn.behind)) for turn in turns] == [["n1", "n2"], ["n2"], [], []]
 
 
@@ -96,11 +97,50 @@ def test_who_was_sent_on_and_got_nothing_goes_back_for_good() -> None:
 
 def test_who_was_sent_on_to_us_brings_us_nothing_to_fetch() -> None:
     order = members(4)
-    assert choice.fetches(order, "n0", (), 0)
-    assert choice.fetches(order, "n0", (), 1)
-    assert choice.fetches(order, "n1", ("n0",), 0)
-    assert not choice.fetches(order, "n1", ("n0",), 1)
-    assert not choice.fetches(order, "n1", (), 0)
+    assert choice.fetches(order, "n0", (), 0, 4)
+    assert choice.fetches(order, "n0", (), 1, 4)
+    assert choice.fetches(order, "n1", ("n0",), 0, 4)
+    assert not choice.fetches(order, "n1", ("n0",), 1, 4)
+    assert not choice.fetches(order, "n1", (), 0, 4)
+
+
+def test_in_a_large_cluster_few_ask_the_owner() -> None:
+    count = 400
+    everybody = members(count)
+    asked_by: dict[str, list[str]] = {}
+    for stripe in range(30):
+        order = ranking(OBJECT, stripe, everybody, choice.ranked(count))
+        ahead = {member.name: place for place, member in enumerate(order)}
+        for member in everybody:
+            asked, passed = choice.ask_order(order, member.name, lambda _: True, count)
+            assert not passed
+            assert (asked == []) == (member is order[0])
+            assert all(ahead[other.name] < ahead.get(member.name, count) for other in asked)
+            assert all(choice.fetches(order, other.name, (), 0, count) for other in asked[:1])
+            if member is not order[0]:
+                assert order[0] in asked
+                asked_by.setdefault(asked[0].name + f"/{stripe}", []).append(member.name)
+    assert max(map(len, asked_by.values())) < 3 * 400**0.5
+    assert len(asked_by) == 30 * (1 + choice.deputies(count))
+
+
+def test_in_a_small_cluster_all_ask_the_owner() -> None:
+    for count in (2, choice.DIRECT):
+        assert choice.deputies(count) == 0
+        order = members(count)
+        assert not any(choice.is_deputy(order, member.name, count) for member in order)
+        assert choice.ask_order(order, "elsewhere", lambda _: True, count)[0][0] is order[0]
+
+
+def test_a_deputy_that_does_not_answer_is_followed_by_another_then_the_owner() -> None:
+    order = members(400)[: choice.ranked(400)]
+    (first, second, third, *_), _ = choice.ask_order(order, "elsewhere", lambda _: True, 400)
+    assert third is order[0]
+    asked, passed = choice.ask_order(order, "elsewhere", lambda name: name != first.name, 400)
+    assert (asked[:2], passed) == ([second, order[0]], [first.name])
+    assert choice.is_deputy(order, first.name, 400)
+    assert not choice.fetches(order, first.name, (), 1, 400)
+    assert not choice.fetches(order, "elsewhere", (), 0, 400)
 
 
 def test_budgets_are_shared_by_those_alive() -> None:

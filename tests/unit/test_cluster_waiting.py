@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,92 +14,15 @@ import trio
 
 from fusecache.cluster import choice, exchange, holdings, watch
 from fusecache.cluster.exchange import Exchange
-from fusecache.cluster.holdings import Holdings
-from fusecache.loader import Loader, LoaderSettings
 from fusecache.peers.client import Patience, PeerClient
 from fusecache.peers.errors import PeerError, PeerMissError
-from fusecache.peers.member import PROTOCOL, Health, Member
-from fusecache.peers.server import PeerServer
+from fusecache.peers.member import Member
 from fusecache.peers.wire import BlockRequest
-from fusecache.store import Store
-from fusecache.types import ObjectVersion
-from tests.support.content import content
-from tests.support.scripted import ScriptedOrigin, Step, version
+from tests.support.inside import BLOCK, DATA, DEADLINE, FILE, STRIPE, STRIPES, Everybody, Node
+from tests.support.scripted import ScriptedOrigin, Step
 
-BLOCK = 16 << 10
-STRIPE = 4 * BLOCK
-STRIPES = 6
-FILE = version("a.safetensors", STRIPES * STRIPE)
-DATA = content(FILE.key, FILE.etag, 0, FILE.size)
-DEADLINE = 20.0
 SILENCE = 1.0
 """Of the nodes of these tests."""
-
-
-class Everybody:
-    """A membership in which nobody dies."""
-
-    def __init__(self) -> None:
-        self.found: tuple[Member, ...] = ()
-
-    def members(self) -> tuple[Member, ...]:
-        return self.found
-
-    def is_alive(self, name: str) -> bool:
-        return True
-
-    def heard(self, name: str) -> None:
-        pass
-
-    def suspect(self, name: str) -> None:
-        pass
-
-
-class Library:
-    def siblings(self, version: ObjectVersion) -> Sequence[ObjectVersion]:
-        return [version]
-
-    def completed(self, version: ObjectVersion) -> None:
-        pass
-
-    def gone(self, version: ObjectVersion) -> None:
-        pass
-
-
-class Node:
-    def __init__(self, name: str, folder: Path, everybody: Everybody, origin: ScriptedOrigin) -> None:
-        self.name = name
-        self.client = PeerClient(name)
-        self.store = Store(folder / name, limit=1 << 30, free_floor=0, block_size=BLOCK)
-        self.exchange = Exchange(
-            name, everybody, self.client, {"": origin}, stripe=STRIPE, crew=8, concurrency=8, fallback=8
-        )
-        settings = LoaderSettings(concurrency=8, range_bytes=STRIPE, deadline=DEADLINE)
-        self.loader = Loader(self.store, {"": origin}, Library(), settings, self.exchange)
-        self.holdings = Holdings(
-            lambda: Health(name, name, 1, "", PROTOCOL, "0", 0.0), everybody, self.exchange, self.loader, self.store,
-            {origin.identity: ""}, streams=16, metrics=str,
-        )  # fmt: skip
-        self.url = ""
-
-    async def serve(self, nursery: trio.Nursery) -> None:
-        self.loader.start()
-        server = PeerServer(self.holdings, "127.0.0.1", 0, connections=32)
-        nursery.start_soon(self.holdings.run)
-        await nursery.start(server.run)
-        self.url = f"http://127.0.0.1:{server.port}"
-
-    def read(self) -> bytes:
-        load = self.loader.open(FILE, "")
-        try:
-            return self.loader.read(load, 0, FILE.size)
-        finally:
-            self.loader.release(load)
-
-    def close(self) -> None:
-        self.loader.close()
-        self.client.close()
-        self.store.close()
 
 
 @pytest.fixture
