@@ -22,13 +22,12 @@ from fusecache.loader.waiters import Waiter
 from fusecache.mount.patience import Patience
 from fusecache.peers.breaker import Breakers
 from fusecache.peers.member import Member
-from fusecache.store.pace import Pace
+from fusecache.store.pace import Best, Pace
 from fusecache.types import ObjectVersion
 
 EMPTY_HANDED = 10.0
 LOOK_EVERY = 1.0
 STAND_IN_AFTER = 6.0
-SILENCE = 20.0
 AT_RANDOM = 3
 NOTICE = (2.5, 3.5)
 """Seconds after which a dead node is known to be: a connection that is not made (peers.timeout), and a second look."""
@@ -115,8 +114,10 @@ class Node:
         self.server = Server(self)
         self.breakers = Breakers(lambda: world.clock.now)
         # Board and ObjectLoad ask their store for no more than Stored has.
-        self.board = Board(max(1, setting.stripe // setting.block), self._begin)
+        self.board = Board(max(1, setting.stripe // setting.block), self._begin, abreast=self._abreast)
         self.pace = Pace()
+        self.best = Best()
+        """Of what other nodes give."""
         reserved = [max(1, setting.concurrency // 4), setting.crew // 4]
         self._free = [
             [max(2, setting.concurrency) - reserved[0], reserved[0]],
@@ -257,6 +258,10 @@ class Node:
                 self._fly(job, remote, True)
         self._working = False
 
+    def _abreast(self) -> int:
+        """See Exchange.abreast."""
+        return self.server.paces.abreast(self.best.per_second(self.world.clock.now), self.world.setting.crew)
+
     def _fly(self, job: Job, remote: bool, demand_only: bool) -> None:
         load, setting = job.load, self.world.setting
         first = job.blocks.start
@@ -374,6 +379,7 @@ class Node:
             asking.hops,
             tuple(flight.failed),
             self.server.owed,
+            round(self.best.per_second(clock.now) or 0),
         )
         leaves = self.server.attention(self.world.setting.asking)
         server = self.nodes[self.world.index[target.name]].server
@@ -431,6 +437,8 @@ class Node:
         flight.at += count
         flight.heard = self.world.clock.now
         self.pace.add(self.world.clock.now, count * stored.block_size)
+        if stream.source != self.world.origin:
+            self.best.add(self.world.clock.now, count * stored.block_size)
         self.server.pass_on(flight.file, flight.stripe, load)
         if stream.arrived >= stream.count:
             stream.ended = True
@@ -438,6 +446,18 @@ class Node:
             if stream.source != self.world.origin:
                 self.nodes[stream.source].server.ended(stream)
             self.resume(flight, flight.turn, "all")
+
+    def comes(self, file: int, stripe: int) -> bool:
+        """Whether it is certain that a stripe comes: from its owner to us over nodes that are alive."""
+        node = self
+        for _ in range(2 * choice.DEPTH):
+            name = node.upstream.get((file, stripe))
+            if name is None:
+                return True
+            node = self.nodes[self.world.index[name]]
+            if node.dead:
+                return False
+        return False
 
     # -- watching each other
 
@@ -463,9 +483,6 @@ class Node:
             if member is None or flight.stored_only or now - flight.began < LOOK_EVERY:
                 continue
             self._tell(flight)
-            if now - flight.heard > SILENCE:
-                self.lose(flight)
-                continue
             slow = self.breakers.is_slow(member.name)
             if slow or idle:
                 others = [
@@ -494,7 +511,7 @@ class Node:
             flight.turn += 1  # the first request is not listened to any more, if this one is answered
             request = Request(
                 self.number, flight, flight.turn, flight.left, stored_only, flight.job.urgent, True, 0, tuple(failed),
-                self.server.owed,
+                self.server.owed, round(self.best.per_second(self.world.clock.now) or 0),
             )  # fmt: skip
             if server.would_give(request):
                 self.world.counters.hedged += 1

@@ -34,6 +34,7 @@ class Request:
     hops: int
     failed: tuple[str, ...]
     owed: int
+    pace: int
 
 
 class Server:
@@ -53,6 +54,7 @@ class Server:
         self._made = 0
         self._backlog: deque[Request] = deque()
         self._waiting = 0
+        self.paces = choice.Paces()
         self._streams = 0
         self._given = 0
         self._queue: deque[Request] = deque()
@@ -171,6 +173,7 @@ class Server:
             asking = node.nodes[request.client].name
             stripe = (flight.load.version.id, flight.stripe)
             self._spread.told(asking, request.owed)
+            self.paces.told(request.pace)
             self._spread.told(node.name, self.owed)
             usable = choice.Others(self._world.names(node.view), (asking, *request.failed))
             direct = request.direct or request.hops > 0
@@ -235,9 +238,13 @@ class Server:
         self._world.network.offer(stream)
 
     def _lose_patience(self, stream: Stream, ready: int) -> None:
-        """See _Offer._wait: only for what is ours to fetch we wait on."""
+        """See _Offer._age: for what is not ours to fetch we wait as long as it is certain that it comes."""
         request = self._outgoing.get(stream)
         if request is None or stream.ready > ready:
+            return
+        if self._node.comes(request.flight.file, request.flight.stripe):
+            clock = self._world.clock
+            clock.at(clock.now + PATIENCE, self._lose_patience, stream, ready)
             return
         order = self._world.ranking(self._node.view, request.flight.file, request.flight.stripe)
         if not choice.is_ours(order, self._node.name, request.failed):

@@ -143,7 +143,8 @@ class Exchange:
         self.breakers = Breakers()
         self._pace = Best()
         self.owed: Callable[[], int] = lambda: 0
-        """Bytes that wait for room on their way to others."""
+        """Bytes promised to others, and not sent yet."""
+        self.paces = choice.Paces()
         self._name = name
         self._members = members
         self._client = client
@@ -179,6 +180,10 @@ class Exchange:
         """Bytes per second that the other nodes gave in their best second of late; None: nothing is known."""
         with self._lock:
             return self._pace.per_second(time.monotonic())
+
+    def abreast(self) -> int:
+        """See loader.Supplier."""
+        return self.paces.abreast(self.pace(), self.crew)
 
     def took(self, nbytes: int) -> None:
         """So many bytes came, and are not kept."""
@@ -370,6 +375,7 @@ class Exchange:
             direct,
             urgent=flight.urgent,
             owed=self.owed(),
+            pace=round(self.pace() or 0),
             node=self._name,
         )
 

@@ -67,7 +67,7 @@ class Holdings:
         self.refused = 0
         """Requests answered 503 since the start."""
         self.owed = 0
-        """Bytes that are there and wait for room on their way out."""
+        """Bytes promised to others, and not sent yet."""
         self._health = health
         self._members = members
         self._exchange = exchange
@@ -215,6 +215,7 @@ class Holdings:
             self._listed, self._urls = members, {member.name: member.url for member in members}
         direct = request.direct or request.hops > 0
         self._spread.told(request.node, request.owed)
+        self._exchange.paces.told(request.pace)
         self._spread.told(self._name, self.owed)
         nbytes = len(request.blocks) * self._store.block_size
         usable = choice.Others(self._urls, (request.node, *request.failed))
@@ -261,6 +262,8 @@ class _Offer:
         self.lengths: Sequence[int] = [
             block_bytes(block, load.version.size, stored.block_size) for block in request.blocks
         ]
+        self._unsent = sum(self.lengths)
+        holdings.owed += self._unsent
         self.stored = all(stored.present(block) for block in request.blocks)
         self._holdings = holdings
         self._loader = loader
@@ -280,8 +283,7 @@ class _Offer:
 
     async def next(self) -> list[Piece] | float:
         """See Offer."""
-        self._holdings.owed -= self._given
-        self._given = 0
+        self._count_sent()
         pieces = self._present() if self._waiter is None else []
         while not pieces:
             found = await self._wait()
@@ -291,8 +293,12 @@ class _Offer:
         self._since = time.monotonic()
         self._at += len(pieces)
         self._given = sum(piece.length for piece in pieces)
-        self._holdings.owed += self._given
         return pieces
+
+    def _count_sent(self) -> None:
+        self._holdings.owed -= self._given
+        self._unsent -= self._given
+        self._given = 0
 
     def _present(self) -> list[Piece]:
         stored, pieces, total = self._load.stored, [], 0
@@ -363,7 +369,7 @@ class _Offer:
             self._closed = True
             if self._waiter is not None:
                 self._loader.cancel(self._waiter)
-            self._holdings.ended(self._load, self._given)
+            self._holdings.ended(self._load, self._unsent)
 
 
 def _digest(data: bytes) -> int:

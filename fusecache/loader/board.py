@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
@@ -21,6 +22,9 @@ from fusecache.types import ObjectVersion
 _AT_ONCE = 3
 """Files under way, up to which the crew that fetches from other nodes goes on with the next: a node whose own share of
 a file comes late would otherwise be late for the others' shares of the next one, too."""
+_AT_MOST = 16
+"""The same, when all that is left of them is to come from few nodes that have enough to do: one slow node of a hundred
+has a stripe of nearly every file, and all the others stood still."""
 QUIET = 10.0
 """Seconds without a reader who asks, after which what no recording names is fetched, too."""
 _SLOWLY = 2
@@ -36,9 +40,16 @@ _Demand = tuple[deque[tuple[ObjectLoad, int]], deque[tuple[ObjectLoad, int]]]
 
 class Board:
     """The work of one loader. `limit` is in blocks per flight; `begin` starts a file of the plan; `crew` threads fetch
-    from the origin."""
+    from the origin; `abreast` flights from other nodes at a time are for what nobody waits for."""
 
-    def __init__(self, limit: int, begin: Callable[[ObjectVersion, str], None], *, crew: int = 16) -> None:
+    def __init__(
+        self,
+        limit: int,
+        begin: Callable[[ObjectVersion, str], None],
+        *,
+        crew: int = 16,
+        abreast: Callable[[], int] = lambda: sys.maxsize,
+    ) -> None:
         self.paused = False
         """Only what somebody waits for is handed out."""
         self.active: deque[ObjectLoad] = deque()
@@ -54,6 +65,7 @@ class Board:
         """When a reader asked last, as a time.monotonic()."""
         self._limit = limit
         self._crew = crew
+        self._abreast = abreast
         self._begin = begin
         self._urgent: _Demand = (deque(), deque())
         """What readers wait for: from the origin or the disk, and from other nodes."""
@@ -65,6 +77,8 @@ class Board:
         self._reminders: list[tuple[float, int, Callable[[], None]]] = []
         self._lanes: Counter[str] = Counter()
         """Flights ahead that are under way from other nodes, by the lane of their route."""
+        self._flying = 0
+        """All of those together."""
         self._later: list[tuple[float, int, ObjectLoad, range]] = []
         self._order = itertools.count()
 
@@ -99,7 +113,7 @@ class Board:
                     return job
                 if not remote and load.in_turn:
                     return None
-        if self.ahead and (not remote or len(self.active) < _AT_ONCE):
+        if self.ahead and (not remote or len(self.active) < _AT_ONCE or self._has_room()):
             version, source = self.ahead.popleft()
             return lambda: self._begin(version, source)
         if now - self.asked >= QUIET:
@@ -109,12 +123,21 @@ class Board:
         return None
 
     def _ahead_of(self, load: ObjectLoad, now: float, remote: bool) -> Job | None:
-        if load.resting_until > now:
+        if load.resting_until > now or (remote and self._flying >= self._abreast()):
             return None
         job = load.take_ahead(self._limit_of(load), remote, self._lanes)
         if job is not None and job.lane is not None:
             self._lanes[job.lane] += 1
+            self._flying += 1
         return job
+
+    def _has_room(self) -> bool:
+        """Whether there are nodes with room in their window, of which the files under way want nothing more."""
+        route = self.active[-1].route
+        if route is None:
+            return False
+        full = sum(flights >= route.window for flights in self._lanes.values())
+        return full < route.owners and len(self.active) < _AT_MOST
 
     def _in_turn(self, now: float, remote: bool) -> Job | None:
         """Ahead of readers, or along a recording: each has its turn, since either may be wrong."""
@@ -165,6 +188,8 @@ class Board:
         job.load.jobs -= 1
         if job.lane is not None:
             self._lanes[job.lane] -= 1
+            self._lanes += Counter()  # without those that are 0 now
+            self._flying -= 1
 
     def call_for(self, load: ObjectLoad, blocks: Iterable[int], *, head: bool = False) -> bool:
         """Somebody waits for these blocks; returns whether there is something to do about it. `head`: they hold a

@@ -90,7 +90,7 @@ class Route:
     not cross its ends. `remote` has a byte per stripe, 1: from another node. `order` is that of fetching ahead. `keep`:
     what comes from other nodes is stored; otherwise it is only handed to who waits for it. `lanes` names the owner of
     each stripe; of one owner's, `window` are fetched ahead at a time. `in_order`: what comes from the origin is not
-    fetched ahead before what comes from other nodes and is in front of it."""
+    fetched ahead before what comes from other nodes and is in front of it. `owners`: how many others own any."""
 
     stripe: int
     remote: bytes
@@ -99,6 +99,7 @@ class Route:
     lanes: Sequence[str] = ()
     window: int = 1 << 30
     in_order: bool = False
+    owners: int = 0
 
     def lane(self, stripe: int) -> str | None:
         """Whose window this stripe takes room in; None: nobody's."""
@@ -124,6 +125,10 @@ class Supplier(Protocol):
     crew: int
     """Threads that may wait for other nodes; 0: there are none."""
 
+    def abreast(self) -> int:
+        """How many of them may do so, for what nobody waits for yet, at a time. Quick."""
+        ...
+
     def route(self, version: ObjectVersion, block_size: int) -> Route | None:
         """Where the stripes of this object come from; None: all from its origin. May take milliseconds."""
         ...
@@ -148,6 +153,10 @@ class OriginSupplier:
     """Everything from the origins, by source name."""
 
     crew = 0
+
+    def abreast(self) -> int:
+        """See Supplier."""
+        return 0
 
     def __init__(self, origins: Mapping[str, Origin]) -> None:
         self._origins = origins

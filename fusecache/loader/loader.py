@@ -100,7 +100,12 @@ class Loader:
         self._wake_clock = threading.Condition(self._lock)
         self._loads: dict[ObjectId, ObjectLoad] = {}
         limit = max(1, settings.range_bytes // store.block_size)
-        self._board = Board(limit, lambda *file: self._ahead.begin(*file), crew=settings.concurrency)
+        self._board = Board(
+            limit,
+            lambda *file: self._ahead.begin(*file),
+            crew=settings.concurrency,
+            abreast=self._supplier.abreast,
+        )
         self._ahead = Ahead(self, self._board, library, settings.budget)
         self._along = Alongside(library, self._ahead.begin)
         self.learning = Learning(self, self._board, library, settings, self._ahead, shelf, others)

@@ -12,7 +12,7 @@ import math
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fusecache.peers.errors import PeerError
 from fusecache.peers.member import PROTOCOL, Health
@@ -82,7 +82,9 @@ class BlockRequest:
     urgent: bool = True
     """A reader waits for them; otherwise they are fetched ahead."""
     owed: int = 0
-    """Bytes that wait, at whoever asks, for room on their way to others."""
+    """Bytes that whoever asks has promised to others, and not sent yet."""
+    pace: int = 0
+    """Bytes per second that come to it from other nodes at best; 0: it does not know."""
     node: str = ""
     """Who asks, as far as it said and, if requests are signed, proved."""
 
@@ -110,11 +112,8 @@ class BlockRequest:
         if self.node:
             found["Fusecache-Node"] = self.node
             found["Fusecache-Owed"] = str(self.owed)
+            found["Fusecache-Pace"] = str(self.pace)
         return found
-
-    def asked_again(self, blocks: range, deadline: float) -> BlockRequest:
-        """The same for other blocks, with so many seconds left."""
-        return replace(self, blocks=blocks, deadline=deadline)
 
 
 def age_of(text: str | None) -> float:
@@ -165,6 +164,7 @@ def parse_request(target: str, headers: Mapping[str, str]) -> BlockRequest:
         match[4] is None,
         _urgency(headers) < _AHEAD,
         _number(headers, "fusecache-owed", 0),
+        _number(headers, "fusecache-pace", 0),
         node,
     )
 

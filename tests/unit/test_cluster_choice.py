@@ -226,6 +226,22 @@ def test_a_choice_among_thousands_looks_at_few_and_uses_all() -> None:
     assert len(given_by) > 300
 
 
+def test_a_node_with_a_slow_link_asks_for_less_at_a_time() -> None:
+    paces = choice.Paces()
+    assert paces.abreast(1e6, 64) == 64, "nothing is known of the others"
+    for pace in [0, *[1000] * (choice.PACES_SURE - 1)]:
+        paces.told(pace)
+    assert paces.abreast(1.0, 64) == 64, "nor of enough of them"
+    paces.told(900)
+    assert paces.abreast(None, 64) == 64
+    assert paces.abreast(1000.0, 64) == paces.abreast(600.0, 64) == 64
+    assert paces.abreast(100.0, 64) == round(6.4 * choice.ROOM)
+    assert paces.abreast(1.0, 64) == choice.LEAST_CREW
+    for _ in range(choice.PACES_KEPT):
+        paces.told(100)
+    assert paces.abreast(100.0, 64) == 64
+
+
 class Clock:
     def __init__(self) -> None:
         self.now = 1000.0

@@ -84,8 +84,10 @@ async def test_who_waits_for_the_origin_is_waited_for(
             readers.start_soon(read, node)
         await in_thread(step.arrived)
         await trio.sleep(3 * SILENCE)
+        assert any(node.holdings.owed for node in nodes)
         step.open()
     assert found == [DATA] * 3
+    assert [node.holdings.owed for node in nodes] == [0, 0, 0]
     assert sum(length for _, _, length in origin.reads) == FILE.size
     told = [node.exchange.stats for node in nodes]
     assert sum(stats.redirected for stats in told) >= STRIPES, "nobody waited for one that waits itself"

@@ -37,7 +37,8 @@ def make_load(
     version = ObjectVersion("o", name, "e", len(lanes) * BLOCK, 1)
     load = ObjectLoad(version, "", cast(StoredObject, Stored(len(lanes))))
     remote = bytes(lane != "me" for lane in lanes)
-    load.follow(Route(1, remote, range(len(lanes)), True, lanes, window, in_order))
+    owners = len(set(lanes) - {"me"})
+    load.follow(Route(1, remote, range(len(lanes)), True, lanes, window, in_order, owners))
     return load
 
 
@@ -56,6 +57,46 @@ def board_of(*loads: ObjectLoad) -> Board:
     for load in loads:
         board.activate(load)
     return board
+
+
+def test_what_one_slow_owner_has_of_every_file_does_not_stop_the_rest() -> None:
+    begun: list[str] = []
+    board = Board(4, lambda version, source: begun.append(version.key))
+    for name in "wxyz":
+        board.activate(make_load(name, lanes=("a", "b") * 2))
+    board.ahead.append((ObjectVersion("o", "next", "e", 1, 1), ""))
+    jobs = [take(board, remote=True) for _ in range(4)]
+    assert board.take(False, 0.0, True) is None, "all owners have enough to do"
+    for _ in range(7):
+        quick = next(job for job in jobs if job.lane == "b")
+        jobs.remove(quick)
+        board.ended(quick)
+        found = board.take(False, 0.0, True)
+        if not isinstance(found, Job):
+            break
+        jobs.append(found)
+    assert found is not None, "of b nothing is left in these files, and it has room"
+    assert not isinstance(found, Job)
+    found()
+    assert begun == ["next"]
+
+
+def test_no_more_is_fetched_ahead_from_nodes_than_the_link_can_take() -> None:
+    load, most = make_load("x", window=9), 2
+    board = Board(4, lambda version, source: None, abreast=lambda: most)
+    board.activate(load)
+    jobs = [take(board, remote=True) for _ in range(2)]
+    assert board.take(False, 0.0, True) is None
+    assert take(board, remote=False).lane is None
+    free = next(block for block in range(12) if load.idle[block] and load.is_remote(block))
+    wait_for(load, free, urgent=False)
+    board.call_for(load, [free])
+    assert free in take(board, remote=True).blocks, "another node waits for it"
+    board.ended(jobs[0])
+    jobs.append(take(board, remote=True))
+    assert board.take(False, 0.0, True) is None
+    most = 3
+    take(board, remote=True)
 
 
 def take(board: Board, *, remote: bool, demand_only: bool = False) -> Job:

@@ -45,6 +45,9 @@ class Script:
         self.attempts: dict[int, int] = {}
         self.bad: list[int] = []
 
+    def abreast(self) -> int:
+        return self.crew
+
     def route(self, version: ObjectVersion, block_size: int) -> Route | None:
         return Route(2, bytes(stripe % 2 for stripe in range(BLOCKS // 2)), range(BLOCKS // 2), self.keep)
 

@@ -50,7 +50,7 @@ def test_a_request_is_understood_as_it_was_meant(
     version = dataclasses.replace(VERSION, key=key)
     request = BlockRequest(
         version.id, range(first, first + count), version, 1 << 20, 12.5, hops, stored, tuple(failed), direct,
-        frames, urgent=frames, owed=77, node="me",
+        frames, urgent=frames, owed=77, pace=78, node="me",
     )  # fmt: skip
     assert parse_request(request.target, lower(request.headers())) == request
 

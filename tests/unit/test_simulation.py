@@ -15,6 +15,7 @@ from benchmarks.cluster.simulation_network import WINDOW, Clock, Network, Stream
 from benchmarks.cluster.simulation_report import validate
 from benchmarks.cluster.simulation_world import Setting
 from benchmarks.processes import BenchmarkError
+from fusecache.cluster import choice
 
 MIB = 1 << 20
 SMALL = Setting(8, 64 * MIB, shard=32 * MIB, stripe=MIB, block=256 << 10, rate=100e6, origin_rate=100e6)
@@ -132,6 +133,23 @@ def test_slow_nodes_are_told_apart() -> None:
     assert outcome.last is not None
     assert outcome.last_slow is not None
     assert outcome.last_slow >= 10 * outcome.setting.bound > outcome.last
+
+
+def test_a_node_with_a_slow_link_does_not_hold_up_the_others() -> None:
+    large = replace(SMALL, nodes=50, size=1024 * MIB, shard=256 * MIB, stripe=2 * MIB, block=1 * MIB)
+    well, outcome = (simulate(replace(large, slow=slow)) for slow in (0.0, 0.02))
+    assert well.last is not None
+    assert outcome.last is not None
+    assert outcome.origin < 1.01
+    assert outcome.last < 1.7 * well.last
+
+
+def test_in_a_large_cluster_every_owner_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "DIRECT", 10)
+    outcome = simulate(replace(SMALL, nodes=60, connections=16, size=16 * MIB, shard=8 * MIB))
+    assert outcome.last is not None
+    assert outcome.origin == 1.0
+    assert outcome.not_connected == outcome.errors == outcome.fallbacks == 0
 
 
 def measured(path: Path, **more: object) -> Path:
