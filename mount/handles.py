@@ -20,18 +20,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import logging
 import queue
-import struct
-import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
@@ -40,7 +36,7 @@ from fusecache.attest import Inspector
 from fusecache.catalog import Catalog, Entry
 from fusecache.errors import FusecacheError, StoreError, VersionChangedError
 from fusecache.loader import Loader, ObjectLoad, Waiter, is_shard
-from fusecache.mount import protocol
+from fusecache.mount.backings import Backings, Passthrough
 from fusecache.mount.journal import Journal, OpenRecord
 from fusecache.mount.nodeids import inode_number, is_passthrough, passthrough_twin
 from fusecache.mount.patience import Patience
@@ -56,21 +52,6 @@ _BOUNCE = 2.0
 """Seconds within which the VFS comes back after ESTALE."""
 _LOOK = 0.05
 """Seconds between looks at the pace of a fetch that an open waits for."""
-
-
-@dataclass
-class Passthrough:
-    """Whether passthrough is in use, and why, or why not, in words for the user."""
-
-    active: bool
-    why: str
-
-    def refuse(self, why: str) -> None:
-        """Fall back to the daemon for all opens to come; says so once in the log."""
-        if self.active:
-            self.active = False
-            self.why = why
-            _log.warning("passthrough is off: %s; reads go through the daemon", why)
 
 
 @dataclass
@@ -97,7 +78,7 @@ class OpenStats:
 
 
 class Handles:
-    """The open files of one mount, on FUSE descriptor `device`. `start` and `close` own the chores thread."""
+    """The open files of one mount. `start` and `close` own the chores thread."""
 
     def __init__(
         self,
@@ -106,7 +87,7 @@ class Handles:
         store: BlockStore,
         journal: Journal,
         *,
-        device: int,
+        backings: Backings,
         passthrough: Passthrough,
         open_wait: float = 0.0,
         set_read_ahead: Callable[[bool], None] | None = None,
@@ -129,7 +110,7 @@ class Handles:
         self._loader = loader
         self._store = store
         self._journal = journal
-        self._device = device
+        self._backings = backings
         self._files: dict[int, OpenFile] = {}
         self._inherited: dict[int, OpenRecord] = dict(journal.inherited)
         """Open in the kernel since before this daemon started, and not taken up yet."""
@@ -323,7 +304,7 @@ class Handles:
                     if record.count <= 0:
                         del self._inherited[nodeid]
                         if record.backing:
-                            self._chores.put(lambda: self._close_backing(record.backing))
+                            self._chores.put(functools.partial(self._backings.close, record.backing))
                 self._chores.put(lambda: self._journal.released(nodeid))
                 return
             file.count -= 1
@@ -468,7 +449,7 @@ class Handles:
                 stored.close()
                 return None
             stored.touch()
-            backing = self._open_backing(stored)
+            backing = self._backings.open(stored.fileno())
         except OSError as error:
             stored.close()
             if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTTY):
@@ -534,34 +515,8 @@ class Handles:
 
     def _let_go(self, file: OpenFile) -> None:
         if file.backing:
-            self._close_backing(file.backing)
+            self._backings.close(file.backing)
         if file.stored is not None:
             file.stored.close()
         if file.load is not None:
             self._loader.release(file.load)
-
-    def try_passthrough(self, directory: Path) -> str:
-        """Why the kernel does not take files of this directory for passthrough; '' if it does."""
-        try:
-            with tempfile.TemporaryFile(dir=directory) as file:
-                self._close_backing(self._register(file.fileno()))
-        except OSError as error:
-            if error.errno == errno.EPERM:
-                return "it needs CAP_SYS_ADMIN: run the mount as root (in a container: --cap-add SYS_ADMIN)"
-            if error.errno in (errno.ELOOP, errno.EOPNOTSUPP, errno.EINVAL):
-                return (
-                    f"{directory} lies on overlayfs or another stacked file system: move cache_dir to a disk"
-                )
-            return f"the kernel refused a file of {directory}: {error.strerror}"
-        return ""
-
-    def _open_backing(self, stored: StoredObject) -> int:
-        return self._register(stored.fileno())
-
-    def _register(self, fd: int) -> int:
-        request = bytearray(protocol.BACKING_MAP.pack(fd, 0, 0))
-        return int(fcntl.ioctl(self._device, protocol.IOC_BACKING_OPEN, request))
-
-    def _close_backing(self, backing: int) -> None:
-        with contextlib.suppress(OSError):
-            fcntl.ioctl(self._device, protocol.IOC_BACKING_CLOSE, struct.pack("<I", backing))
