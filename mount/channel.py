@@ -1,8 +1,9 @@
 """The device channel: threads between the kernel's FUSE device and pyfuse3.
 
-READs are answered here, from the store, with the GIL released, RELEASE, which needs nobody, and OPENs with passthrough,
-each of which a load waits for; all other requests go to pyfuse3 through a SOCK_SEQPACKET pair, and a few of its replies
-are rewritten on the way back (INIT, OPEN, and st_ino wherever it appears). Passthrough READs never come here at all.
+READs are answered here, from the store, with the GIL released, RELEASE and IOCTL, which need nobody, and OPENs with
+passthrough, each of which a load waits for; all other requests go to pyfuse3 through a SOCK_SEQPACKET pair, and a few
+of its replies are rewritten on the way back (INIT, OPEN, and st_ino wherever it appears). Passthrough READs never come
+here at all.
 
 Invariants. A reply goes to the descriptor that its request was read from: each clone of the device has its own
 table of requests under way. A READ is answered exactly once: by the thread that read it, by the thread that
@@ -250,6 +251,10 @@ class Channel:
                 self._files.release(nodeid)
                 self._write(descriptor, protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size, 0, unique))
                 self._answered(unique, 0)
+                continue
+            if opcode == protocol.IOCTL:  # Python's open() asks of every file whether it is a terminal
+                self._write(descriptor, protocol.error_reply(unique, errno.ENOTTY))
+                self._answered(unique, errno.ENOTTY)
                 continue
             if opcode == protocol.INTERRUPT:
                 self._interrupt(descriptor, unique, protocol.INTERRUPT_IN.unpack_from(buffer, 40)[0])

@@ -1,7 +1,8 @@
-"""Which OPENs the channel answers itself: it is given a socket pair for a device."""
+"""What the channel answers itself, besides READs: it is given a socket pair for a device."""
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -54,10 +55,12 @@ class Bench:
         self.theirs = int(self.channel.pyfuse3_path.rpartition("/")[2])
         self.channel.start(1)
 
-    def send_open(self, unique: int, nodeid: int, flags: int) -> None:
-        body = protocol.OPEN_IN.pack(flags, 0)
-        header = protocol.IN_HEADER.pack(40 + len(body), protocol.OPEN, unique, nodeid, 0, 0, 1, 0, 0)
+    def send(self, opcode: int, unique: int, nodeid: int, body: bytes) -> None:
+        header = protocol.IN_HEADER.pack(40 + len(body), opcode, unique, nodeid, 0, 0, 1, 0, 0)
         self.kernel.send(header + body)
+
+    def send_open(self, unique: int, nodeid: int, flags: int) -> None:
+        self.send(protocol.OPEN, unique, nodeid, protocol.OPEN_IN.pack(flags, 0))
 
     def answered(self) -> bytes:
         """The reply that the kernel got."""
@@ -112,3 +115,12 @@ def test_while_somebody_traces_opens_are_pyfuse3s(bench: Bench) -> None:
     bench.send_open(24, TWIN, os.O_RDONLY)
     assert bench.passed_on() == 24
     assert bench.files.calls == []
+
+
+def test_whether_a_file_is_a_terminal_is_not_asked_of_pyfuse3(bench: Bench) -> None:
+    """Each open() of Python asks; the kernel remembers nothing of the answer."""
+    tcgets = 0x5401
+    bench.send(protocol.IOCTL, 25, TWIN, struct.pack("<QIIQII", TWIN, 0, tcgets, 0, 0, 0))
+    assert protocol.OUT_HEADER.unpack(bench.answered()) == (16, -errno.ENOTTY, 25)
+    bench.send_open(26, 4711, os.O_RDONLY)
+    assert bench.passed_on() == 26  # and not 25
