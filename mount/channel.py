@@ -1,8 +1,9 @@
 """The device channel: threads between the kernel's FUSE device and pyfuse3.
 
-READs are answered here, from the store, with the GIL released, and RELEASE, which needs nobody; all other requests go
-to pyfuse3 through a SOCK_SEQPACKET pair, and a few of its replies are rewritten on the way back (INIT, OPEN, and
-st_ino wherever it appears). Passthrough READs never come here at all.
+READs are answered here, from the store, with the GIL released, RELEASE and IOCTL, which need nobody, and OPENs with
+passthrough, each of which a load waits for; all other requests go to pyfuse3 through a SOCK_SEQPACKET pair, and a few
+of its replies are rewritten on the way back (INIT, OPEN, and st_ino wherever it appears). Passthrough READs never come
+here at all.
 
 Invariants. A reply goes to the descriptor that its request was read from: each clone of the device has its own
 table of requests under way. A READ is answered exactly once: by the thread that read it, by the thread that
@@ -49,6 +50,13 @@ class OpenFiles(Protocol):
 
     def reading(self, nodeid: int) -> ObjectLoad:
         """The load behind a nodeid that is open. Raises FusecacheError."""
+
+    def open_whole(self, nodeid: int) -> int:
+        """Open a passthrough twin once more, if that is all there is to do; returns its backing, or 0: nothing was
+        opened, and the request is pyfuse3's. May block on the store's disk."""
+
+    def opened(self, nodeid: int) -> None:
+        """The reply to `open_whole` is on its way: do what the open need not wait for. Does not block."""
 
     def backing_id(self, nodeid: int) -> int:
         """The passthrough backing of this nodeid, 0 for none."""
@@ -244,9 +252,21 @@ class Channel:
                 self._write(descriptor, protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size, 0, unique))
                 self._answered(unique, 0)
                 continue
+            if opcode == protocol.IOCTL:  # Python's open() asks of every file whether it is a terminal
+                self._write(descriptor, protocol.error_reply(unique, errno.ENOTTY))
+                self._answered(unique, errno.ENOTTY)
+                continue
             if opcode == protocol.INTERRUPT:
                 self._interrupt(descriptor, unique, protocol.INTERRUPT_IN.unpack_from(buffer, 40)[0])
                 continue
+            if opcode == protocol.OPEN and is_passthrough(nodeid):
+                try:
+                    if self._open(descriptor, unique, nodeid, protocol.OPEN_IN.unpack_from(buffer, 40)[0]):
+                        continue
+                except Exception:
+                    _log.exception("an OPEN failed in an unforeseen way")
+                    self._fail(descriptor, unique, errno.EIO)
+                    continue
             if opcode == protocol.INIT:
                 self._init_request = bytes(view[:length])
             if opcode not in protocol.UNANSWERED:
@@ -287,6 +307,32 @@ class Channel:
         self._write(descriptor, protocol.error_reply(unique, errno.EINTR))
         if unique not in self._pending:
             self._given_up.discard(unique)
+
+    # -- OPEN
+
+    def _open(self, descriptor: int, unique: int, nodeid: int, flags: int) -> bool:
+        """Answer an open with passthrough; False: pyfuse3 has to. While somebody traces, it always does."""
+        if self.tracer is not None or flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            return False
+        backing = self._files.open_whole(nodeid)
+        if not backing:
+            return False
+        reply = protocol.open_reply(unique, nodeid, backing)
+        self._tell(descriptor, protocol.OPEN, nodeid, reply, opened=True)
+        self._files.opened(nodeid)
+        return True
+
+    def _tell(
+        self, descriptor: int, opcode: int, nodeid: int, reply: bytes | bytearray, *, opened: bool
+    ) -> None:
+        """Give the kernel a reply that is not one to a READ; `opened`: to an open that succeeded."""
+        try:
+            os.write(descriptor, reply)
+        except OSError as error:
+            if opened and error.errno == errno.ENOENT:
+                self._files.release(nodeid)  # interrupted: the kernel will not send RELEASE
+            elif error.errno not in (errno.ENOENT, errno.ENODEV):
+                _log.warning("the FUSE device refused a reply to request %d: %s", opcode, error.strerror)
 
     # -- READ
 
@@ -455,10 +501,4 @@ class Channel:
                 protocol.rewrite_open(reply, self._files.backing_id(nodeid))
         elif opcode in (protocol.LOOKUP, protocol.GETATTR, protocol.READDIRPLUS):
             protocol.rewrite_inode_numbers(reply, opcode)
-        try:
-            os.write(descriptor, reply)
-        except OSError as error:
-            if opened and error.errno == errno.ENOENT:
-                self._files.release(nodeid)  # interrupted: the kernel will not send RELEASE
-            elif error.errno not in (errno.ENOENT, errno.ENODEV):
-                _log.warning("the FUSE device refused a reply to request %d: %s", opcode, error.strerror)
+        self._tell(descriptor, opcode, nodeid, reply, opened=opened)

@@ -8,30 +8,30 @@ next open on, without waiting for old handles, and without a notification.
 
 ESTALE must not come twice for one open(2). So the backing of the twin is prepared before the base is bounced; and an
 open that comes back to a base all the same (through /proc/self/fd, say, or when the version was replaced or evicted) is
-served as it is. Who comes back is known by the thread, which is in its open(2) until then (`_sent_back`): other ranks
+served as it is. Who comes back is known by the thread, which is in its open(2) until then (bounces.py): other ranks
 that open the same file at that moment are sent to the twin, too.
+
+A twin is opened by the channel's thread that read the OPEN (`open_whole`): through pyfuse3, the event loop and a worker
+it took 1 to 5 ms, and `torch.load(mmap=True)` opens every file twice. What the loader makes of it is left to the
+`chores` thread, and that is woken after the reply: until then the two would compete for the GIL.
 
 Ownership: `_lock` guards the table; it is never held across I/O, so that the event loop may take it. `_opening`
 lets one thread at a time do the I/O of opening. Closing is left to the `chores` thread. Lock order: `_opening`,
-`_lock`. The channel's threads read the table without a lock (single dict operations).
+`_lock`. The channel's threads read the table without a lock (single dict operations). An open joins what is in the
+table under `_lock` (`_join`): the last release may take it out at any moment.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import logging
 import queue
-import struct
-import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
@@ -40,11 +40,13 @@ from fusecache.attest import Inspector
 from fusecache.catalog import Catalog, Entry
 from fusecache.errors import FusecacheError, StoreError, VersionChangedError
 from fusecache.loader import Loader, ObjectLoad, Waiter, is_shard
-from fusecache.mount import protocol
+from fusecache.mount.backings import Backings, Passthrough
+from fusecache.mount.bounces import BOUNCE, Bounces
 from fusecache.mount.journal import Journal, OpenRecord
 from fusecache.mount.nodeids import inode_number, is_passthrough, passthrough_twin
+from fusecache.mount.opens import OpenFile, OpenStats
 from fusecache.mount.patience import Patience
-from fusecache.store import BlockStore, StoredObject
+from fusecache.store import BlockStore
 from fusecache.types import ObjectId, ObjectVersion
 
 if TYPE_CHECKING:
@@ -52,52 +54,12 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_BOUNCE = 2.0
-"""Seconds within which the VFS comes back after ESTALE."""
 _LOOK = 0.05
 """Seconds between looks at the pace of a fetch that an open waits for."""
 
 
-@dataclass
-class Passthrough:
-    """Whether passthrough is in use, and why, or why not, in words for the user."""
-
-    active: bool
-    why: str
-
-    def refuse(self, why: str) -> None:
-        """Fall back to the daemon for all opens to come; says so once in the log."""
-        if self.active:
-            self.active = False
-            self.why = why
-            _log.warning("passthrough is off: %s; reads go through the daemon", why)
-
-
-@dataclass
-class OpenFile:
-    """A nodeid with opens, or a twin made ready for one that is about to come (`count` 0)."""
-
-    nodeid: int
-    version: ObjectVersion
-    source: str
-    load: ObjectLoad | None
-    stored: StoredObject | None
-    backing: int = 0
-    count: int = 0
-    since: float = 0.0
-
-
-@dataclass
-class OpenStats:
-    """Opens since the start of this daemon."""
-
-    passthrough: int = 0
-    daemon: int = 0
-    bounced: int = 0
-
-
 class Handles:
-    """The open files of one mount, on FUSE descriptor `device`. `start` and `close` own the chores thread."""
+    """The open files of one mount. `start` and `close` own the chores thread."""
 
     def __init__(
         self,
@@ -106,7 +68,7 @@ class Handles:
         store: BlockStore,
         journal: Journal,
         *,
-        device: int,
+        backings: Backings,
         passthrough: Passthrough,
         open_wait: float = 0.0,
         set_read_ahead: Callable[[bool], None] | None = None,
@@ -129,7 +91,7 @@ class Handles:
         self._loader = loader
         self._store = store
         self._journal = journal
-        self._device = device
+        self._backings = backings
         self._files: dict[int, OpenFile] = {}
         self._inherited: dict[int, OpenRecord] = dict(journal.inherited)
         """Open in the kernel since before this daemon started, and not taken up yet."""
@@ -137,9 +99,7 @@ class Handles:
         """Versions known to be whole and verified, so that LOOKUP leads to the twin. A hint: OPEN looks itself."""
         self._refused: set[ObjectId] = set()
         """Versions whose data file the kernel did not take for passthrough."""
-        self._sent_back: dict[tuple[str | None, int], float] = {}
-        """Path (None: not known) and thread -> when its open was answered ESTALE. Of the event loop. Threads of other
-        pid namespaces, a container's, are all 0."""
+        self._bounces = Bounces()
         self._lock = threading.Lock()
         self._opening = threading.Lock()
         self._chores: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -170,7 +130,7 @@ class Handles:
     def _do_chores(self) -> None:
         while True:
             try:
-                chore = self._chores.get(timeout=_BOUNCE if self._ready() else None)
+                chore = self._chores.get(timeout=BOUNCE if self._ready() else None)
             except queue.Empty:
                 chore = self._tidy
             if chore is None:
@@ -216,7 +176,7 @@ class Handles:
         now, or the version is gone, and StoreError when not even an empty place in the cache can be had."""
         entry = self._catalog.get(inode_number(nodeid))
         path = entry.path if entry is not None else None
-        second = self._comes_again(path, thread)
+        second = self._bounces.comes_again(path, thread)
         load = None
         try:
             if entry is not None and self._inspector is not None:
@@ -234,14 +194,7 @@ class Handles:
 
     def sent_back(self, path: str | None, thread: int) -> None:
         """See operations.Handles."""
-        self._sent_back[path, thread] = time.monotonic()
-        while len(self._sent_back) > 10_000:
-            del self._sent_back[next(iter(self._sent_back))]
-
-    def _comes_again(self, path: str | None, thread: int) -> bool:
-        """Whether this thread's open of this path was answered ESTALE just before."""
-        last = max(self._sent_back.get((known, thread), -_BOUNCE) for known in (path, None))
-        return time.monotonic() - last < _BOUNCE
+        self._bounces.add(path, thread)
 
     async def _pass_gate(self, entry: Entry, inspector: Inspector) -> ObjectLoad | None:
         """Have a sealed file fetched, and held against its manifest. Raises AttestationError when it is not what that
@@ -323,17 +276,16 @@ class Handles:
                     if record.count <= 0:
                         del self._inherited[nodeid]
                         if record.backing:
-                            self._chores.put(lambda: self._close_backing(record.backing))
+                            self._chores.put(functools.partial(self._backings.close, record.backing))
                 self._chores.put(lambda: self._journal.released(nodeid))
                 return
             file.count -= 1
             last = file.count <= 0
             if last:
                 del self._files[nodeid]
-                self.later(functools.partial(self._loader.learning.left, file.version))
         self._chores.put(lambda: self._journal.released(nodeid))
         if last:
-            self._chores.put(lambda: self._let_go(file))
+            self._chores.put(lambda: self._left(file))
 
     async def read(self, nodeid: int, offset: int, size: int) -> Buffer:
         """Bytes for a READ that came through pyfuse3 after all."""
@@ -380,6 +332,28 @@ class Handles:
             if file.load is None:
                 file.load = self._loader.open(file.version, file.source)
             return file.load
+
+    def open_whole(self, nodeid: int) -> int:
+        """See channel.OpenFiles."""
+        if not self._catalog.is_current(inode_number(nodeid)):
+            return 0
+        file = self._join(nodeid, ready=True)
+        if file is None:
+            if nodeid in self._inherited or nodeid in self._files or self._inspector is not None:
+                return 0
+            try:
+                with self._opening:
+                    file = self._opened_twin(nodeid)
+            except FusecacheError:
+                return 0  # it is opened once more, by who has the words for what is wrong
+        self._journal.opened(file.nodeid, file.version, file.source, file.backing)
+        return file.backing
+
+    def opened(self, nodeid: int) -> None:
+        """See channel.OpenFiles."""
+        file = self._files.get(nodeid)
+        if file is not None and not file.followed:
+            self.later(functools.partial(self._follow, file))
 
     def backing_id(self, nodeid: int) -> int:
         """See channel.OpenFiles."""
@@ -428,7 +402,6 @@ class Handles:
         if self._set_read_ahead is not None:
             self._set_read_ahead(load.is_listened_to())
         self._count(file)
-        self.stats.daemon += 1
 
     def _bounce(self, file: OpenFile) -> bool:
         """Whether this open of a base is to be repeated on the twin, which is ready for it then."""
@@ -441,21 +414,34 @@ class Handles:
         if twin not in self._files and not self._prepare(twin, file.version, file.source):
             return False
         self._complete[file.version.id] = None
+        self._chores.put(self._tidy)  # has the thread look at the time from now on
         return True
 
     def _open_twin(self, nodeid: int) -> None:
-        file = self._files.get(nodeid)
-        if file is None and nodeid in self._inherited:
-            file = self._take_up(nodeid)
-        if file is None:
+        if nodeid in self._inherited and nodeid not in self._files:
+            self._take_up(nodeid)
+        file = self._opened_twin(nodeid)
+        self._journal.opened(file.nodeid, file.version, file.source, file.backing)
+        self.opened(nodeid)
+
+    def _opened_twin(self, nodeid: int) -> OpenFile:
+        """A twin, made ready if need be, and opened once more. Raises VersionChangedError."""
+        while (file := self._join(nodeid)) is None:
             version, source = self._find(nodeid)
-            file = self._prepare(nodeid, version, source)
-            if file is None:
+            if version.id in self._refused or self._prepare(nodeid, version, source) is None:
                 self._complete.pop(version.id, None)
                 raise VersionChangedError(f"{version.key} is not complete any more: look it up again")
-        self._count(file)
-        self.stats.passthrough += 1
-        self._loader.follow(file.version, file.source)
+        return file
+
+    def _join(self, nodeid: int, *, ready: bool = False) -> OpenFile | None:
+        """One more open of a twin that is in the table; None: it is not. `ready`: only of one that has its backing."""
+        with self._lock:
+            file = self._files.get(nodeid)
+            if file is None or (ready and not file.backing):
+                return None
+            file.count += 1
+            self.stats.passthrough += 1
+        return file
 
     def _prepare(self, nodeid: int, version: ObjectVersion, source: str) -> OpenFile | None:
         """A twin with its backing, in the table with no opens; None: it can't be had."""
@@ -468,7 +454,7 @@ class Handles:
                 stored.close()
                 return None
             stored.touch()
-            backing = self._open_backing(stored)
+            backing = self._backings.open(stored.fileno())
         except OSError as error:
             stored.close()
             if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTTY):
@@ -483,16 +469,17 @@ class Handles:
         file = OpenFile(nodeid, version, source, None, stored, backing, since=time.monotonic())
         with self._lock:
             self._files[nodeid] = file
-        self._chores.put(self._tidy)  # has the thread look at the time from now on
         return file
 
     def _count(self, file: OpenFile) -> None:
+        """One more open of a base."""
         with self._lock:
             file.count += 1
             first = file.count == 1
             self._files[file.nodeid] = file
+            self.stats.daemon += 1
         if first:
-            self._loader.learning.entered(file.version, whole=file.load is None)
+            file.entered = self._loader.learning.entered(file.version, whole=False)
         self._journal.opened(file.nodeid, file.version, file.source, file.backing)
 
     def _find(self, nodeid: int) -> tuple[ObjectVersion, str]:
@@ -523,45 +510,33 @@ class Handles:
             stale = [
                 file
                 for file in self._files.values()
-                if file.count == 0 and is_passthrough(file.nodeid) and now - file.since > _BOUNCE
+                if file.count == 0 and is_passthrough(file.nodeid) and now - file.since > BOUNCE
             ]
             for file in stale:
                 del self._files[file.nodeid]
         for file in stale:
             self._chores.put(lambda file=file: self._let_go(file))  # type: ignore[misc]
 
-    # -- closing, in the chores thread
+    # -- after opening and closing, in the chores thread
+
+    def _follow(self, file: OpenFile) -> None:
+        """The kernel reads this file now: see to what is read with it."""
+        if file.followed:
+            return
+        file.followed = True
+        file.entered = self._loader.learning.entered(file.version, whole=True)
+        self._loader.follow(file.version, file.source)
+
+    def _left(self, file: OpenFile) -> None:
+        file.followed = True
+        if file.entered:
+            self._loader.learning.left(file.version)
+        self._let_go(file)
 
     def _let_go(self, file: OpenFile) -> None:
         if file.backing:
-            self._close_backing(file.backing)
+            self._backings.close(file.backing)
         if file.stored is not None:
             file.stored.close()
         if file.load is not None:
             self._loader.release(file.load)
-
-    def try_passthrough(self, directory: Path) -> str:
-        """Why the kernel does not take files of this directory for passthrough; '' if it does."""
-        try:
-            with tempfile.TemporaryFile(dir=directory) as file:
-                self._close_backing(self._register(file.fileno()))
-        except OSError as error:
-            if error.errno == errno.EPERM:
-                return "it needs CAP_SYS_ADMIN: run the mount as root (in a container: --cap-add SYS_ADMIN)"
-            if error.errno in (errno.ELOOP, errno.EOPNOTSUPP, errno.EINVAL):
-                return (
-                    f"{directory} lies on overlayfs or another stacked file system: move cache_dir to a disk"
-                )
-            return f"the kernel refused a file of {directory}: {error.strerror}"
-        return ""
-
-    def _open_backing(self, stored: StoredObject) -> int:
-        return self._register(stored.fileno())
-
-    def _register(self, fd: int) -> int:
-        request = bytearray(protocol.BACKING_MAP.pack(fd, 0, 0))
-        return int(fcntl.ioctl(self._device, protocol.IOC_BACKING_OPEN, request))
-
-    def _close_backing(self, backing: int) -> None:
-        with contextlib.suppress(OSError):
-            fcntl.ioctl(self._device, protocol.IOC_BACKING_CLOSE, struct.pack("<I", backing))

@@ -22,6 +22,7 @@ RELEASE = 18
 INIT = 26
 INTERRUPT = 36
 DESTROY = 38
+IOCTL = 39
 BATCH_FORGET = 42
 READDIRPLUS = 44
 
@@ -50,6 +51,8 @@ OUT_HEADER = struct.Struct("<IiQ")
 """len, -errno, unique."""
 READ_IN = struct.Struct("<QQI")
 """fh, offset, size: the start of fuse_read_in, at 40."""
+OPEN_IN = struct.Struct("<II")
+"""flags, open_flags: fuse_open_in, at 40."""
 INTERRUPT_IN = struct.Struct("<Q")
 BACKING_MAP = struct.Struct("<iIQ")
 """fuse_backing_map: fd, flags, padding."""
@@ -118,6 +121,12 @@ def rewrite_init(reply: bytearray, limits: Limits, *, passthrough: bool) -> None
     if flags & INIT_MAX_PAGES:
         struct.pack_into("<H", reply, 44, min(limits.max_pages, struct.unpack_from("<H", reply, 44)[0]))
     _U32.pack_into(reply, 48, flags2)
+
+
+def open_reply(unique: int, handle: int, backing_id: int) -> bytes:
+    """A whole reply to OPEN: passthrough to this backing."""
+    header = OUT_HEADER.pack(OUT_HEADER.size + _OPEN_OUT.size, 0, unique)
+    return header + _OPEN_OUT.pack(handle, FOPEN_PASSTHROUGH, backing_id)
 
 
 def rewrite_open(reply: bytearray, backing_id: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import select
 import subprocess
@@ -143,6 +144,8 @@ def _fastsafetensors(files: Sequence[Path], sink: _Sink) -> int:
     from fastsafetensors import SingleGroup
     from fastsafetensors.parallel_loader import ParallelLoader
 
+    # As on a mount, also from a local tmpfs: there it would read buffered, and another way of reading be compared.
+    os.environ.setdefault("FASTSAFETENSORS_ODIRECT", "1")
     names = [str(file) for file in files]
     loader = ParallelLoader(
         pg=SingleGroup(), hf_weights_files=names, use_tqdm_on_load=False, device="cpu", nogds=True

@@ -3,7 +3,8 @@
 Theory of operation. The first open or read of a shard begins a *session* of its model. A task of the crew has the
 headers fetched, asks other nodes for a recording if the cache directory has none, and follows what it found. While a
 session lasts the READs of its files are taken down (recorder.py); when nobody reads any more, that becomes the
-recording, if there was none, or if the one that was followed was wrong.
+recording, if there was none, or if the one that was followed was wrong. A load of a model that is whole in the store
+has no session: there is nothing to fetch and nothing to hear (`_is_here`).
 
 A recording that leaves blocks out makes files *sparse* (`ObjectLoad.wanted`): only what it names is fetched ahead, and
 what somebody asks for. Readers who stray from it end that, and all goes on as if there were none (`asked`). The rest
@@ -160,14 +161,18 @@ class Learning:
             self._board.put_off(load.resting_until, load, range(0))
 
     def follow(self, version: ObjectVersion, source: str) -> bool:
-        """A file is being read; returns whether a recording says what is fetched then."""
+        """A file is being read; returns whether nothing else has to say what is fetched then: a recording does, or all
+        is here. May look at the disk."""
         if announces(version.key.rpartition("/")[2]):
             self._office.task(functools.partial(self._announced, version, source))
             return is_config(version.key)
         with self._office.lock:
             model = self._models.get(version.id)
-            if model is None:
-                return False
+        if model is None:
+            return False
+        if self._is_here(model):
+            return True
+        with self._office.lock:
             session = self._session(model)
             if not session.planned:
                 session.planned = True
@@ -183,6 +188,8 @@ class Learning:
         says, or all of them. In a thread of the crew."""
         config = is_config(version.key)
         shards = self._shards(version)
+        if shards and all(self._office.store.has_whole(shard) for shard in shards):
+            return
         if not shards or (config and self._ahead.announces_too_many(version)):
             if config:
                 self._ahead.follow(version, source)
@@ -198,12 +205,28 @@ class Learning:
             self._ahead.follow(version, source)
         self._office.release(load)
 
-    def entered(self, version: ObjectVersion, *, whole: bool) -> None:
-        """Somebody opened a file; `whole`: the kernel answers its reads. Pair with `left`."""
+    def _is_here(self, model: Model) -> bool:
+        """Whether all files of a model are whole in the store, and no load of it is going on. Without the lock."""
+        now = time.monotonic()
+        with self._office.lock:
+            if model.session is not None:
+                return False
+            if now - model.here_at < _LOOK:
+                return True
+        if not all(self._office.store.has_whole(version) for version in model.versions):
+            return False
+        with self._office.lock:
+            model.here_at = now
+            return model.session is None
+
+    def entered(self, version: ObjectVersion, *, whole: bool) -> bool:
+        """Somebody opened a file; `whole`: the kernel answers its reads. If it returns True, pair it with `left`. May
+        look at the disk."""
         with self._office.lock:
             model = self._models.get(version.id)
-            if model is None:
-                return
+        if model is None or (whole and self._is_here(model)):
+            return False
+        with self._office.lock:
             session = self._session(model)
             session.readers += 1
             session.entered = True
@@ -211,6 +234,7 @@ class Learning:
             recorder = session.recorder
         if recorder is not None:
             recorder.opened(model.number(version.id), whole=whole)
+        return True
 
     def left(self, version: ObjectVersion) -> None:
         """The last who had a file open closed it. Takes microseconds."""

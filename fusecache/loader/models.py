@@ -68,7 +68,8 @@ class Model:
     """What an earlier load did; `marks` are the blocks of each file that it names, if it leaves out any."""
     marks: tuple[bytearray, ...] | None = None
     heads_at: float = -math.inf
-    """When the headers were last asked for."""
+    """When the headers were last asked for; `here_at`: when all files were last found whole in the store."""
+    here_at: float = -math.inf
     session: Session | None = None
     recorder: Recorder | None = None
     """That of the session, for who has no lock; so is `heard`: when a reader asked for something."""

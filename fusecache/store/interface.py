@@ -34,6 +34,10 @@ class BlockStore(Protocol):
         """Open an object version, wherever it is to be. Raises StoreError."""
         ...
 
+    def has_whole(self, version: ObjectVersion) -> bool:
+        """Whether all of a version is here, as far as can be told without opening it."""
+        ...
+
     def in_place(self, version: ObjectVersion) -> AbstractContextManager[object]:
         """While this is entered, the version is opened where most of it is now, however slow. Raises StoreError."""
         ...

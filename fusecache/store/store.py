@@ -176,6 +176,18 @@ class Store:
         """Whether this process has it open."""
         return object_id in self._open
 
+    def has_whole(self, version: ObjectVersion) -> bool:
+        """Whether all of a version is here and may be given to anybody at once, as far as can be told without opening
+        it: it is open, or was when this process closed it, and its files are still there. One look at the disk."""
+        with self._lock:
+            stored = self._open.get(version.id)
+            if stored is not None:
+                return stored.ready and not stored.retired
+            known = self._shared.memory.entries.get(version.id)
+        if known is None or 0 in known[1] or self._shared.seals is not None:
+            return False
+        return self._layout.blocks_path(version.id).exists()
+
     def _close_object(self, stored: StoredObject) -> None:
         object_id = stored.version.id
         with self._lock:

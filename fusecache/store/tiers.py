@@ -156,6 +156,10 @@ class Tiers:
         with self._lock:
             return self._place(version).open(version)
 
+    def has_whole(self, version: ObjectVersion) -> bool:
+        """See BlockStore."""
+        return any(store.has_whole(version) for store in self._both)
+
     def in_place(self, version: ObjectVersion) -> AbstractContextManager[StoredObject]:
         """See BlockStore."""
         with self._lock:

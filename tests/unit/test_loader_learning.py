@@ -6,15 +6,17 @@ import struct
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
+import xxhash
 
-from fusecache.loader import Loader, LoaderSettings, board, filling, learning, models
+from fusecache.loader import Loader, LoaderSettings, ObjectLoad, board, filling, learning, models
 from fusecache.loader.plan import group_of, model_of
 from fusecache.loader.recording import Recording, Run, model_id, pack
-from fusecache.store import Store
+from fusecache.store import Store, StoredObject
 from fusecache.types import ObjectVersion
-from tests.support.content import check
+from tests.support.content import check, content
 from tests.support.scripted import WAIT, ScriptedOrigin, version
 from tests.support.servers import wait_until
 from tests.unit.test_loader import BLOCK, Recorder
@@ -98,6 +100,15 @@ def read(bench: Bench, file: int, block: int) -> None:
     check(bench.loader.read(load, block * BLOCK, BLOCK), FILES[file].key, "1", block * BLOCK)
     bench.loader.learning.left(FILES[file])
     bench.loader.release(load)
+
+
+def fill(stored: StoredObject) -> None:
+    """Put all of an object into the store, without the loader."""
+    assert stored.reserve(stored.version.size)
+    for block in range(stored.block_count):
+        data = content(stored.version.key, "1", block * BLOCK, BLOCK)
+        stored.write(block * BLOCK, data)
+        stored.commit(block, xxhash.xxh3_64_intdigest(data))
 
 
 def test_the_headers_of_all_files_come_before_the_bulk_of_any(bench: Bench) -> None:
@@ -228,3 +239,44 @@ def test_a_load_is_over_when_nobody_reads_though_files_are_open(bench: Bench, ke
     assert set(kept.here) == {model_id(FILES)}
     bench.loader.learning.left(FILES[0])
     bench.loader.release(load)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_load_of_a_model_that_is_whole_has_no_session(bench: Bench) -> None:
+    config = version("config.json", 100)
+    cast(Recorder, bench.loader._library).versions = [*FILES, config]
+    for file in FILES:
+        load = bench.loader.open(file, "")  # as the first open of each, before it leads to passthrough
+        fill(load.stored)
+        bench.loader.release(load)
+    opened: list[str] = []
+    obtain = bench.loader.obtain
+
+    def watched(file: ObjectVersion, source: str) -> ObjectLoad:
+        opened.append(file.key)
+        return obtain(file, source)
+
+    bench.loader.obtain = watched  # type: ignore[method-assign]
+    for file in (config, *FILES):
+        assert not bench.loader.learning.entered(file, whole=True)
+        bench.loader.follow(file, "")
+    done = threading.Event()
+    bench.loader.task(done.set)
+    assert done.wait(WAIT)
+    bench.loader.close()
+    assert opened == []
+    assert bench.origin.reads == []
+
+
+@pytest.mark.usefixtures("hurried")
+def test_what_is_evicted_of_a_model_is_fetched_when_another_file_of_it_is_opened(bench: Bench) -> None:
+    for file in FILES:
+        load = bench.loader.open(file, "")
+        fill(load.stored)
+        bench.loader.release(load)
+    assert not bench.loader.learning.entered(FILES[0], whole=True)
+    bench.store.evict(FILES[2].id)
+    wait_until(lambda: bench.loader.learning.entered(FILES[0], whole=True), "a look at the disk", 20)
+    bench.loader.follow(FILES[0], "")
+    wait_until(lambda: set(bench.blocks()) == {(2, block) for block in range(BLOCKS)}, "the third file", 20)
+    bench.loader.learning.left(FILES[0])

@@ -14,7 +14,7 @@ import pytest
 import xxhash
 
 from fusecache.errors import ConfigError, StoreError
-from fusecache.store import Store, StoredObject, format
+from fusecache.store import Seals, Store, StoredObject, format
 from fusecache.store import files as fs
 from fusecache.store.files import Layout
 from fusecache.store.space import Space
@@ -151,6 +151,32 @@ def test_reopening_in_the_same_process_hashes_nothing_again(
     assert again is not stored
     assert [again.present(b) for b in range(4)] == [True, True, True, False]
     again.close()
+
+
+def test_what_is_whole_is_known_without_opening_it(make: Any) -> None:
+    store, other = make(), make()
+    whole, part = version("whole"), version("part")
+    assert not store.has_whole(whole)
+    for each, blocks in ((whole, range(4)), (part, range(3))):
+        stored = store.open(each)
+        fill(stored, blocks)
+        assert store.has_whole(each) is (each is whole)
+        stored.close()
+        assert store.has_whole(each) is (each is whole)
+    assert not other.has_whole(whole)  # it verified nothing of it
+    other.evict(whole.id)
+    assert not store.has_whole(whole)
+
+
+def test_of_a_sealed_object_that_is_closed_nothing_is_known(make: Any) -> None:
+    store = make(seals=Seals(bytes(16), lambda _version: False))
+    stored = store.open(version())
+    fill(stored)
+    assert not store.has_whole(version())
+    stored.attest(bytes(32))
+    assert store.has_whole(version())
+    stored.close()
+    assert not store.has_whole(version())
 
 
 def test_an_open_while_the_last_close_is_under_way_knows_what_was_verified(

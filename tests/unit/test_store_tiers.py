@@ -114,6 +114,7 @@ def test_each_object_is_in_one_place(tmp_path: Path) -> None:
             assert both.open(one) is stored
             stored.close()
             stored.close()
+            assert both.has_whole(one)
         assert [path.stat().st_size for path in (tmp_path / "disk").rglob("*.data")] == [small.size]
         assert [path.stat().st_size for path in (tmp_path / "memory").rglob("*.data")] == [large.size]
         usage = both.usage()
@@ -129,6 +130,7 @@ def test_each_object_is_in_one_place(tmp_path: Path) -> None:
         both.pin(large.id, False)
         assert both.evict(large.id) > 0
         assert both.evict(small.id) > 0
+        assert not both.has_whole(small)
         assert both.usage().objects_complete == 0
 
 
