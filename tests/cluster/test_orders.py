@@ -21,7 +21,7 @@ def test_a_node_without_a_recording_takes_that_of_another(
         shared_bucket.put(f"orders/m/{key}", save({f"t{n}": tensor(number, f"t{n}") for n in range(6)}))
     nodes = start_cluster("orders", "a", "b")
     options = {"block_size": "64KiB", "range_size": "256KiB", "open_wait": 0, "passthrough": "off"}
-    options |= {"read_ahead": "64KiB", "peers__stripe": "256KiB"}
+    options |= {"read_ahead": "64KiB", "peers__stripe": "64KiB"}
     first, second = nodes.mount("a", **options), nodes.mount("b", **options)
     nodes.wait_members("a", "b")
     end(begin(first, WANTED), WANTED)

@@ -41,7 +41,6 @@ VERSION = ObjectVersion("s3://b", "k", "e", SIZE, 1)
 DATA = random.Random(5).randbytes(SIZE)
 SECRET = "sixteen letters at least"
 DEADLINE = 20
-PATIENCE = Patience("a node", 120)
 
 
 def piece_of(block: int, fd: int) -> Piece:
@@ -132,7 +131,7 @@ def request(blocks: range = range(3), **more: Any) -> BlockRequest:
 
 def fetch(client: PeerClient, url: str, asked: BlockRequest) -> bytes:
     """In a thread: the checked bytes of the answer."""
-    answer = client.blocks(url, asked, SIZE, PATIENCE)
+    answer = client.blocks(url, asked, SIZE, Patience("a node", DEADLINE))
     try:
         parts: list[bytes] = []
         sums: list[int] = []
@@ -197,7 +196,7 @@ async def test_a_block_is_passed_on_before_the_next_is_there(node: FakeNode, ser
 
     def work() -> bytes:
         got = b""
-        for item in client.blocks(url_of(server), request(), SIZE, PATIENCE):
+        for item in client.blocks(url_of(server), request(), SIZE, Patience("a node", DEADLINE)):
             if not isinstance(item, int):
                 got += bytes(item)
                 if len(got) == BLOCK:
@@ -444,7 +443,7 @@ async def test_a_kept_connection_makes_room_for_who_has_none(
     url = f"http://127.0.0.1:{server.port}"
 
     def ask(client: PeerClient) -> bytes:
-        got = client.blocks(url, request(), SIZE, PATIENCE)
+        got = client.blocks(url, request(), SIZE, Patience("a node", DEADLINE))
         return b"".join(bytes(item) for item in got if not isinstance(item, int))
 
     clients = [PeerClient("me") for _ in range(6)]
