@@ -44,8 +44,8 @@ follows no more stripes than it has threads: when 100 owners fetched two each, a
 stripes that came a drop at a time, and the links were four fifths idle until the origin was done."""
 BEHIND = 4
 """Requests' worth of bytes that a node may have promised more than another holder before it sends callers on to that
-one: each detour costs a round trip and some CPU. In the lab of 16 nodes 2 sent on every second request, 4 two fifths, in
-the same time (1.18 to 1.28 times the bound, with the CPUs busy). From 8 on 100 simulated nodes take longer."""
+one: each detour costs a round trip and some CPU. In the lab of 16 nodes 2 sent on every second request, 4 two fifths,
+in the same time (1.18 to 1.28 times the bound, with the CPUs busy). From 8 on 100 simulated nodes take longer."""
 WINDOW = 3
 """Stripes of one owner that a node asks for ahead at a time: the next ones have to be asked for before the first is
 through, and more do not come sooner. In a lab of 8 nodes that asked for 64 stripes at a time, whoever was late with
