@@ -81,7 +81,6 @@ class Flight:
     may_hedge: Sequence[Member] = ()
     member: Member | None = None
     began: float = 0.0
-    heard: float = 0.0
     stored_only: bool = False
     told: int = 0
     told_at: float = 0.0
@@ -366,7 +365,7 @@ class Node:
         self.receiving += 1
         self.upstream[flight.file, flight.stripe] = target.name
         flight.member, flight.stored_only, flight.stream = target, stored_only, None
-        flight.began = flight.heard = flight.told_at = clock.now
+        flight.began = flight.told_at = clock.now
         flight.told = flight.at
         request = Request(
             self.number,
@@ -435,7 +434,6 @@ class Node:
             for waiter in load.land(block, None):
                 waiter.settled(waiter)
         flight.at += count
-        flight.heard = self.world.clock.now
         self.pace.add(self.world.clock.now, count * stored.block_size)
         if stream.source != self.world.origin:
             self.best.add(self.world.clock.now, count * stored.block_size)
@@ -519,7 +517,7 @@ class Node:
                 if not stored_only and flight.member is not None:
                     self.breakers.too_slow(flight.member.name)
                 flight.member, flight.stored_only = member, True
-                flight.began = flight.heard = self.world.clock.now
+                flight.began = self.world.clock.now
                 server.give(request)
                 return True
             flight.turn -= 1

@@ -9,10 +9,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from dataclasses import dataclass
 
-import xxhash
-
 from fusecache.loader import Route
-from fusecache.peers.member import Member
+from fusecache.peers.member import Member, seed_of
 from fusecache.peers.placement import fetch_order, owners, stripe_count
 from fusecache.types import ObjectId, ObjectVersion
 
@@ -33,8 +31,11 @@ ROOM = 2.0
 tenth of the others' bandwidth, whose 48 requests for itself shared its link with the stripes that the others waited
 for, held up a cluster of 100 to 2.5 times the time."""
 LEAST_CREW = 4
+"""Requests at a time that even the slowest link has."""
 PACES_KEPT = 32
+"""Requests whose senders' paces are known: of some seconds, and their median takes 10 us."""
 PACES_SURE = 8
+"""Of those, as many as it takes to say what is usual."""
 DIRECT = 128
 """Nodes of the largest cluster in which all ask the owner of a stripe. Each request takes a node about 0.6 ms: 10,000
 nodes that asked one owner would wait 6 s for the last of them, most without a connection."""
@@ -111,7 +112,7 @@ def ask_order(
     most = deputies(members)
     wanted = list(order[:FAILURES])
     if most and not any(member.name == me for member in order[: most + 1]):
-        place = xxhash.xxh3_64_intdigest(me.encode())
+        place = seed_of(me)
         between = order[1 : most + 1]
         wanted = [between[(place + turn) % len(between)] for turn in range(min(2, len(between)))] + wanted
     asked: list[Member] = []

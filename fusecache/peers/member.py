@@ -11,6 +11,11 @@ PROTOCOL = 1
 """Version of the exchange's protocol (docs/PROTOCOL.md): nodes of another one are left out."""
 
 
+def seed_of(name: str) -> int:
+    """What stands for a node in hashes: the same for all nodes that know its name."""
+    return xxhash.xxh3_64_intdigest(name.encode())
+
+
 @dataclass(frozen=True, order=True)
 class Member:
     """A node that serves blocks. `name` is unique in its cluster, `url` has a scheme, host and port, `weight` is in
@@ -23,7 +28,7 @@ class Member:
     @cached_property
     def seed(self) -> int:
         """Of the hashes that say which stripes are its own."""
-        return xxhash.xxh3_64_intdigest(self.name.encode())
+        return seed_of(self.name)
 
 
 @dataclass(frozen=True)

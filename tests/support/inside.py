@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
@@ -101,3 +102,20 @@ class Node:
         self.loader.close()
         self.client.close()
         self.store.close()
+
+
+@asynccontextmanager
+async def running(
+    names: Sequence[str], folder: Path, origin: ScriptedOrigin, nursery: trio.Nursery
+) -> AsyncIterator[list[Node]]:
+    """Nodes of one cluster that serve, and know each other."""
+    everybody = Everybody()
+    made = [Node(name, folder, everybody, origin) for name in names]
+    try:
+        for node in made:
+            await node.serve(nursery)
+        everybody.found = tuple(Member(node.name, node.url, 1 << 30) for node in made)
+        yield made
+    finally:
+        for node in made:
+            await trio.to_thread.run_sync(node.close)

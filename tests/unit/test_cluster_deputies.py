@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import trio
 from fusecache.cluster import choice
 from fusecache.peers.member import Member
 from fusecache.peers.wire import BlockRequest
-from tests.support.inside import BLOCK, DATA, DEADLINE, FILE, STRIPE, STRIPES, Everybody, Node
+from tests.support.inside import BLOCK, DATA, DEADLINE, FILE, STRIPE, STRIPES, Node, running
 from tests.support.scripted import ScriptedOrigin
 
 COUNT = 12
@@ -28,22 +27,14 @@ async def nodes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, origin: ScriptedOrigin, nursery: trio.Nursery
 ) -> Any:
     monkeypatch.setattr(choice, "DIRECT", 4)
-    everybody = Everybody()
-    made = [Node(f"n{number}", tmp_path, everybody, origin) for number in range(COUNT)]
-    try:
-        for node in made:
-            await node.serve(nursery)
-        everybody.found = tuple(Member(node.name, node.url, 1 << 30) for node in made)
+    async with running([f"n{number}" for number in range(COUNT)], tmp_path, origin, nursery) as made:
         yield made
-    finally:
-        for node in made:
-            await trio.to_thread.run_sync(node.close)
 
 
 async def read_all(nodes: list[Node]) -> None:
     async def read(node: Node) -> None:
         with trio.fail_after(DEADLINE):
-            assert await trio.to_thread.run_sync(functools.partial(node.read)) == DATA
+            assert await trio.to_thread.run_sync(node.read) == DATA
 
     async with trio.open_nursery() as readers:
         for node in nodes:
@@ -80,7 +71,7 @@ async def test_a_deputy_that_is_gone_costs_no_second_copy(nodes: list[Node], ori
     gone = nodes[0].exchange.ranking(FILE.id, 0)[1].name
     members = tuple(
         Member(member.name, "http://127.0.0.1:9", 1 << 30) if member.name == gone else member
-        for member in nodes[0].exchange._members.members()
+        for member in nodes[0].everybody.found
     )
     for node in nodes:
         node.everybody.found = members

@@ -18,7 +18,7 @@ from fusecache.peers.client import Patience, PeerClient
 from fusecache.peers.errors import PeerError, PeerMissError
 from fusecache.peers.member import Member
 from fusecache.peers.wire import BlockRequest
-from tests.support.inside import BLOCK, DATA, DEADLINE, FILE, STRIPE, STRIPES, Everybody, Node
+from tests.support.inside import BLOCK, DATA, DEADLINE, FILE, STRIPE, STRIPES, Everybody, Node, running
 from tests.support.scripted import ScriptedOrigin, Step
 
 SILENCE = 1.0
@@ -53,17 +53,11 @@ def step(origin: ScriptedOrigin) -> Iterator[Step]:
 async def nodes(
     quick: None, tmp_path: Path, origin: ScriptedOrigin, step: Step, nursery: trio.Nursery
 ) -> Any:
-    everybody = Everybody()
-    made = [Node(name, tmp_path, everybody, origin) for name in ("n1", "n2", "n3")]
-    try:
-        for node in made:
-            await node.serve(nursery)
-        everybody.found = tuple(Member(node.name, node.url, 1 << 30) for node in made)
-        yield made
-    finally:
-        step.open()
-        for node in made:
-            await trio.to_thread.run_sync(node.close)
+    async with running(("n1", "n2", "n3"), tmp_path, origin, nursery) as made:
+        try:
+            yield made
+        finally:
+            step.open()
 
 
 async def in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
