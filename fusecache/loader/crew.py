@@ -1,4 +1,4 @@
-"""The threads of a loader, in three groups: for whatever is to be done, for demand only, and for other nodes.
+"""The threads of a loader, in groups: for other nodes or for all the rest, and of each a part for demand only.
 
 The loader's lock guards what they take their work from; each group sleeps on a condition of its own over it.
 """
@@ -34,6 +34,8 @@ class Crew:
         self.any = threading.Condition(lock)
         self.demand = threading.Condition(lock)
         self.remote = threading.Condition(lock)
+        self.remote_demand = threading.Condition(lock)
+        """Apart: who only takes demand sleeps through a call for what another node's prefetch waits for."""
         self._lock = lock
         self._employer = employer
         self._stopping = False
@@ -48,7 +50,8 @@ class Crew:
             wake = self.demand if number < reserved else self.any
             self._thread(f"loader-{number}", wake, number < reserved, False)
         for number in range(remote):
-            self._thread(f"peers-{number}", self.remote, number < remote // 4, True)
+            wake = self.remote_demand if number < remote // 4 else self.remote
+            self._thread(f"peers-{number}", wake, number < remote // 4, True)
 
     def _thread(self, name: str, wake: threading.Condition, demand_only: bool, remote: bool) -> None:
         args = (wake, demand_only, remote)
@@ -71,7 +74,12 @@ class Crew:
 
     def call(self) -> None:
         """Under the lock: somebody waits for something."""
-        for condition in (self.any, self.demand, self.remote):
+        for condition in (self.any, self.demand, self.remote, self.remote_demand):
+            condition.notify()
+
+    def more(self, remote: bool) -> None:
+        """Under the lock: somebody waits for more of this kind."""
+        for condition in (self.remote, self.remote_demand) if remote else (self.any, self.demand):
             condition.notify()
 
     def call_all(self) -> None:
@@ -82,7 +90,7 @@ class Crew:
     def dismiss(self) -> None:
         """Under the lock: take nothing more."""
         self._stopping = True
-        for condition in (self.any, self.demand, self.remote):
+        for condition in (self.any, self.demand, self.remote, self.remote_demand):
             condition.notify_all()
 
     def join(self, deadline: float) -> None:

@@ -399,7 +399,7 @@ class Loader:
         """See crew.Employer."""
         job = self._board.take(demand_only, time.monotonic(), remote)
         if job is not None and self._board.urgent(remote):
-            (self._crew.remote if remote else self._crew.any).notify()
+            self._crew.more(remote)
         if remote and isinstance(job, Job) and job.load.route is not None and job.load.route.in_order:
             self._crew.any.notify()  # it may be the turn of a stripe of our own
         return job
