@@ -28,7 +28,10 @@ from fusecache.types import ObjectVersion
 EMPTY_HANDED = 10.0
 LOOK_EVERY = 1.0
 STAND_IN_AFTER = 6.0
-AT_RANDOM = 3
+STAND_IN_FOR_LOADED = 18.0
+AT_RANDOM = 2
+LOOKS = 2
+"""Per second, at whether others have what is waited for."""
 NOTICE = (2.5, 3.5)
 """Seconds after which a dead node is known to be: a connection that is not made (peers.timeout), and a second look."""
 OPEN_WAIT = 5.0
@@ -476,13 +479,15 @@ class Node:
         now = self.world.clock.now
         self.world.clock.at(now + LOOK_EVERY, self.look)
         idle = self.receiving < self.world.setting.crew // 8
+        looks = LOOKS
         for flight in list(self.flights):
             member = flight.member
             if member is None or flight.stored_only or now - flight.began < LOOK_EVERY:
                 continue
             self._tell(flight)
             slow = self.breakers.is_slow(member.name)
-            if slow or idle:
+            if (slow or idle) and looks:
+                looks -= 1
                 others = [
                     other
                     for other in self.world.views[self.view]
@@ -491,7 +496,8 @@ class Node:
                 asked = self.world.chance.sample(others, min(len(others), AT_RANDOM))
                 if self._hedge(flight, asked, stored_only=True):
                     continue
-            if slow and now - flight.began > STAND_IN_AFTER:
+            loaded = self.server.paces.is_loaded(member.name)
+            if slow and now - flight.began > (STAND_IN_FOR_LOADED if loaded else STAND_IN_AFTER):
                 self._hedge(
                     flight, [other for other in flight.may_hedge if other is not member], stored_only=False
                 )

@@ -173,7 +173,7 @@ class Server:
             asking = node.nodes[request.client].name
             stripe = (flight.load.version.id, flight.stripe)
             self._spread.told(asking, request.owed)
-            self.paces.told(request.pace)
+            self.paces.told(asking, request.pace)
             self._spread.told(node.name, self.owed)
             usable = choice.Others(self._world.names(node.view), (asking, *request.failed))
             direct = request.direct or request.hops > 0

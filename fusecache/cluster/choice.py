@@ -34,6 +34,10 @@ LEAST_CREW = 4
 """Requests at a time that even the slowest link has."""
 PACES_KEPT = 32
 """Requests whose senders' paces are known: of some seconds, and their median takes 10 us."""
+NODES_KEPT = 20_000
+"""Nodes whose own paces are known."""
+PACE_OF_ITS_OWN = 4
+"""Times that a node receives more slowly than what is usual, from which on it is its link that is slow."""
 PACES_SURE = 8
 """Of those, as many as it takes to say what is usual."""
 DIRECT = 128
@@ -227,14 +231,22 @@ class Paces:
 
     def __init__(self) -> None:
         self._told: deque[int] = deque(maxlen=PACES_KEPT)
+        self._of: OrderedDict[str, int] = OrderedDict()
         self._middle = 0.0
 
-    def told(self, pace: int) -> None:
-        """Somebody receives so many bytes per second at best; 0: it does not know."""
+    def told(self, name: str, pace: int) -> None:
+        """A node receives so many bytes per second at best; 0: it does not know."""
         if pace:
+            self._of[name] = pace
+            while len(self._of) > NODES_KEPT:
+                self._of.popitem(last=False)
             self._told.append(pace)
             if len(self._told) >= PACES_SURE:
                 self._middle = statistics.median(self._told)
+
+    def is_loaded(self, name: str) -> bool:
+        """Whether a node that gives little has a link like the others': it only has much to do."""
+        return self._of.get(name, 0) * PACE_OF_ITS_OWN > self._middle > 0
 
     def abreast(self, ours: float | None, crew: int) -> int:
         """Requests at a time, of `crew`, that are enough for our link: fewer where it is much slower than the others',

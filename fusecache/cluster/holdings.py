@@ -138,6 +138,8 @@ class Holdings:
 
     async def offer(self, request: BlockRequest) -> Offer:
         """See Node."""
+        if self._members.is_alive(request.node):
+            self._members.heard(request.node)
         if request.block_size not in (None, self._store.block_size):
             raise RequestError(409, f"the blocks here have {self._store.block_size} bytes")
         version = request.version or self._store.version_of(request.object_id)
@@ -163,17 +165,17 @@ class Holdings:
 
     async def _load(self, version: ObjectVersion, source: str) -> ObjectLoad:
         """Opened once more."""
+        kept = self._kept.get(version.id)
+        if kept is not None and self._loader.again(kept[0]):
+            self._kept[version.id] = kept[0], time.monotonic()
+            return kept[0]
         try:
             load = await trio.to_thread.run_sync(self._open, version, source)
-            kept = self._kept.get(version.id)
-            if kept is None or kept[0] is not load:
-                await trio.to_thread.run_sync(self._loader.open, version, source)
-                before = self._kept.get(version.id)
-                self._kept[version.id] = load, time.monotonic()
-                if before is not None:
-                    await trio.to_thread.run_sync(self._loader.release, before[0])
-            else:
-                self._kept[version.id] = load, time.monotonic()
+            await trio.to_thread.run_sync(self._loader.open, version, source)
+            before = self._kept.get(version.id)
+            self._kept[version.id] = load, time.monotonic()
+            if before is not None:
+                await trio.to_thread.run_sync(self._loader.release, before[0])
         except FusecacheError as error:
             raise RequestError(503, str(error), {"Retry-After": "1"}) from None
         return load
@@ -215,7 +217,7 @@ class Holdings:
             self._listed, self._urls = members, {member.name: member.url for member in members}
         direct = request.direct or request.hops > 0
         self._spread.told(request.node, request.owed)
-        self._exchange.paces.told(request.pace)
+        self._exchange.paces.told(request.node, request.pace)
         self._spread.told(self._name, self.owed)
         nbytes = len(request.blocks) * self._store.block_size
         usable = choice.Others(self._urls, (request.node, *request.failed))

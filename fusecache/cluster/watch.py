@@ -17,10 +17,15 @@ _GLANCE = 0.4
 """Seconds between looks around."""
 _UNTOLD = 3.0
 """Seconds within which a node that waits itself says so; longer waits are its own slowness."""
+_TOLD_EVERY = 0.2
+"""Seconds between counts of what came: each takes four locks."""
 _HEDGE_EVERY = 1.0
 """Seconds between looks for another holder of what a slow node, or the last of all, is sending."""
 _STAND_IN_AFTER = 6.0
 """Seconds after which the node next in order is asked to fetch what a slow one does not bring."""
+_STAND_IN_FOR_LOADED = 18.0
+"""The same, when its link is as good as the others'. When nodes start together, the one that the origin serves first
+has to send to all the others for a while: it was called slow, and stripes came twice from the origin."""
 
 
 @dataclass
@@ -53,8 +58,10 @@ class Watch:
         self._exchange = exchange
         self._flight = flight
         self._may_hedge = may_hedge
-        self._waits = self._begun = False
+        self._waits = self._begun = self._between = False
         self._told = 0
+        self._whole = 0.0
+        """When the last block was; `_between`: the next one has not begun to come, and the node may wait for it."""
         self._since = self._heard = self._looked = self._began = time.monotonic()
         self._hedge_at = self._began + _HEDGE_EVERY
 
@@ -67,8 +74,23 @@ class Watch:
     def tell(self) -> None:
         """Count what came since the last time."""
         now = time.monotonic()
-        self._exchange.count(self.member, self.nbytes - self._told, now - self._since, stored=self.stored)
-        self._told, self._since = self.nbytes, now
+        seconds = (self._whole if self._between else now) - self._since
+        self._exchange.count(self.member, self.nbytes - self._told, seconds, stored=self.stored)
+        self._told, self._since, self._whole = self.nbytes, now, now
+
+    def begins(self) -> None:
+        """A block begins to come. It is not the node's slowness that it had to wait for it itself: when nodes start
+        together, one whose connection to the origin lost a packet was called slow by all the others."""
+        if self._between:
+            self._between = False
+            self._since += time.monotonic() - self._whole
+
+    def landed(self) -> None:
+        """A block is whole."""
+        now = time.monotonic()
+        if now - self._since > _TOLD_EVERY:
+            self.tell()
+        self._whole, self._between = now, not self.stored
 
     def came(self) -> None:
         """Bytes came."""
@@ -104,6 +126,7 @@ class Watch:
             return
         self._hedge_at = now + _HEDGE_EVERY
         self._exchange.hedge(self._flight, self.member, stored_only=True)
-        if slow and now - self._began > _STAND_IN_AFTER:
+        loaded = self._exchange.paces.is_loaded(self.member.name)
+        if slow and now - self._began > (_STAND_IN_FOR_LOADED if loaded else _STAND_IN_AFTER):
             self._may_hedge = False
             self._exchange.hedge(self._flight, self.member, stored_only=False)

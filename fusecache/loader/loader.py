@@ -1,14 +1,13 @@
 """The loader: one fetch per block, whole files on their first read, then the shards behind them.
 
-Theory of operation. Readers ask for bytes that are not there (`request`) and are told when they are; a fixed
+Readers ask for bytes that are not there (`request`) and are told when they are; a fixed
 crew of threads (crew.py) flies. A free thread takes, in this order: a block a reader waits for, with the idle
 blocks behind it up to `range_bytes`; a block that another node's prefetch waits for; the next run ahead of a
 reader, of each file in turn; a file of the prefetch plan. A waiter is woken when its own blocks are in, by the
 thread that landed the last of them.
 
 Ownership: `_lock` guards all scheduling state (loads, waiters, queues) and is held for microseconds, never
-across I/O or a callback. Flights belong to the crew, not to who asked for them: a reader that goes away
-cancels nothing others may wait for.
+across I/O or a callback. A reader that goes away cancels no flight: others may wait for it.
 
 Interleavings worth knowing. (1) A block lands between a reader's look at the store and its `request`: request
 looks again under the lock that `land` takes, so it is found there. (2) A block is found bad while somebody
@@ -165,6 +164,13 @@ class Loader:
         load = self.obtain(version, source)
         load.stored.touch()
         return load
+
+    def again(self, load: ObjectLoad) -> bool:
+        """Open an open load once more, without I/O; False: it is out of date."""
+        with self._lock:
+            still = self._loads.get(load.version.id) is load and not load.stored.retired
+            load.opens += still
+        return still
 
     def obtain(self, version: ObjectVersion, source: str) -> ObjectLoad:
         """See Office."""
@@ -378,9 +384,7 @@ class Loader:
         if not self._settings.prefetch:
             return
         if self._along.due(version):
-            with self._lock:
-                self._board.tasks.append(lambda: self._along.fetch(version, source))
-                self._crew.any.notify()
+            self.task(lambda: self._along.fetch(version, source))
         if not self.learning.follow(version, source):
             self._ahead.follow(version, source)
 
@@ -546,8 +550,6 @@ class Loader:
         """See Office."""
         self._crew.call_all()
         self._wake_clock.notify()
-
-    # -- without the lock
 
     def task(self, work: Callable[[], None]) -> None:
         """See Office."""

@@ -7,7 +7,6 @@ server's clock, and once: the server remembers the nonces of that window.
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import re
 import secrets
@@ -36,7 +35,7 @@ def _sign(
         f"{name.lower()}:{value}" for name, value in headers.items() if name.lower().startswith("fusecache-")
     )
     text = "\n".join(("fusecache-1", method, target, *who, *own))
-    return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()
+    return hmac.digest(secret, text.encode(), "sha256").hex()
 
 
 class Signer:

@@ -68,6 +68,10 @@ class Watch(Protocol):
         """Bytes of blocks came."""
         ...
 
+    def begins(self) -> None:
+        """The next block begins to come."""
+        ...
+
     def waits(self, age: float) -> None:
         """The node says that it waits itself; who is at the end of what is waited for said so `age` seconds ago."""
         ...
@@ -86,6 +90,9 @@ class Patience:
         self._until = time.monotonic() + timeout
 
     def came(self) -> None:
+        """See Watch."""
+
+    def begins(self) -> None:
         """See Watch."""
 
     def waits(self, age: float) -> None:
@@ -409,6 +416,7 @@ class Answer:
         for block in self._request.blocks:
             # not along with the block before: its sender may have to wait for this one
             self._exactly(connection, memoryview(header))
+            self._watch.begins()
             length = block_bytes(block, self._size, self._request.block_size)
             yield frame_of(header, block, length)
             left = length

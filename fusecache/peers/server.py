@@ -344,10 +344,11 @@ class _Connection:
                 ("Content-Length", str(length)),
                 ("Fusecache-Stored", "1" if offer.stored else "0"),
             ]
-            await self._send_all(self._http.send(h11.Response(status_code=200, headers=head, reason=b"OK")))
+            begun = self._http.send(h11.Response(status_code=200, headers=head, reason=b"OK")) or b""
             left = len(offer.lengths)
             while pieces:
-                await self._send(pieces, request)
+                await self._send(begun, pieces, request)
+                begun = b""
                 left -= len(pieces)
                 pieces = None
                 if left:
@@ -370,16 +371,17 @@ class _Connection:
             )
             await self._send_all(self._http.send(head))
 
-    async def _send(self, pieces: Sequence[Piece], request: BlockRequest) -> None:
-        """Send blocks that are there, their frames before them if they are wanted."""
+    async def _send(self, begun: bytes, pieces: Sequence[Piece], request: BlockRequest) -> None:
+        """Send `begun`, then blocks that are there, their frames before them if they are wanted."""
         for piece in pieces:
             size = piece.length + (FRAME.size if request.frames else 0)
             # h11 counts the bytes by len(), and hands back what it would frame: nothing, in a body with a length
             self._http.send_with_data_passthrough(h11.Data(data=_Counted(size)))  # type: ignore[arg-type]
         if self._raw is not None:
             raw = self._raw
-            await self._server.in_thread(lambda: self._sendfile(raw, pieces, request))
+            await self._server.in_thread(lambda: self._sendfile(raw, begun, pieces, request))
             return
+        await self._send_all(begun)
         async for part in self._chunks(pieces, request.frames):
             with trio.fail_after(_STALLED):
                 await self._stream.send_all(part)
@@ -400,9 +402,12 @@ class _Connection:
                     raise OSError("the cached file is too short")
                 yield data
 
-    def _sendfile(self, raw: socket.socket, pieces: Sequence[Piece], request: BlockRequest) -> None:
+    def _sendfile(
+        self, raw: socket.socket, begun: bytes, pieces: Sequence[Piece], request: BlockRequest
+    ) -> None:
         """In a thread. Raises OSError, TimeoutError among them."""
         patience = _Patience(raw, lambda: self._server.ending)
+        patience.send(begun, socket.MSG_MORE)
         for piece in pieces:
             if request.frames:
                 patience.send(FRAME.pack(piece.checksum, piece.length, piece.block), socket.MSG_MORE)

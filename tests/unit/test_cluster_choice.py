@@ -230,16 +230,30 @@ def test_a_node_with_a_slow_link_asks_for_less_at_a_time() -> None:
     paces = choice.Paces()
     assert paces.abreast(1e6, 64) == 64, "nothing is known of the others"
     for pace in [0, *[1000] * (choice.PACES_SURE - 1)]:
-        paces.told(pace)
+        paces.told("a", pace)
     assert paces.abreast(1.0, 64) == 64, "nor of enough of them"
-    paces.told(900)
+    paces.told("a", 900)
     assert paces.abreast(None, 64) == 64
     assert paces.abreast(1000.0, 64) == paces.abreast(600.0, 64) == 64
     assert paces.abreast(100.0, 64) == round(6.4 * choice.ROOM)
     assert paces.abreast(1.0, 64) == choice.LEAST_CREW
     for _ in range(choice.PACES_KEPT):
-        paces.told(100)
+        paces.told("a", 100)
     assert paces.abreast(100.0, 64) == 64
+
+
+def test_a_node_with_a_link_like_the_others_is_loaded_and_not_slow() -> None:
+    paces = choice.Paces()
+    paces.told("early", 1000)
+    assert not paces.is_loaded("early"), "nothing is known of what is usual"
+    for number in range(choice.PACES_SURE):
+        paces.told(f"node-{number}", 1000)
+    paces.told("slow", 1000 // choice.PACE_OF_ITS_OWN)
+    assert paces.is_loaded("early")
+    assert not paces.is_loaded("slow")
+    assert not paces.is_loaded("unknown")
+    paces.told("slow", 0)
+    assert not paces.is_loaded("slow"), "it knows no better"
 
 
 class Clock:

@@ -4,9 +4,11 @@ or goes to the origin itself."""
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,3 +143,37 @@ def test_a_node_that_says_nothing_is_passed_over(quick: None, origin: ScriptedOr
     looks.came()
     with pytest.raises(PeerError, match="nothing came for"):
         wait(None)
+
+
+@pytest.mark.parametrize(("stored", "seconds"), [(False, 2.0), (True, 12.0)])
+def test_what_a_node_waits_for_itself_is_not_its_slowness(
+    stored: bool, seconds: float, origin: ScriptedOrigin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that passes a stripe on can't send what has not come; one that has it has no excuse."""
+    everybody = Everybody()
+    everybody.found = (Member("a", "http://a:1", 1), Member("me", "http://me:1", 1))
+    ours = Exchange(
+        "me", everybody, PeerClient("me"), {"": origin}, stripe=STRIPE, crew=1, concurrency=1, fallback=1
+    )
+    told: list[tuple[int, float]] = []
+    monkeypatch.setattr(
+        ours, "count", lambda _member, nbytes, seconds, *, stored: told.append((nbytes, seconds))
+    )
+    now = 100.0
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now))
+    flight = watch.Flight(FILE, range(4), BLOCK, math.inf, lambda: False, 0)
+    looks = watch.Watch(ours, flight, everybody.found[0], may_hedge=False)
+    looks.stored = stored
+    now += 1.0
+    for wait in (0.0, 10.0):
+        now += wait / 2
+        looks.glance()
+        now += wait / 2
+        looks.came()
+        looks.begins()
+        now += 0.5
+        looks.nbytes += BLOCK
+        looks.landed()
+    looks.tell()
+    assert sum(nbytes for nbytes, _ in told) == 2 * BLOCK
+    assert sum(took for _, took in told) == pytest.approx(seconds)
