@@ -171,13 +171,13 @@ class Holdings:
             return kept[0]
         try:
             load = await trio.to_thread.run_sync(self._open, version, source)
-            await trio.to_thread.run_sync(self._loader.open, version, source)
+        except FusecacheError as error:
+            raise RequestError(503, str(error), {"Retry-After": "1"}) from None
+        if self._loader.again(load):
             before = self._kept.get(version.id)
             self._kept[version.id] = load, time.monotonic()
             if before is not None:
                 await trio.to_thread.run_sync(self._loader.release, before[0])
-        except FusecacheError as error:
-            raise RequestError(503, str(error), {"Retry-After": "1"}) from None
         return load
 
     async def _consider(self, load: ObjectLoad, request: BlockRequest) -> Offer:

@@ -74,8 +74,8 @@ class Crew:
 
     def call(self) -> None:
         """Under the lock: somebody waits for something."""
-        for condition in (self.any, self.demand, self.remote, self.remote_demand):
-            condition.notify()
+        self.more(remote=False)
+        self.more(remote=True)
 
     def more(self, remote: bool) -> None:
         """Under the lock: somebody waits for more of this kind."""
