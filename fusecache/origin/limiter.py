@@ -1,7 +1,7 @@
 """How many requests may be in flight: halved when the origin throttles, grown slowly when it does not (AIMD).
 
-A slot is taken per request. A request that was sent before the last halving does not halve again: its 503 is news
-about the old rate. Each success adds 1/limit, so one round of requests adds one slot.
+A slot is taken per request, in the order of asking. A request that was sent before the last halving does not halve
+again: its 503 is news about the old rate. Each success adds 1/limit, so one round of requests adds one slot.
 """
 
 from __future__ import annotations
@@ -9,23 +9,32 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 
-from fusecache.errors import CancelledReadError, UnavailableError
+from fusecache.errors import CancelledReadError, OriginError, UnavailableError
+from fusecache.origin.retry import give_up
 
 _POLL = 0.1
 """Seconds between looks at `cancelled`, which nothing can wake us for."""
 
+_LEAST = 4
+"""Never fewer slots: with one, a single request that stalls, or one key that is throttled for good, would stop all."""
+
 
 class Limiter:
-    """An adaptive semaphore. Its lock is a leaf: nothing is called while it is held."""
+    """An adaptive semaphore, first come, first served. Its lock is a leaf: nothing is called while it is held."""
 
     def __init__(self, most: int) -> None:
         self._most = most
+        self._least = min(most, _LEAST)
         self._limit = float(most)
         self._busy = 0
         self._generation = 0  # counts halvings
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._waiting: deque[threading.Event] = (
+            deque()
+        )  # set: the slot is theirs, and they are no longer here
 
     @property
     def limit(self) -> int:
@@ -33,37 +42,59 @@ class Limiter:
         return int(self._limit)
 
     @contextlib.contextmanager
-    def slot(self, where: str, deadline: float, cancelled: Callable[[], bool]) -> Iterator[int]:
-        """Hold a slot; gives the generation to tell `throttled`. Raises UnavailableError, CancelledReadError."""
-        with self._changed:
-            while self._busy >= int(self._limit):
+    def slot(
+        self,
+        where: str,
+        deadline: float,
+        cancelled: Callable[[], bool],
+        last: OriginError | None = None,
+    ) -> Iterator[int]:
+        """Hold a slot; gives the generation to tell `throttled`.
+
+        Raises UnavailableError at the deadline, or what `give_up` does with `last`, the failure that this request is
+        to mend; CancelledReadError.
+        """
+        turn = threading.Event()
+        with self._lock:
+            self._waiting.append(turn)
+            self._admit()
+        try:
+            while not turn.is_set():
                 if cancelled():
                     raise CancelledReadError(f"{where}: the reader went away")
                 left = deadline - time.monotonic()
                 if left <= 0:
+                    if last is not None:
+                        give_up(last)
                     raise UnavailableError(
                         f"{where}: no request could be sent before the deadline: the origin is overloaded"
                     )
-                self._changed.wait(min(left, _POLL))
-            self._busy += 1
-            generation = self._generation
-        try:
-            yield generation
+                turn.wait(min(left, _POLL))
+            yield self._generation
         finally:
-            with self._changed:
-                self._busy -= 1
-                self._changed.notify()
+            with self._lock:
+                if turn.is_set():
+                    self._busy -= 1
+                else:
+                    self._waiting.remove(turn)
+                self._admit()
+
+    def _admit(self) -> None:
+        """Give what is free to those who wait longest; the lock is held."""
+        while self._waiting and self._busy < int(self._limit):
+            self._busy += 1
+            self._waiting.popleft().set()
 
     def throttled(self, generation: int) -> None:
         """A request of this generation was told to slow down."""
-        with self._changed:
+        with self._lock:
             if generation == self._generation:
                 self._generation += 1
-                self._limit = max(1.0, self._limit / 2)
+                self._limit = max(float(self._least), self._limit / 2)
 
     def succeeded(self) -> None:
         """A request was answered in full."""
-        with self._changed:
+        with self._lock:
             if self._limit < self._most:
                 self._limit = min(float(self._most), self._limit + 1 / self._limit)
-                self._changed.notify()
+                self._admit()

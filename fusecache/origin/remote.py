@@ -26,7 +26,7 @@ from fusecache.errors import (
 from fusecache.origin.base import Backend, OriginStats, never
 from fusecache.origin.failures import truncated
 from fusecache.origin.limiter import Limiter
-from fusecache.origin.retry import Backoff, gave_up
+from fusecache.origin.retry import Backoff, give_up
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
@@ -177,11 +177,11 @@ class RemoteOrigin:
             raise UnavailableError(f"{where}: the origin is closed")
         if cancelled():
             raise CancelledReadError(f"{where}: the reader went away")
-        with self._limiter.slot(where, deadline, cancelled) as generation:
+        with self._limiter.slot(where, deadline, cancelled, last) as generation:
             left = deadline - time.monotonic()
             if left <= 0:
                 if last is not None:
-                    raise gave_up(last) from last
+                    give_up(last)
                 raise UnavailableError(f"{where}: not all bytes came before the deadline")
             self.stats.add(requests=1, lists=lists)
             try:
@@ -213,7 +213,7 @@ class RemoteOrigin:
         if not error.temporary:
             raise error
         if time.monotonic() >= deadline:
-            raise gave_up(error) from error
+            give_up(error)
         log.debug("%s: trying again", error)
         backoff.pause(error, deadline, cancelled)
         self.stats.add(retries=1)

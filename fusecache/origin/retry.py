@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 from fusecache.errors import CancelledReadError, OriginError, ThrottledError, UnavailableError
 
@@ -28,7 +29,7 @@ class Backoff:
     def pause(self, error: OriginError, deadline: float, cancelled: Callable[[], bool]) -> None:
         """Wait before the next attempt.
 
-        Raises UnavailableError from `error` if that would be after the deadline, CancelledReadError.
+        Raises what `give_up` does, if that would be after the deadline, and CancelledReadError.
         """
         bound = min(self._longest, self._initial * 2 ** min(self._attempts, 30))
         self._attempts += 1
@@ -38,13 +39,18 @@ class Backoff:
             delay = max(delay, error.retry_after)
         until = time.monotonic() + delay
         if until >= deadline:
-            raise gave_up(error) from error
+            give_up(error)
         while (left := until - time.monotonic()) > 0:
             if cancelled():
                 raise CancelledReadError("the reader went away")
             _never_set.wait(min(left, _POLL))
 
 
-def gave_up(error: OriginError) -> UnavailableError:
-    """The error for a deadline that has come, with the last failure as the reason."""
-    return UnavailableError(f"{error}; tried until the deadline")
+def give_up(error: OriginError) -> NoReturn:
+    """The deadline has come, and `error` was the last failure: the reason, or the answer where it is one.
+
+    Raises UnavailableError from `error`; `error` itself if no later attempt would mend it (access denied).
+    """
+    if not error.temporary:
+        raise error
+    raise UnavailableError(f"{error}; tried until the deadline") from error

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.support.content import check, content
-from tests.support.faulty import FaultyServer, Request, everything
+from tests.support.faulty import FaultyServer, Kind, Request, everything
 from tests.support.live import (
     HANG,
     MIB,
@@ -196,6 +196,30 @@ def test_faults_that_stay_are_one_error_in_time(strict: Place) -> None:
     strict.proxy.clear()
     for path, fd in zip(paths, fds, strict=False):  # the failure is not remembered
         check(pread(fd, MIB), path.name, 1, MIB)
+    for fd in fds:
+        os.close(fd)
+
+
+def test_objects_that_are_throttled_or_stall_for_good_do_not_stop_the_others(strict: Place) -> None:
+    """The fewest slots that throttling leaves are enough for who comes later."""
+    stuck = [strict.file() for _ in range(7)]
+    denied, well = strict.file(), strict.file()
+    faults: list[Kind] = ["status", "stall", "stall", "stall", "stall", "stall", "stall"]
+    for path, fault in zip(stuck, faults, strict=True):
+        strict.proxy.add(
+            fault, times=math.inf, match=lambda request, key=path.name: bool(spans([request], key))
+        )
+    strict.proxy.add(
+        "status", status=403, times=math.inf, match=lambda request: bool(spans([request], denied.name))
+    )
+    fds = [opened(path) for path in (*stuck, denied, well)]
+    readers = [
+        background(functools.partial(failing, functools.partial(os.pread, fd, 10, 0))) for fd in fds[:7]
+    ]
+    wait_until(lambda: status(strict.mount)["origin"]["concurrency"] <= 4, "the origin throttles")
+    assert failing(lambda: pread(fds[7], 0, 10)) == "EACCES"
+    check(pread(fds[8], 0), well.name, 1)
+    assert [reader.result(HANG) for reader in readers] == ["EIO"] * 7
     for fd in fds:
         os.close(fd)
 

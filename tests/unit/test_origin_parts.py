@@ -27,6 +27,7 @@ from fusecache.origin.failures import from_os_error, from_status, retry_after
 from fusecache.origin.limiter import Limiter
 from fusecache.origin.retry import Backoff
 from fusecache.origin.s3 import normal_etag
+from tests.support.servers import wait_until
 
 
 def later() -> float:
@@ -51,7 +52,11 @@ def test_the_limit_halves_once_per_round_and_grows_by_one_per_round() -> None:
     for _ in range(10):
         with limiter.slot("x", later(), never) as generation:
             limiter.throttled(generation)
-    assert limiter.limit == 1
+    assert limiter.limit == 4, "a request that stalls would stop all others"
+    few = Limiter(2)
+    with few.slot("x", later(), never) as generation:
+        few.throttled(generation)
+    assert few.limit == 2
 
 
 def test_a_full_limiter_ends_waiting_at_the_deadline_or_cancellation() -> None:
@@ -61,6 +66,40 @@ def test_a_full_limiter_ends_waiting_at_the_deadline_or_cancellation() -> None:
             pass
         with pytest.raises(CancelledReadError), limiter.slot("x", later(), lambda: True):
             pass
+
+
+def test_who_waits_for_a_slot_until_the_deadline_is_told_the_last_failure() -> None:
+    limiter = Limiter(1)
+    denied, reset = AccessDeniedError("no"), TemporaryOriginError("reset")
+    with limiter.slot("x", later(), never):
+        with pytest.raises(AccessDeniedError) as caught, limiter.slot("x", 0.0, never, denied):
+            pass
+        assert caught.value is denied
+        with (
+            pytest.raises(UnavailableError, match="reset; tried until"),
+            limiter.slot("x", 0.0, never, reset),
+        ):
+            pass
+
+
+def test_slots_are_given_in_the_order_of_asking() -> None:
+    limiter = Limiter(1)
+    order: list[int] = []
+
+    def use(number: int) -> None:
+        with limiter.slot("x", later(), never):
+            order.append(number)
+
+    threads = [threading.Thread(target=use, args=(number,)) for number in range(5)]
+    with limiter.slot("x", later(), never):
+        for number, thread in enumerate(threads):
+            thread.start()
+            wait_until(lambda n=number: len(limiter._waiting) == n + 1, "the thread waits", 5)  # type: ignore[misc]
+        with pytest.raises(UnavailableError), limiter.slot("x", 0.0, never):
+            pass  # who gives up leaves the queue
+    for thread in threads:
+        thread.join(5)
+    assert order == [0, 1, 2, 3, 4]
 
 
 def test_a_freed_slot_wakes_a_waiter() -> None:
