@@ -5,8 +5,8 @@ with the project's own placement and scheduling; prints a table, and writes benc
 simulation.png. With results of `python -m benchmarks.cluster` beside them it says how far the simulation is from those.
 
 1 TB in 16 MiB stripes for 10,000 nodes is 600 million transfers. So a slice of the model is simulated, with all nodes
-and real stripes, as long as --transfers allows; what its second half took is taken for the rest of the model. The
-blocks of simulated stripes are larger (STEPS per stripe), so that a stripe is passed on in coarser steps than it is:
+and real stripes, as long as --transfers allows, and of --least stripes; what its second half took is taken for the rest
+of the model. The blocks of simulated stripes are larger (STEPS per stripe), so that a stripe is passed on in coarser steps than it is:
 the times are too long by that. Slices of less than some seconds are too short for slow nodes to be found slow.
 """
 
@@ -53,6 +53,13 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     help="Stripes that arrive at a node, of all nodes together, in one run: about 5,000 a second are simulated.",
 )
 @click.option(
+    "--least",
+    type=click.IntRange(2),
+    default=200,
+    show_default=True,
+    help="Stripes that each node reads at least, however many transfers that makes.",
+)
+@click.option(
     "--rate", type=float, default=100.0, show_default=True, help="Gbit/s of a NIC, and of the origin."
 )
 @click.option("--scenarios", default=",".join(SCENARIOS), show_default=True, help="Which of these.")
@@ -80,6 +87,7 @@ def main(
     nodes: str,
     stripe: str,
     transfers: float,
+    least: int,
     rate: float,
     scenarios: str,
     jobs: int,
@@ -110,7 +118,7 @@ def main(
         console.print(check_table(checks))
     if validate_only:
         return
-    found = _all(console, cases, names, transfers, rate * GBIT, jobs)
+    found = _all(console, cases, names, transfers, least, rate * GBIT, jobs)
     console.print(table_of(found))
     results.mkdir(parents=True, exist_ok=True)
     document = {
@@ -128,13 +136,14 @@ def _all(
     cases: Sequence[tuple[int, int]],
     names: Sequence[str],
     transfers: float,
+    least: int,
     rate: float,
     jobs: int,
 ) -> list[Result]:
     settings: list[Setting] = []
     wanted: list[tuple[str, Setting, Setting, Setting]] = []
     for nodes, stripe in cases:
-        size, shard = _slice(nodes, transfers, stripe)
+        size, shard = _slice(max(least, round(transfers / nodes)), stripe)
         block = max(1 << 20, stripe // STEPS)
         well = Setting(nodes, size, shard=shard, stripe=stripe, block=block, rate=rate, origin_rate=rate)
         for name in names:
@@ -162,9 +171,8 @@ def _all(
     ]
 
 
-def _slice(nodes: int, transfers: float, stripe: int) -> tuple[int, int]:
-    """Bytes of the model that so many transfers carry, and of each of its files, of which there is an even number."""
-    stripes = max(2, round(transfers / nodes))
+def _slice(stripes: int, stripe: int) -> tuple[int, int]:
+    """Bytes of so many stripes of the model, and of each of its files, of which there is an even number."""
     shard = max(1, min(SHARD // stripe, stripes // 2))
     return max(1, stripes // shard // 2) * 2 * shard * stripe, shard * stripe
 
