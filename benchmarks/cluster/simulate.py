@@ -6,8 +6,9 @@ simulation.png. With results of `python -m benchmarks.cluster` beside them it sa
 
 1 TB in 16 MiB stripes for 10,000 nodes is 600 million transfers. So a slice of the model is simulated, with all nodes
 and real stripes, as long as --transfers allows, and of --least stripes; what its second half took is taken for the rest
-of the model. The blocks of simulated stripes are larger (STEPS per stripe), so that a stripe is passed on in coarser steps than it is:
-the times are too long by that. Slices of less than some seconds are too short for slow nodes to be found slow.
+of the model. The blocks of simulated stripes are larger (STEPS per stripe), so that a stripe is passed on in coarser
+steps than it is: the times are too long by that. Slices of less than some seconds are too short for slow nodes to be
+found slow.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ pytestmark = needs_fuse
 
 _SIZE = 6 * MIB + 777
 _OPTIONS = {
-    "deadline": 12, "stall_timeout": "500ms", "connect_timeout": 2, "retry_initial": "10ms", "retry_max": "100ms",
+    "deadline": 12, "stall_timeout": 1, "connect_timeout": 2, "retry_initial": "10ms", "retry_max": "100ms",
     "range_size": "2MiB", "concurrency": 4, "metadata_ttl": 0, "negative_ttl": 0,
 }  # fmt: skip
 
@@ -108,7 +108,7 @@ def strict(
     """A short deadline, and nothing is fetched but what is asked for."""
     work = tmp_path_factory.mktemp("strict")
     with placed(
-        s3_server, proxy, work, deadline=2, prefetch="off", range_size="1MiB", concurrency=16
+        s3_server, proxy, work, deadline=3, prefetch="off", range_size="1MiB", concurrency=16
     ) as made:
         yield made
 

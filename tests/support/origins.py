@@ -17,9 +17,9 @@ from fusecache.origin import Origin, open_origin
 from tests.support.servers import GcsBucket, S3Bucket
 
 QUICK = Tuning(
-    deadline=4, connect_timeout=1, stall_timeout=0.5, retry_initial=0.001, retry_max=0.01, concurrency=8
+    deadline=6, connect_timeout=2, stall_timeout=2, retry_initial=0.001, retry_max=0.01, concurrency=8
 )
-"""Short pauses and deadlines, for tests."""
+"""Short pauses and deadlines, for tests; long enough that a busy machine is not taken for a stall, and asked again."""
 
 _numbers = itertools.count(1)
 
