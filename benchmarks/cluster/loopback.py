@@ -2,8 +2,9 @@
 
 The giver is a real mount that has the model; the taker is the exchange's client in a process of its own, which checks
 each block's checksum as a node does (`exchange`), or a second mount that also stores what it gets (`stored`). iperf3
-moves the same number of streams in the same rounds to nowhere: 128 KiB that stay in the CPU's cache, or (`iperf3 -F`) a
-file of the model, which has to come from memory as the exchange's bytes do.
+moves the same number of streams in the same rounds to nowhere: 128 KiB that stay in the CPU's cache, as the system's
+congestion control has it or with the exchange's (`iperf3 -C`), or (`iperf3 -F`) a file of the model, which has to come
+from memory as the exchange's bytes do.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ _BLOCK = 1 << 20
 _RANGE = 16
 """Blocks per request: a stripe."""
 _SECONDS = 3
+_IPERF3 = {"iperf3": (), "iperf3 -C cubic": ("-C", "cubic"), "iperf3 -F": ("-F", "FILE")}
+"""Name -> its arguments."""
 _TAKE = "import sys; from benchmarks.cluster.loopback import take; take(*sys.argv[1:])"
 
 
@@ -79,23 +82,23 @@ def main(size: int, rounds: int, work: Path, results: Path) -> None:
     document = {
         "streams": STREAMS,
         "mib": size,
+        "congestion": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
         "bytes_per_second": rates,
-        "over_iperf3": {name: rate / medians["iperf3"] for name, rate in medians.items()},
-        "over_iperf3_file": {name: rate / medians["iperf3 -F"] for name, rate in medians.items()},
+        "over": {other: {name: rate / medians[other] for name, rate in medians.items()} for other in _IPERF3},
     }
     results.mkdir(parents=True, exist_ok=True)
     (results / "loopback.json").write_text(json.dumps(document, indent=1) + "\n")
     title = f"From node to node over the loopback, {STREAMS} streams"
-    table = Table("", "GB/s", "over iperf3", "over iperf3 -F", title=title)
+    table = Table("", "GB/s", *(f"over {other}" for other in _IPERF3), title=title)
     for name, rate in medians.items():
-        ratios = [f"{rate / medians[other]:.2f}" for other in ("iperf3", "iperf3 -F")]
+        ratios = [f"{rate / medians[other]:.2f}" for other in _IPERF3]
         table.add_row(name, f"{rate / 1e9:.2f}", *ratios)
     Console().print(table)
 
 
 def measure(folder: Path, size: int, rounds: int) -> dict[str, list[float]]:
     """Bytes per second of each contender, per round."""
-    rates: dict[str, list[float]] = {"iperf3": [], "iperf3 -F": [], "exchange": [], "stored": []}
+    rates: dict[str, list[float]] = {name: [] for name in (*_IPERF3, "exchange", "stored")}
     secret = folder / "secret"
     secret.write_text(os.urandom(24).hex())
     secret.chmod(0o600)
@@ -115,8 +118,8 @@ def measure(folder: Path, size: int, rounds: int) -> dict[str, list[float]]:
         # the taker imports numpy, whose threads would spin beside it
         env = {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
         for _ in range(rounds):
-            rates["iperf3"].append(_iperf3(perf))
-            rates["iperf3 -F"].append(_iperf3(perf, "-F", str(data)))
+            for name, more in _IPERF3.items():
+                rates[name].append(_iperf3(perf, *(str(data) if word == "FILE" else word for word in more)))
             told = run([sys.executable, "-c", _TAKE, url, str(secret)], timeout=120, env=env)
             rates["exchange"].append(json.loads(told))
             with mounted_node(folder, "taker", bucket, ports, secret, options) as taker:

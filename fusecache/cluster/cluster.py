@@ -173,6 +173,7 @@ class Cluster:
             connections=settings.connections,
             verifier=self._verifier,
             tls=self._server_tls,
+            congestion=settings.congestion,
         )
         nursery.start_soon(self._holdings.run)
         await nursery.start(server.run)

@@ -123,6 +123,12 @@ class PeerSettings(Model):
         le=65536,
         description="Most answers under way at a time; further ones wait for their turn.",
     )
+    congestion: str = Field(
+        default="",
+        pattern=r"^[a-z0-9_]{0,15}$",
+        description="TCP congestion control of what is sent to other nodes; unset: the system's, but `cubic` where "
+        "that is `bbr`.",
+    )
     timeout: Seconds = Field(
         default=2.0, gt=0, description="A node that takes no connection for so long is passed over."
     )

@@ -27,6 +27,7 @@ import trio
 
 from fusecache.errors import ConfigError, FusecacheError
 from fusecache.peers.auth import Verifier
+from fusecache.peers.congestion import set_congestion
 from fusecache.peers.member import Health
 from fusecache.peers.wire import (
     AGE,
@@ -130,12 +131,14 @@ class PeerServer:
         connections: int,
         verifier: Verifier | None = None,
         tls: ssl.SSLContext | None = None,
+        congestion: str = "",
     ) -> None:
         self.port = port
         self._host = host
         self._node = node
         self._verifier = verifier
         self._tls = tls
+        self._congestion = congestion
         self._slots = trio.Semaphore(connections)
         self._idle: dict[trio.CancelScope, None] = {}
         """Of connections that wait for a request, the one that waits longest first."""
@@ -143,7 +146,7 @@ class PeerServer:
         self._threads = trio.CapacityLimiter(256)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve until cancelled. Raises ConfigError when the address can't be had."""
+        """Serve until cancelled. Raises ConfigError when the address, or `congestion`, can't be had."""
         try:
             listeners = await trio.open_tcp_listeners(self.port, host=self._host or None, backlog=_BACKLOG)
         except OSError as error:
@@ -151,6 +154,8 @@ class PeerServer:
                 f"peers.listen={self._host}:{self.port}: {error.strerror or error}: choose another address"
             ) from None
         try:
+            for listener in listeners:
+                set_congestion(listener.socket, self._congestion)
             self.port = listeners[0].socket.getsockname()[1]
             async with trio.open_nursery() as nursery:
                 for listener in listeners:
