@@ -56,7 +56,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 @click.option(
     "--least",
     type=click.IntRange(2),
-    default=200,
+    default=100,
     show_default=True,
     help="Stripes that each node reads at least, however many transfers that makes.",
 )
