@@ -417,6 +417,7 @@ class Exchange:
                         yield Again()
                     watch.switch(hedged.member)
                     items, close = hedged.answer, hedged.close
+                    self._upstream[stripe] = hedged.member.name
         finally:
             watch.tell()
             with self._lock:
@@ -491,7 +492,8 @@ class Exchange:
 
     def hedge(self, flight: Flight, now_from: Member, *, stored_only: bool) -> None:
         """Ask another node for what is left, too: any that has it stored, or the next in order, which then fetches it.
-        Raises _HedgedError if it has an answer."""
+        While that one is waited for it gets nothing of this from us, or both would wait until the deadline. Raises
+        _HedgedError if it has an answer."""
         if stored_only:
             with self._lock:
                 now = time.monotonic()
@@ -521,11 +523,15 @@ class Exchange:
             )
             request = self._request(again, stored_only=stored_only, direct=True, hops=0)
             watch = Watch(self, again, member, may_hedge=False)
+            stripe = (flight.version.id, self.stripe_of(flight.at, flight.block_size))
+            if not stored_only:
+                self._upstream[stripe] = member.name
             try:
                 answer = self._client.blocks(member.url, request, flight.version.size, watch)
             except PeerError as error:
                 _log.debug("node %s instead of %s: %s", member.name, now_from.name, error)
                 self.breakers.undecided(member.name)
+                self._upstream[stripe] = now_from.name
                 continue
             with self._lock:
                 self.stats.hedged += 1

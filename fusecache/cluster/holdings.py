@@ -192,21 +192,28 @@ class Holdings:
         stripe = self._exchange.stripe_of(blocks.start, stored.block_size)
         order = self._exchange.ranking(load.version.id, stripe)
         ours = choice.is_ours(order, self._name, request.failed)
+        own = bool(order) and order[0].name == self._name
         if not all(stored.present(block) or stored.unverified(block) for block in blocks):
             missed = RequestError(404, "not all of these blocks are stored here")
             if request.stored_only:
                 raise missed
             members = len(self._members.members())
-            if not choice.fetches(order, self._name, request.failed, request.hops, members):
-                upstream = self._exchange.upstream(load.version.id, stripe)
-                coming = self._loader.coming(load, blocks)
-                if not coming or (request.node and upstream == request.node):
-                    owner = order[0].name if order else ""
-                    raise RequestError(421, f"these blocks are for node {owner} to fetch", owner=owner)
+            fetches = choice.fetches(order, self._name, request.failed, request.hops, members)
+            from_who_asks = request.node and self._exchange.upstream(load.version.id, stripe) == request.node
+            if (from_who_asks and not own) or not (fetches or self._loader.coming(load, blocks)):
+                owner = order[0].name if order else ""
+                raise RequestError(421, f"these blocks are for node {owner} to fetch", owner=owner)
         self._redirect(request, (load.version.id, stripe))
         await self._turn(request)
-        certain = None if ours else functools.partial(self._exchange.coming, load.version.id, stripe)
+        certain = None if own else functools.partial(self._certain, load.version.id, stripe, ours)
         return _Offer(self, self._loader, load, request, certain)
+
+    def _certain(self, object_id: ObjectId, stripe: int, stand_in: bool) -> float:
+        """When it was last certain that blocks of another node's stripe come to us, as time.monotonic(). `stand_in`: we
+        are to fetch it now; but as long as we ask others for it, they may be waiting for whom we keep waiting."""
+        if stand_in and self._exchange.upstream(object_id, stripe) is None:
+            return time.monotonic()
+        return self._exchange.coming(object_id, stripe)
 
     def _redirect(self, request: BlockRequest, stripe: tuple[ObjectId, int]) -> None:
         """Send a caller on to another holder, if it is that one's turn. Raises RequestError 307."""

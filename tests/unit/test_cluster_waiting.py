@@ -122,6 +122,71 @@ async def test_who_passes_on_what_nobody_says_is_coming_loses_patience(
         asked.loader.release(load)
 
 
+async def test_a_stand_in_that_waits_for_others_itself_is_not_waited_for_for_long(
+    nodes: list[Node], step: Step, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, next_in_order, last = _in_order(nodes)
+    request = BlockRequest(FILE.id, range(4), FILE, BLOCK, DEADLINE, failed=(owner.name,), node=last.name)
+
+    def ask() -> None:
+        url = next_in_order.url
+        last.client.blocks(url, request, FILE.size, Patience(url, 2 * SILENCE)).close()
+
+    load = next_in_order.loader.open(FILE, "")
+    waiter = next_in_order.loader.request(load, 0, BLOCK, lambda _waiter: None)
+    assert waiter is not None
+    try:
+        await in_thread(step.arrived)
+        monkeypatch.setattr(next_in_order.exchange, "coming", lambda _object_id, _stripe: 0.0)
+        with pytest.raises(PeerMissError):
+            await in_thread(ask)
+    finally:
+        next_in_order.loader.cancel(waiter)
+        next_in_order.loader.release(load)
+
+
+async def test_a_stand_in_does_not_wait_for_who_asks_it(
+    nodes: list[Node], step: Step, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who gets a stripe from the owner finds it slow, and asks the next in order, which gets it from who asks."""
+    monkeypatch.setattr(watch, "_HEDGE_EVERY", SILENCE / 2)
+    monkeypatch.setattr(watch, "_STAND_IN_AFTER", SILENCE)
+    owner, next_in_order, last = _in_order(nodes)
+    asked = trio.Event()
+    token = trio.lowlevel.current_trio_token()
+    hedge = last.exchange.hedge
+
+    def noted(flight: watch.Flight, now_from: Member, *, stored_only: bool) -> None:
+        if not stored_only and now_from.name == owner.name:
+            token.run_sync_soon(asked.set)
+        hedge(flight, now_from, stored_only=stored_only)
+
+    monkeypatch.setattr(last.exchange, "hedge", noted)
+    found: list[bytes] = []
+
+    async def read(node: Node) -> None:
+        found.append(await in_thread(node.read))
+
+    async with trio.open_nursery() as readers:
+        readers.start_soon(read, last)
+        await in_thread(step.arrived)
+        readers.start_soon(read, next_in_order)
+        redirected = next_in_order.exchange.stats
+        await in_thread(wait_until, lambda: redirected.redirected, "who comes later is sent on", DEADLINE)
+        monkeypatch.setattr(last.exchange.breakers, "is_slow", lambda name: name == owner.name)
+        with trio.fail_after(DEADLINE):
+            await asked.wait()
+        await trio.sleep(SILENCE / 2)
+        step.open()
+    assert found == [DATA] * 2
+
+
+def _in_order(nodes: list[Node]) -> list[Node]:
+    """As the first stripe ranks them."""
+    order = [member.name for member in nodes[0].exchange.ranking(FILE.id, 0)]
+    return sorted(nodes, key=lambda node: order.index(node.name))
+
+
 def test_a_node_that_says_nothing_is_passed_over(quick: None, origin: ScriptedOrigin) -> None:
     everybody = Everybody()
     everybody.found = (Member("a", "http://a:1", 1), Member("me", "http://me:1", 1))
