@@ -14,7 +14,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -159,7 +159,7 @@ class Exchange:
         self._elsewhere = 0.0
         """When a flight may look elsewhere again."""
         self._empty: dict[tuple[str, ObjectId], float] = {}
-        self._upstream: dict[tuple[ObjectId, int], str] = {}
+        self._upstream: dict[tuple[ObjectId, int], list[str]] = {}
         self._coming: dict[tuple[ObjectId, int], float] = {}
         self._ranked: tuple[Member, ...] = ()
         self._rankings: dict[tuple[ObjectId, int], list[Member]] = {}
@@ -204,9 +204,20 @@ class Exchange:
         """Number of the stripe that holds a block."""
         return block // max(1, self._stripe // block_size)
 
-    def upstream(self, object_id: ObjectId, stripe: int) -> str | None:
-        """The node from which blocks of this stripe are coming just now."""
-        return self._upstream.get((object_id, stripe))
+    def upstream(self, object_id: ObjectId, stripe: int) -> Collection[str]:
+        """The nodes from which blocks of this stripe are to come, who may not have them yet."""
+        return self._upstream.get((object_id, stripe), ())
+
+    def _depend(self, stripe: tuple[ObjectId, int], name: str) -> None:
+        with self._lock:
+            self._upstream.setdefault(stripe, []).append(name)
+
+    def _independent(self, stripe: tuple[ObjectId, int], name: str) -> None:
+        with self._lock:
+            names = self._upstream[stripe]
+            names.remove(name)
+            if not names:
+                del self._upstream[stripe]
 
     def note_coming(self, flight: Flight, when: float) -> None:
         """At that time it was certain that what is left of a flight comes to us."""
@@ -388,9 +399,11 @@ class Exchange:
         request = self._request(flight, stored_only=stored_only, direct=direct, hops=hops)
         stripe = (flight.version.id, self.stripe_of(flight.at, flight.block_size))
         watch = Watch(self, flight, member, may_hedge=not stored_only)
+        waits_for = None if stored_only else member.name
+        if waits_for is not None:
+            self._depend(stripe, waits_for)
         with self._lock:
             self._receiving += 1
-            self._upstream[stripe] = member.name
             self.stats.peers.setdefault(member.name, PeerTraffic()).requests += 1
         try:
             items: Iterator[int | memoryview] | None = None
@@ -417,12 +430,15 @@ class Exchange:
                         yield Again()
                     watch.switch(hedged.member)
                     items, close = hedged.answer, hedged.close
-                    self._upstream[stripe] = hedged.member.name
+                    if waits_for is not None:
+                        self._independent(stripe, waits_for)
+                    waits_for = hedged.member.name if hedged.slow else None
         finally:
             watch.tell()
+            if waits_for is not None:
+                self._independent(stripe, waits_for)
             with self._lock:
                 self._receiving -= 1
-                self._upstream.pop(stripe, None)
                 self._coming.pop(stripe, None)
 
     def _answered(self, member: Member, seconds: float) -> None:
@@ -525,13 +541,16 @@ class Exchange:
             watch = Watch(self, again, member, may_hedge=False)
             stripe = (flight.version.id, self.stripe_of(flight.at, flight.block_size))
             if not stored_only:
-                self._upstream[stripe] = member.name
+                self._depend(stripe, member.name)  # the flight goes on with that if it has an answer
             try:
                 answer = self._client.blocks(member.url, request, flight.version.size, watch)
-            except PeerError as error:
+            except BaseException as error:
+                if not stored_only:
+                    self._independent(stripe, member.name)
+                if not isinstance(error, PeerError):
+                    raise
                 _log.debug("node %s instead of %s: %s", member.name, now_from.name, error)
                 self.breakers.undecided(member.name)
-                self._upstream[stripe] = now_from.name
                 continue
             with self._lock:
                 self.stats.hedged += 1

@@ -192,26 +192,26 @@ class Holdings:
         stripe = self._exchange.stripe_of(blocks.start, stored.block_size)
         order = self._exchange.ranking(load.version.id, stripe)
         ours = choice.is_ours(order, self._name, request.failed)
-        own = bool(order) and order[0].name == self._name
         if not all(stored.present(block) or stored.unverified(block) for block in blocks):
             missed = RequestError(404, "not all of these blocks are stored here")
             if request.stored_only:
                 raise missed
             members = len(self._members.members())
             fetches = choice.fetches(order, self._name, request.failed, request.hops, members)
-            from_who_asks = request.node and self._exchange.upstream(load.version.id, stripe) == request.node
-            if (from_who_asks and not own) or not (fetches or self._loader.coming(load, blocks)):
+            from_who_asks = request.node in self._exchange.upstream(load.version.id, stripe)
+            if from_who_asks or not (fetches or self._loader.coming(load, blocks)):
                 owner = order[0].name if order else ""
                 raise RequestError(421, f"these blocks are for node {owner} to fetch", owner=owner)
         self._redirect(request, (load.version.id, stripe))
         await self._turn(request)
-        certain = None if own else functools.partial(self._certain, load.version.id, stripe, ours)
+        certain = functools.partial(self._certain, load.version.id, stripe, ours)
         return _Offer(self, self._loader, load, request, certain)
 
-    def _certain(self, object_id: ObjectId, stripe: int, stand_in: bool) -> float:
-        """When it was last certain that blocks of another node's stripe come to us, as time.monotonic(). `stand_in`: we
-        are to fetch it now; but as long as we ask others for it, they may be waiting for whom we keep waiting."""
-        if stand_in and self._exchange.upstream(object_id, stripe) is None:
+    def _certain(self, object_id: ObjectId, stripe: int, ours: bool) -> float:
+        """When it was last certain that blocks of a stripe come to us, as time.monotonic(). `ours`: we are the one to
+        fetch it. But as long as we ask others for it (we were sent on to one before its owner died, or stand in for a
+        slow one), they may be waiting for whom we keep waiting."""
+        if ours and not self._exchange.upstream(object_id, stripe):
             return time.monotonic()
         return self._exchange.coming(object_id, stripe)
 
@@ -263,10 +263,9 @@ class _Offer:
         loader: Loader,
         load: ObjectLoad,
         request: BlockRequest,
-        coming: Callable[[], float] | None,
+        coming: Callable[[], float],
     ) -> None:
-        """`coming` tells when it was last certain that the blocks come to us, as time.monotonic(); None: we are the one
-        to fetch them."""
+        """`coming` tells when it was last certain that the blocks come to us, as time.monotonic()."""
         stored = load.stored
         self.lengths: Sequence[int] = [
             block_bytes(block, load.version.size, stored.block_size) for block in request.blocks
@@ -342,9 +341,8 @@ class _Offer:
 
     def _age(self) -> float:
         """Seconds since it was certain that there is reason to wait. Raises trio.TooSlowError when that is long ago."""
-        if self._coming is None:
-            return 0.0
-        age = time.monotonic() - max(self._coming(), self._since)
+        certain = max(self._coming(), self._since)
+        age = time.monotonic() - certain
         if age > _PATIENCE:
             raise trio.TooSlowError
         return age

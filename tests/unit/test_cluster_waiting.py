@@ -181,6 +181,27 @@ async def test_a_stand_in_does_not_wait_for_who_asks_it(
     assert found == [DATA] * 2
 
 
+@pytest.mark.parametrize("place", [0, 1], ids=["owner", "next"])
+async def test_nobody_gets_a_stripe_from_who_gets_it_from_him(
+    nodes: list[Node], step: Step, place: int
+) -> None:
+    """Its owner dies, who was sent on to us asks the next in order: and that one was sent on to who asks."""
+    ordered = _in_order(nodes)
+    asked, asking = ordered[place], ordered[2]
+    failed = tuple(node.name for node in ordered[:place])
+    request = BlockRequest(FILE.id, range(4), FILE, BLOCK, DEADLINE, failed=failed, node=asking.name)
+
+    def ask() -> None:
+        asking.client.blocks(asked.url, request, FILE.size, Patience(asked.url, 2 * SILENCE)).close()
+
+    asked.exchange._depend((FILE.id, 0), asking.name)
+    with pytest.raises(PeerMissError, match="for node"):
+        await in_thread(ask)
+    asked.exchange._independent((FILE.id, 0), asking.name)
+    with pytest.raises(PeerError, match="no answer within"):
+        await in_thread(ask)
+
+
 def _in_order(nodes: list[Node]) -> list[Node]:
     """As the first stripe ranks them."""
     order = [member.name for member in nodes[0].exchange.ranking(FILE.id, 0)]
