@@ -31,7 +31,7 @@ WELL_LOOKED_AT = 8
 
 @click.command()
 @click.option("--nodes", default="4,8,16", show_default=True, help="Numbers of nodes.")
-@click.option("--rate", type=float, default=5.0, show_default=True, help="MB/s of each link and the origin.")
+@click.option("--rate", type=float, default=3.0, show_default=True, help="MB/s of each link and the origin.")
 @click.option("--size", type=click.IntRange(8), default=256, show_default=True, help="MiB of the model.")
 @click.option(
     "--small", type=click.IntRange(8), default=16, show_default=True, help="MiB of the model of the others."
