@@ -366,7 +366,8 @@ class Node:
         clock = self.world.clock
         self.world.counters.requests += 1
         self.receiving += 1
-        self.upstream[flight.file, flight.stripe] = target.name
+        if not stored_only:
+            self.upstream[flight.file, flight.stripe] = target.name
         flight.member, flight.stored_only, flight.stream = target, stored_only, None
         flight.began = flight.told_at = clock.now
         flight.told = flight.at

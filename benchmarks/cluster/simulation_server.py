@@ -149,13 +149,13 @@ class Server:
             return False
         if request.stored_only:
             return True
+        if node.upstream.get((flight.file, flight.stripe)) == node.nodes[request.client].name:
+            return True
         order = self._world.ranking(node.view, flight.file, flight.stripe)
         members = len(self._world.views[node.view])
         if choice.fetches(order, node.name, request.failed, request.hops, members):
             return False
-        coming = load.idle.find(1, request.blocks.start, request.blocks.stop) < 0
-        upstream = node.upstream.get((flight.file, flight.stripe))
-        return not coming or upstream == node.nodes[request.client].name
+        return load.idle.find(1, request.blocks.start, request.blocks.stop) >= 0
 
     def _consider(self, request: Request) -> None:
         self._waiting -= 1
@@ -238,7 +238,7 @@ class Server:
         self._world.network.offer(stream)
 
     def _lose_patience(self, stream: Stream, ready: int) -> None:
-        """See _Offer._age: for what is not ours to fetch we wait as long as it is certain that it comes."""
+        """See _Offer._age: we wait as long as it is certain that it comes."""
         request = self._outgoing.get(stream)
         if request is None or stream.ready > ready:
             return
@@ -246,9 +246,7 @@ class Server:
             clock = self._world.clock
             clock.at(clock.now + PATIENCE, self._lose_patience, stream, ready)
             return
-        order = self._world.ranking(self._node.view, request.flight.file, request.flight.stripe)
-        if not choice.is_ours(order, self._node.name, request.failed):
-            self._node.nodes[request.client].lose(request.flight)
+        self._node.nodes[request.client].lose(request.flight)
 
     def _want(self, load: ObjectLoad, block: int, urgent: bool) -> None:
         """See Loader.request."""
