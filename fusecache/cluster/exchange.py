@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from fusecache.cluster import choice
-from fusecache.cluster.slots import Slots
 from fusecache.cluster.watch import Flight, Watch
 from fusecache.errors import CancelledReadError, UnavailableError
 from fusecache.loader import Again, Expect, Route
@@ -36,6 +35,7 @@ from fusecache.peers.errors import (
 from fusecache.peers.member import Member
 from fusecache.peers.placement import ranking
 from fusecache.peers.wire import BlockRequest
+from fusecache.slots import Slots
 from fusecache.store.pace import Best
 from fusecache.types import ObjectId, ObjectVersion
 

@@ -9,32 +9,26 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 
 from fusecache.errors import CancelledReadError, OriginError, UnavailableError
 from fusecache.origin.retry import give_up
-
-_POLL = 0.1
-"""Seconds between looks at `cancelled`, which nothing can wake us for."""
+from fusecache.slots import Slots
 
 _LEAST = 4
 """Never fewer slots: with one, a single request that stalls, or one key that is throttled for good, would stop all."""
 
 
 class Limiter:
-    """An adaptive semaphore, first come, first served. Its lock is a leaf: nothing is called while it is held."""
+    """Slots whose number adapts. Its lock is a leaf: nothing is called while it is held."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._least = min(most, _LEAST)
         self._limit = float(most)
-        self._busy = 0
         self._generation = 0  # counts halvings
         self._lock = threading.Lock()
-        self._waiting: deque[threading.Event] = (
-            deque()
-        )  # set: the slot is theirs, and they are no longer here
+        self._slots = Slots(lambda: self.limit)
 
     @property
     def limit(self) -> int:
@@ -54,36 +48,18 @@ class Limiter:
         Raises UnavailableError at the deadline, or what `give_up` does with `last`, the failure that this request is
         to mend; CancelledReadError.
         """
-        turn = threading.Event()
-        with self._lock:
-            self._waiting.append(turn)
-            self._admit()
+        if not self._slots.take(time.monotonic, deadline, cancelled):
+            if cancelled():
+                raise CancelledReadError(f"{where}: the reader went away")
+            if last is not None:
+                give_up(last)
+            raise UnavailableError(
+                f"{where}: no request could be sent before the deadline: the origin is overloaded"
+            )
         try:
-            while not turn.is_set():
-                if cancelled():
-                    raise CancelledReadError(f"{where}: the reader went away")
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    if last is not None:
-                        give_up(last)
-                    raise UnavailableError(
-                        f"{where}: no request could be sent before the deadline: the origin is overloaded"
-                    )
-                turn.wait(min(left, _POLL))
             yield self._generation
         finally:
-            with self._lock:
-                if turn.is_set():
-                    self._busy -= 1
-                else:
-                    self._waiting.remove(turn)
-                self._admit()
-
-    def _admit(self) -> None:
-        """Give what is free to those who wait longest; the lock is held."""
-        while self._waiting and self._busy < int(self._limit):
-            self._busy += 1
-            self._waiting.popleft().set()
+            self._slots.give_back()
 
     def throttled(self, generation: int) -> None:
         """A request of this generation was told to slow down."""
@@ -97,4 +73,3 @@ class Limiter:
         with self._lock:
             if self._limit < self._most:
                 self._limit = min(float(self._most), self._limit + 1 / self._limit)
-                self._admit()

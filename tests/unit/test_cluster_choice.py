@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusecache.cluster import choice
-from fusecache.cluster.slots import Slots
 from fusecache.errors import CancelledReadError, UnavailableError
 from fusecache.peers.breaker import Breakers
 from fusecache.peers.member import Member
 from fusecache.peers.placement import ranking
+from fusecache.slots import Slots
 from fusecache.types import ObjectId, ObjectVersion
 
 OBJECT = ObjectId("ab" * 16)

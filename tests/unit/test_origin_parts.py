@@ -94,7 +94,7 @@ def test_slots_are_given_in_the_order_of_asking() -> None:
     with limiter.slot("x", later(), never):
         for number, thread in enumerate(threads):
             thread.start()
-            wait_until(lambda n=number: len(limiter._waiting) == n + 1, "the thread waits", 5)  # type: ignore[misc]
+            wait_until(lambda n=number: len(limiter._slots._waiting) == n + 1, "the thread waits", 5)  # type: ignore[misc]
         with pytest.raises(UnavailableError), limiter.slot("x", 0.0, never):
             pass  # who gives up leaves the queue
     for thread in threads:
