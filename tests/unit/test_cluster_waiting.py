@@ -63,6 +63,11 @@ async def nodes(
             step.open()
 
 
+def ask(asking: Node, asked: Node, request: BlockRequest) -> None:
+    """In a thread: wait for the first block of an answer."""
+    asking.client.blocks(asked.url, request, FILE.size, Patience(asked.url, 2 * SILENCE)).close()
+
+
 async def in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
     with trio.fail_after(DEADLINE):
         return await trio.to_thread.run_sync(functools.partial(work, *arguments))
@@ -104,19 +109,16 @@ async def test_who_passes_on_what_nobody_says_is_coming_loses_patience(
     asked, asking = [node for node in nodes if node.name != owner]
     request = BlockRequest(FILE.id, range(4), FILE, BLOCK, DEADLINE, hops=1, node=asking.name)
 
-    def ask() -> None:
-        asking.client.blocks(asked.url, request, FILE.size, Patience(asked.url, 2 * SILENCE)).close()
-
     load = asked.loader.open(FILE, "")
     waiter = asked.loader.request(load, 0, BLOCK, lambda _waiter: None)
     assert waiter is not None
     try:
         await in_thread(step.arrived)
         with pytest.raises(PeerError, match="no answer within"):
-            await in_thread(ask)
+            await in_thread(ask, asking, asked, request)
         monkeypatch.setattr(asked.exchange, "coming", lambda _object_id, _stripe: 0.0)
         with pytest.raises(PeerMissError):
-            await in_thread(ask)
+            await in_thread(ask, asking, asked, request)
     finally:
         asked.loader.cancel(waiter)
         asked.loader.release(load)
@@ -128,10 +130,6 @@ async def test_a_stand_in_that_waits_for_others_itself_is_not_waited_for_for_lon
     owner, next_in_order, last = _in_order(nodes)
     request = BlockRequest(FILE.id, range(4), FILE, BLOCK, DEADLINE, failed=(owner.name,), node=last.name)
 
-    def ask() -> None:
-        url = next_in_order.url
-        last.client.blocks(url, request, FILE.size, Patience(url, 2 * SILENCE)).close()
-
     load = next_in_order.loader.open(FILE, "")
     waiter = next_in_order.loader.request(load, 0, BLOCK, lambda _waiter: None)
     assert waiter is not None
@@ -139,7 +137,7 @@ async def test_a_stand_in_that_waits_for_others_itself_is_not_waited_for_for_lon
         await in_thread(step.arrived)
         monkeypatch.setattr(next_in_order.exchange, "coming", lambda _object_id, _stripe: 0.0)
         with pytest.raises(PeerMissError):
-            await in_thread(ask)
+            await in_thread(ask, last, next_in_order, request)
     finally:
         next_in_order.loader.cancel(waiter)
         next_in_order.loader.release(load)
@@ -191,15 +189,12 @@ async def test_nobody_gets_a_stripe_from_who_gets_it_from_him(
     failed = tuple(node.name for node in ordered[:place])
     request = BlockRequest(FILE.id, range(4), FILE, BLOCK, DEADLINE, failed=failed, node=asking.name)
 
-    def ask() -> None:
-        asking.client.blocks(asked.url, request, FILE.size, Patience(asked.url, 2 * SILENCE)).close()
-
     asked.exchange._depend((FILE.id, 0), asking.name)
     with pytest.raises(PeerMissError, match="for node"):
-        await in_thread(ask)
+        await in_thread(ask, asking, asked, request)
     asked.exchange._independent((FILE.id, 0), asking.name)
     with pytest.raises(PeerError, match="no answer within"):
-        await in_thread(ask)
+        await in_thread(ask, asking, asked, request)
 
 
 def _in_order(nodes: list[Node]) -> list[Node]:
