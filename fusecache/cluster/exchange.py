@@ -22,6 +22,7 @@ from fusecache.cluster import choice
 from fusecache.cluster.watch import Flight, Watch
 from fusecache.errors import CancelledReadError, UnavailableError
 from fusecache.loader import Again, Expect, Route
+from fusecache.origin.slots import Slots
 from fusecache.peers.breaker import Breakers
 from fusecache.peers.client import PeerClient
 from fusecache.peers.errors import (
@@ -35,7 +36,6 @@ from fusecache.peers.errors import (
 from fusecache.peers.member import Member
 from fusecache.peers.placement import ranking
 from fusecache.peers.wire import BlockRequest
-from fusecache.slots import Slots
 from fusecache.store.pace import Best
 from fusecache.types import ObjectId, ObjectVersion
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 from fusecache.errors import CancelledReadError, OriginError, UnavailableError
 from fusecache.origin.retry import give_up
-from fusecache.slots import Slots
+from fusecache.origin.slots import Slots
 
 _LEAST = 4
 """Never fewer slots: with one, a single request that stalls, or one key that is throttled for good, would stop all."""

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from fusecache.cluster import choice
 from fusecache.errors import CancelledReadError, UnavailableError
+from fusecache.origin.slots import Slots
 from fusecache.peers.breaker import Breakers
 from fusecache.peers.member import Member
 from fusecache.peers.placement import ranking
-from fusecache.slots import Slots
 from fusecache.types import ObjectId, ObjectVersion
 
 OBJECT = ObjectId("ab" * 16)
