@@ -377,6 +377,7 @@ def _receive_line(connection: socket.socket, until: float) -> bytes:
         part = connection.recv(1 << 20)
         parts.append(part)
         size += len(part)
-        if not part or part.endswith(b"\n"):
+        if not part or b"\n" in part:
             break
-    return b"".join(parts)
+    received = b"".join(parts)
+    return received[: received.find(b"\n") + 1]  # a stream may have gone on behind it

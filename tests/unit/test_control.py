@@ -7,8 +7,8 @@ import os
 import socket
 import stat
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -207,9 +207,9 @@ def test_nobody_listens(tmp_path: Path) -> None:
         control.call(tmp_path / "missing" / "control.sock", "status")
 
 
-@pytest.mark.parametrize("reply", [b"", b'{"ok": true', b"junk\n", b"[]\n", b"{}\n"])
-def test_a_broken_reply(tmp_path: Path, reply: bytes) -> None:
-    path = tmp_path / "s"
+@contextmanager
+def answering(path: Path, reply: bytes) -> Iterator[None]:
+    """A daemon that gives one answer, all at once."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
         listening.listen()
@@ -222,9 +222,20 @@ def test_a_broken_reply(tmp_path: Path, reply: bytes) -> None:
 
         thread = threading.Thread(target=answer)
         thread.start()
-        with pytest.raises(DaemonUnreachableError, match="went away"):
-            control.call(path, "status")
+        yield
         thread.join()
+
+
+@pytest.mark.parametrize("reply", [b"", b'{"ok": true', b"junk\n", b"[]\n", b"{}\n"])
+def test_a_broken_reply(tmp_path: Path, reply: bytes) -> None:
+    with answering(tmp_path / "s", reply), pytest.raises(DaemonUnreachableError, match="went away"):
+        control.call(tmp_path / "s", "status")
+
+
+def test_a_stream_that_is_ahead_of_who_wants_one_answer(tmp_path: Path) -> None:
+    items = b'{"ok": true, "item": 1}\n{"ok": true, "item": 2}\n'
+    with answering(tmp_path / "s", items), pytest.raises(ControlError, match="stream"):
+        control.call(tmp_path / "s", "count")
 
 
 def test_a_stuck_daemon(tmp_path: Path) -> None:
