@@ -118,11 +118,12 @@ def test_the_pages_that_a_mapping_touches(mount: RealMount) -> None:
         mount,
         "--exact",
         run=script(f"""
-            import mmap, os
+            import mmap, os, time
             fd = os.open({str(mount.path / "llama" / SHARDS[1])!r}, os.O_RDONLY)
             mapped = mmap.mmap(fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
             os.close(fd)
             sum(mapped[page * {PAGE}] for page in {pages})
+            time.sleep(1)  # mappings are looked at after the reads, if they are still there
         """),
     )
     path = f"llama/{SHARDS[1]}"
