@@ -20,7 +20,7 @@ from benchmarks.processes import python_module, run
 from benchmarks.tools import Bucket
 
 if TYPE_CHECKING:
-    from fusecache.origin import Origin
+    from fusecache.origin.base import Origin
     from fusecache.types import ObjectVersion
 
 BLOCK = 1 << 20
@@ -50,8 +50,8 @@ def main(*arguments: str) -> None:
 
 def read_all(url: str, endpoint: str, engine: str, concurrency: int, size: int, folder: str) -> Taken:
     """Read everything in ranges of `size` bytes; raises OSError when bytes are missing."""
-    from fusecache.config import SourceConfig, Tuning
-    from fusecache.origin import open_origin
+    from fusecache.config.model import SourceConfig, Tuning
+    from fusecache.origin.factory import open_origin
 
     source = SourceConfig.model_validate({"url": url, "endpoint_url": endpoint, "engine": engine})
     tuning = Tuning.model_validate({"concurrency": concurrency, "range_size": size})

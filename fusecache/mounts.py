@@ -18,7 +18,7 @@ from pathlib import Path
 
 import xxhash
 
-from fusecache.config import default_runtime_dir
+from fusecache.config.model import default_runtime_dir
 from fusecache.errors import MountError
 
 FSTYPE = "fuse.fusecache"

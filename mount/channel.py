@@ -28,7 +28,9 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from fusecache.errors import FusecacheError
-from fusecache.loader import Loader, ObjectLoad, Waiter
+from fusecache.loader.load import ObjectLoad
+from fusecache.loader.loader import Loader
+from fusecache.loader.waiters import Waiter
 from fusecache.mount import protocol
 from fusecache.mount.errnos import errno_of
 from fusecache.mount.nodeids import is_passthrough

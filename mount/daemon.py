@@ -29,12 +29,17 @@ import pyfuse3
 import trio
 
 from fusecache import control
-from fusecache.attest import UNSIGNED, Digests, Inspector, Key, is_manifest
-from fusecache.catalog import Catalog, CatalogSource
-from fusecache.cluster import Cluster
-from fusecache.config import MountConfig
+from fusecache.attest.digests import UNSIGNED, Digests
+from fusecache.attest.inspector import Inspector
+from fusecache.attest.manifests import is_manifest
+from fusecache.attest.signing import Key
+from fusecache.catalog.catalog import Catalog
+from fusecache.catalog.entry import CatalogSource
+from fusecache.cluster.cluster import Cluster
+from fusecache.config.model import MountConfig
 from fusecache.errors import ConfigError, FusecacheError
-from fusecache.loader import Loader, LoaderSettings
+from fusecache.loader.interface import LoaderSettings
+from fusecache.loader.loader import Loader
 from fusecache.mount import mounting, protocol
 from fusecache.mount.backings import Backings, Passthrough
 from fusecache.mount.channel import Channel
@@ -44,8 +49,12 @@ from fusecache.mount.operations import AttributePolicy, Operations
 from fusecache.mount.service import Facts, Service
 from fusecache.mount.tracing import Tracing
 from fusecache.mounts import SOCKET_NAME, mount_directory
-from fusecache.origin import Origin, open_origin
-from fusecache.store import BlockStore, Orders, Seals, open_store
+from fusecache.origin.base import Origin
+from fusecache.origin.factory import open_origin
+from fusecache.store.interface import BlockStore
+from fusecache.store.making import open_store
+from fusecache.store.orders import Orders
+from fusecache.store.seals import Seals
 from fusecache.telemetry.logs import configure_logging
 from fusecache.telemetry.metrics import StatusCollector
 from fusecache.telemetry.server import MetricsServer, metrics_page

@@ -36,17 +36,21 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from fusecache.attest import Inspector
-from fusecache.catalog import Catalog, Entry
+from fusecache.attest.inspector import Inspector
+from fusecache.catalog.catalog import Catalog
+from fusecache.catalog.entry import Entry
 from fusecache.errors import FusecacheError, StoreError, VersionChangedError
-from fusecache.loader import Loader, ObjectLoad, Waiter, is_shard
+from fusecache.loader.load import ObjectLoad
+from fusecache.loader.loader import Loader
+from fusecache.loader.plan import is_shard
+from fusecache.loader.waiters import Waiter
 from fusecache.mount.backings import Backings, Passthrough
 from fusecache.mount.bounces import BOUNCE, Bounces
 from fusecache.mount.journal import Journal, OpenRecord
 from fusecache.mount.nodeids import inode_number, is_passthrough, passthrough_twin
 from fusecache.mount.opens import OpenFile, OpenStats
 from fusecache.mount.patience import Patience
-from fusecache.store import BlockStore
+from fusecache.store.interface import BlockStore
 from fusecache.types import ObjectId, ObjectVersion
 
 if TYPE_CHECKING:

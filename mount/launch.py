@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fusecache import mounts
-from fusecache.config import MountConfig, make_default_cache_dir
+from fusecache.config.model import MountConfig, make_default_cache_dir
 from fusecache.errors import ConfigError, FusecacheError, MountError
 from fusecache.mount import keeper, mounting
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fusecache.loader import ObjectLoad
-from fusecache.store import StoredObject
+from fusecache.loader.load import ObjectLoad
+from fusecache.store.object import StoredObject
 from fusecache.types import ObjectVersion
 
 

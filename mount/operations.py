@@ -21,7 +21,8 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, StatvfsData
 
-from fusecache.catalog import ROOT, Catalog, Entry
+from fusecache.catalog.catalog import Catalog
+from fusecache.catalog.entry import ROOT, Entry
 from fusecache.errors import FusecacheError
 from fusecache.mount.errnos import errno_of
 from fusecache.mount.nodeids import inode_number, passthrough_twin

@@ -11,17 +11,20 @@ from typing import Any
 
 import trio
 
-from fusecache.attest import Inspector
-from fusecache.catalog import Catalog, Entry
-from fusecache.cluster import Cluster
-from fusecache.config import MountConfig
+from fusecache.attest.inspector import Inspector
+from fusecache.catalog.catalog import Catalog
+from fusecache.catalog.entry import Entry
+from fusecache.cluster.cluster import Cluster
+from fusecache.config.model import MountConfig
 from fusecache.errors import AttestationError, ConfigError, FusecacheError, NotFoundError
-from fusecache.loader import Loader
+from fusecache.loader.loader import Loader
 from fusecache.mount.channel import Channel
 from fusecache.mount.handles import Handles
 from fusecache.mount.tracing import Tracing
-from fusecache.origin import Origin
-from fusecache.store import BlockStore, Mark, Orders
+from fusecache.origin.base import Origin
+from fusecache.store.format import Mark
+from fusecache.store.interface import BlockStore
+from fusecache.store.orders import Orders
 from fusecache.types import ObjectId, ObjectVersion
 
 _DRAIN = 10.0

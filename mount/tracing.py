@@ -16,8 +16,9 @@ from typing import Any
 
 import trio
 
-from fusecache.catalog import ROOT, Catalog
-from fusecache.config import MountConfig
+from fusecache.catalog.catalog import Catalog
+from fusecache.catalog.entry import ROOT
+from fusecache.config.model import MountConfig
 from fusecache.errors import ConfigError, MountError
 from fusecache.mount import mounting
 from fusecache.mount.channel import Channel

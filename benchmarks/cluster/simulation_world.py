@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from benchmarks.cluster.simulation_network import Clock, Network
 from fusecache.cluster import choice
 from fusecache.cluster.cluster import CREW
-from fusecache.config import PeerSettings, Tuning
+from fusecache.config.model import Tuning
+from fusecache.config.peers import PeerSettings
 from fusecache.peers.member import Member
 from fusecache.peers.placement import owners, ranking, stripe_count
 from fusecache.types import ObjectId, ObjectVersion

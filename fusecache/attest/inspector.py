@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from fusecache.attest.digests import Digests, Expected, ManifestReplacedError
 from fusecache.blocks import block_bytes
 from fusecache.errors import AttestationError, FusecacheError, StoreError, UnavailableError
-from fusecache.loader import Loader, ObjectLoad
-from fusecache.loader.load import Fold
+from fusecache.loader.load import Fold, ObjectLoad
+from fusecache.loader.loader import Loader
 from fusecache.types import ObjectId, ObjectVersion
 
 _log = logging.getLogger(__name__)

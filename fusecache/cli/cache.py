@@ -15,10 +15,12 @@ import click
 from fusecache import mounts
 from fusecache.cli import target
 from fusecache.cli.output import ago, complain, print_json, print_table, progress, table
-from fusecache.config import default_cache_dir, format_size
+from fusecache.config.model import default_cache_dir
+from fusecache.config.units import format_size
 from fusecache.errors import ControlError, DaemonUnreachableError, MountError, StoreError
-from fusecache.store import ObjectInfo, Store
 from fusecache.store.format import parse_format
+from fusecache.store.info import ObjectInfo
+from fusecache.store.store import Store
 from fusecache.types import ObjectId
 
 _SCAN_WAIT = 30.0

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fusecache.config import MountConfig, default_cache_dir, format_size
+from fusecache.config.model import MountConfig, default_cache_dir
+from fusecache.config.units import format_size
 from fusecache.errors import ConfigError
 from fusecache.mounts import mount_at
 

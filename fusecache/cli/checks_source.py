@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from fusecache.cli.checks import Check
-from fusecache.config import SourceConfig, Tuning
+from fusecache.config.model import SourceConfig, Tuning
 from fusecache.errors import (
     AccessDeniedError,
     FusecacheError,
@@ -117,7 +117,7 @@ def _google(name: str, env: Mapping[str, str]) -> Check:
 
 def check_reachable(name: str, source: SourceConfig, tuning: Tuning) -> Check:
     """List the source as a mount would, until the first object."""
-    from fusecache.origin import open_origin
+    from fusecache.origin.factory import open_origin
 
     patient = tuning.model_copy(update={"deadline": min(tuning.deadline, _DEADLINE)})
     started = time.monotonic()

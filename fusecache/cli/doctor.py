@@ -11,7 +11,8 @@ import click
 
 from fusecache.cli.checks import Check, local_checks
 from fusecache.cli.output import print_json, progress
-from fusecache.config import default_cache_dir, load_mount_config
+from fusecache.config.load import load_mount_config
+from fusecache.config.model import default_cache_dir
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 

@@ -11,7 +11,7 @@ import click
 from fusecache import mounts
 from fusecache.cli import target
 from fusecache.cli.output import progress
-from fusecache.config import format_size
+from fusecache.config.units import format_size
 from fusecache.errors import ControlError
 
 _POLL = 0.25

@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 from fusecache.cli.output import progress
-from fusecache.config import load_mount_config
+from fusecache.config.load import load_mount_config
 
 _PROGRAM = "fusecache.mount."
 _OWN_OPTIONS = frozenset({"nonempty"})

@@ -14,8 +14,10 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
-from fusecache.config import MountConfig, PeerSettings, SourceConfig, Tuning, format_size
 from fusecache.config.load import GENERIC_OPTIONS, SECRET_KEYS
+from fusecache.config.model import MountConfig, SourceConfig, Tuning
+from fusecache.config.peers import PeerSettings
+from fusecache.config.units import format_size
 from fusecache.config.values import Amount, Bytes, Gid, Mode, Seconds, Uid
 from fusecache.telemetry.metrics import METRICS
 

@@ -11,7 +11,8 @@ import click
 from fusecache import control, mounts
 from fusecache.cli import target
 from fusecache.cli.output import duration, print_json, print_table, table
-from fusecache.config import default_runtime_dir, format_size
+from fusecache.config.model import default_runtime_dir
+from fusecache.config.units import format_size
 
 _TIMEOUT = 20.0
 

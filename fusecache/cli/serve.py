@@ -16,15 +16,21 @@ import click
 import trio
 
 from fusecache import control
-from fusecache.cluster import Cluster
-from fusecache.config import MountConfig, load_mount_config, make_default_cache_dir
+from fusecache.cluster.cluster import Cluster
+from fusecache.config.load import load_mount_config
+from fusecache.config.model import MountConfig, make_default_cache_dir
 from fusecache.errors import ConfigError, FusecacheError
-from fusecache.loader import Loader, LoaderSettings
+from fusecache.loader.interface import LoaderSettings
+from fusecache.loader.loader import Loader
 from fusecache.mounts import SOCKET_NAME, mount_directory, served_as
-from fusecache.origin import Origin, open_origin
-from fusecache.store import BlockStore, Orders, open_store
-from fusecache.telemetry import MetricsServer, StatusCollector, configure_logging
-from fusecache.telemetry.server import metrics_page
+from fusecache.origin.base import Origin
+from fusecache.origin.factory import open_origin
+from fusecache.store.interface import BlockStore
+from fusecache.store.making import open_store
+from fusecache.store.orders import Orders
+from fusecache.telemetry.logs import configure_logging
+from fusecache.telemetry.metrics import StatusCollector
+from fusecache.telemetry.server import MetricsServer, metrics_page
 from fusecache.types import ObjectVersion
 
 

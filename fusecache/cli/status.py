@@ -12,7 +12,7 @@ from rich.text import Text
 from fusecache import mounts
 from fusecache.cli import target
 from fusecache.cli.output import complain, duration, print_json, print_table
-from fusecache.config import format_size
+from fusecache.config.units import format_size
 from fusecache.errors import ControlError
 
 _TIMEOUT = 10.0

@@ -16,7 +16,7 @@ import click
 from fusecache import control, mounts
 from fusecache.cli import target
 from fusecache.cli.output import complain
-from fusecache.config import format_size
+from fusecache.config.units import format_size
 from fusecache.errors import ConfigError, ControlError, DaemonUnreachableError
 from fusecache.telemetry.trace import Summary
 

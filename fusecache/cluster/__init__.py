@@ -1,5 +1,1 @@
 """A node of a cluster: gets blocks from the others, and gives them its own."""
-
-from fusecache.cluster.cluster import Cluster
-
-__all__ = ["Cluster"]

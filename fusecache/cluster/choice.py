@@ -9,7 +9,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from dataclasses import dataclass
 
-from fusecache.loader import Route
+from fusecache.loader.interface import Route
 from fusecache.peers.member import Member, seed_of
 from fusecache.peers.placement import fetch_order, owners, stripe_count
 from fusecache.types import ObjectId, ObjectVersion

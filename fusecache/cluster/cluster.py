@@ -18,10 +18,9 @@ from fusecache.cluster.elsewhere import Elsewhere
 from fusecache.cluster.exchange import Exchange
 from fusecache.cluster.holdings import Holdings
 from fusecache.cluster.orders import SharedOrders
-from fusecache.config import PeerSettings, split_address
-from fusecache.config.peers import is_loopback
+from fusecache.config.peers import PeerSettings, is_loopback, split_address
 from fusecache.errors import ConfigError, FusecacheError
-from fusecache.loader import Loader
+from fusecache.loader.loader import Loader
 from fusecache.peers.auth import Signer, Verifier, client_tls, server_tls, shared_secret
 from fusecache.peers.client import PeerClient
 from fusecache.peers.discovery import Discovery, Dns, Static
@@ -31,11 +30,12 @@ from fusecache.peers.membership import Membership
 from fusecache.peers.placement import ranking
 from fusecache.peers.probe import HttpProbe
 from fusecache.peers.server import PeerServer
-from fusecache.store import BlockStore, Orders
+from fusecache.store.interface import BlockStore
+from fusecache.store.orders import Orders
 from fusecache.types import ObjectId
 
 if TYPE_CHECKING:
-    from fusecache.origin import Origin
+    from fusecache.origin.base import Origin
 
 _log = logging.getLogger(__name__)
 

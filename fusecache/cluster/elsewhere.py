@@ -11,7 +11,7 @@ from fusecache.cluster.exchange import Exchange, Members
 from fusecache.errors import FusecacheError
 from fusecache.peers.client import Patience, PeerClient
 from fusecache.peers.wire import MAX_BLOCKS, BlockRequest
-from fusecache.store import BlockStore
+from fusecache.store.interface import BlockStore
 from fusecache.store.paths import is_slower
 from fusecache.types import ObjectId, ObjectVersion
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 from fusecache.cluster import choice
 from fusecache.cluster.watch import Flight, Watch
 from fusecache.errors import CancelledReadError, UnavailableError
-from fusecache.loader import Again, Expect, Route
+from fusecache.loader.interface import Again, Expect, Route
 from fusecache.origin.slots import Slots
 from fusecache.peers.breaker import Breakers
 from fusecache.peers.client import PeerClient
@@ -42,7 +42,7 @@ from fusecache.types import ObjectId, ObjectVersion
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from fusecache.origin import Origin
+    from fusecache.origin.base import Origin
 
 _log = logging.getLogger(__name__)
 

@@ -20,11 +20,13 @@ from fusecache.cluster import choice
 from fusecache.cluster.exchange import Exchange, Members
 from fusecache.cluster.orders import SharedOrders
 from fusecache.errors import AttestationError, FusecacheError
-from fusecache.loader import Loader, ObjectLoad, Waiter
+from fusecache.loader.load import ObjectLoad
+from fusecache.loader.loader import Loader
+from fusecache.loader.waiters import Waiter
 from fusecache.peers.member import Health, Member
 from fusecache.peers.server import Offer, Piece
 from fusecache.peers.wire import BlockRequest, RequestError
-from fusecache.store import BlockStore
+from fusecache.store.interface import BlockStore
 from fusecache.store.paths import is_slower
 from fusecache.types import ObjectId, ObjectVersion
 

@@ -12,12 +12,12 @@ import threading
 import time
 
 from fusecache.cluster.exchange import Members
-from fusecache.loader import RecordingError, unpack
+from fusecache.loader.recording import RecordingError, unpack
 from fusecache.peers.client import PeerClient
 from fusecache.peers.errors import PeerError
 from fusecache.peers.member import Member
 from fusecache.peers.placement import ranking
-from fusecache.store import Orders
+from fusecache.store.orders import Orders
 from fusecache.types import ObjectId
 
 _log = logging.getLogger(__name__)

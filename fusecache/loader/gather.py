@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fusecache.blocks import block_range
 from fusecache.errors import StoreError, UnavailableError
-from fusecache.store import StoredObject
+from fusecache.store.object import StoredObject
 
 if TYPE_CHECKING:
     from fusecache.loader.load import ObjectLoad

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from fusecache.loader.load import ObjectLoad
-    from fusecache.origin import Origin
+    from fusecache.origin.base import Origin
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from fusecache.blocks import block_bytes, block_range
 from fusecache.errors import FusecacheError
 from fusecache.loader.interface import Route
 from fusecache.loader.waiters import Waiter
-from fusecache.store import StoredObject
+from fusecache.store.object import StoredObject
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:

@@ -55,12 +55,12 @@ from fusecache.loader.interface import (
 from fusecache.loader.learning import Learning
 from fusecache.loader.load import Job, ObjectLoad
 from fusecache.loader.waiters import Waiter, settle
-from fusecache.store import BlockStore
+from fusecache.store.interface import BlockStore
 from fusecache.store.pace import Pace
 from fusecache.types import ObjectId, ObjectVersion
 
 if TYPE_CHECKING:
-    from fusecache.origin import Origin
+    from fusecache.origin.base import Origin
 
 _log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from fusecache.loader.waiters import Waiter
-from fusecache.store import BlockStore
+from fusecache.store.interface import BlockStore
 from fusecache.types import ObjectId, ObjectVersion
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import aiohttp
 import gcsfs
 import google.auth.exceptions
 
-from fusecache.config import SourceConfig, Tuning
+from fusecache.config.model import SourceConfig, Tuning
 from fusecache.errors import AccessDeniedError, ConfigError, NotFoundError, OriginError
 from fusecache.origin import aio, failures
 from fusecache.origin.base import PAGE_KEYS, Page, digest_of

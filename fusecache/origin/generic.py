@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 import fsspec.asyn
 
-from fusecache.config import SourceConfig
+from fusecache.config.model import SourceConfig
 from fusecache.errors import ConfigError, NotFoundError, OriginError
 from fusecache.origin import aio, failures
 from fusecache.origin.base import Page, digest_of

@@ -26,7 +26,7 @@ import botocore.auth
 import botocore.awsrequest
 import botocore.credentials
 
-from fusecache.config import Tuning
+from fusecache.config.model import Tuning
 from fusecache.errors import OriginError
 from fusecache.origin import aio, failures
 from fusecache.origin.base import Page

@@ -20,7 +20,7 @@ import obstore
 import obstore.exceptions
 import obstore.store
 
-from fusecache.config import Tuning
+from fusecache.config.model import Tuning
 from fusecache.errors import NotFoundError, OriginError
 from fusecache.origin import failures
 from fusecache.origin.base import Page

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from fusecache.config import Tuning
+from fusecache.config.model import Tuning
 from fusecache.errors import (
     AccessDeniedError,
     CancelledReadError,

@@ -23,7 +23,7 @@ import fsspec.asyn
 import s3fs
 from botocore.parsers import ResponseParserError
 
-from fusecache.config import SourceConfig, Tuning
+from fusecache.config.model import SourceConfig, Tuning
 from fusecache.errors import AccessDeniedError, ConfigError, OriginError
 from fusecache.origin import aio, failures
 from fusecache.origin.base import PAGE_KEYS, Page, digest_of

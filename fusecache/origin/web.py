@@ -16,7 +16,7 @@ import aiohttp
 from fsspec.implementations.http import HTTPFileSystem
 from yarl import URL
 
-from fusecache.config import SourceConfig, Tuning
+from fusecache.config.model import SourceConfig, Tuning
 from fusecache.errors import OriginError
 from fusecache.origin import aio, failures
 from fusecache.origin.base import Page

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 
-from fusecache.config import MountConfig
+from fusecache.config.model import MountConfig
 from fusecache.store.interface import BlockStore
 from fusecache.store.memory import MemoryDirectory
 from fusecache.store.seals import Seals

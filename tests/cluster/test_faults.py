@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fusecache.config import format_size
+from fusecache.config.units import format_size
 from tests.support.content import check
 from tests.support.faulty import FaultyServer
 from tests.support.live import HANG, asked, background, in_time, is_right, wait_cached

@@ -26,8 +26,10 @@ from typing import Any
 import xxhash
 
 from fusecache.errors import StoreError
-from fusecache.store import Store, StoredObject, files
+from fusecache.store import files
 from fusecache.store.files import Layout
+from fusecache.store.object import StoredObject
+from fusecache.store.store import Store
 from fusecache.types import ObjectVersion
 
 BLOCK = 4096

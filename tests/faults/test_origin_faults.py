@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from fusecache.config import SourceConfig, Tuning
+from fusecache.config.model import SourceConfig, Tuning
 from fusecache.errors import (
     AccessDeniedError,
     NotFoundError,
     UnavailableError,
     VersionChangedError,
 )
-from fusecache.origin import Origin
+from fusecache.origin.base import Origin
 from fusecache.types import ObjectVersion
 from tests.support.content import check, content
 from tests.support.faulty import FaultyServer, everything, gets, lists

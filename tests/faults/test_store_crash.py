@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from fusecache.errors import StoreError
-from fusecache.store import Store
 from fusecache.store.files import Layout
+from fusecache.store.store import Store
 from tests.faults import store_worker as worker
 from tests.faults.store_worker import BLOCK, content, fetch, version
 

@@ -15,7 +15,9 @@ import pytest
 import xxhash
 
 from fusecache.errors import StoreError, StoreFullError
-from fusecache.store import Store, StoredObject, health
+from fusecache.store import health
+from fusecache.store.object import StoredObject
+from fusecache.store.store import Store
 from fusecache.types import ObjectVersion
 from tests.faults.store_worker import content, version
 

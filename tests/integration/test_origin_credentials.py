@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fusecache.config import SourceConfig
+from fusecache.config.model import SourceConfig
 from fusecache.errors import AccessDeniedError
 from tests.support.content import check, content
 from tests.support.faulty import FaultyServer, everything

@@ -10,11 +10,12 @@ import trio
 
 from fusecache.cluster.exchange import Exchange
 from fusecache.cluster.holdings import Holdings
-from fusecache.loader import Loader, LoaderSettings
+from fusecache.loader.interface import LoaderSettings
+from fusecache.loader.loader import Loader
 from fusecache.peers.client import PeerClient
 from fusecache.peers.member import PROTOCOL, Health, Member
 from fusecache.peers.server import PeerServer
-from fusecache.store import Store
+from fusecache.store.store import Store
 from fusecache.types import ObjectVersion
 from tests.support.content import content
 from tests.support.scripted import ScriptedOrigin, version

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fusecache.config import MountConfig, SourceConfig
+from fusecache.config.model import MountConfig, SourceConfig
 from fusecache.mount import keeper, launch, mounting
 
 STANDIN = Path(__file__).with_name("standin.py")

@@ -6,7 +6,7 @@ import itertools
 import threading
 from collections.abc import Iterator
 
-from fusecache.catalog import CatalogSource
+from fusecache.catalog.entry import CatalogSource
 from fusecache.errors import FusecacheError, NotFoundError
 from fusecache.types import ObjectVersion
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import fsspec
 
-from fusecache.config import SourceConfig, Tuning
-from fusecache.origin import Origin, open_origin
+from fusecache.config.model import SourceConfig, Tuning
+from fusecache.origin.base import Origin
+from fusecache.origin.factory import open_origin
 from tests.support.servers import GcsBucket, S3Bucket
 
 QUICK = Tuning(

@@ -16,10 +16,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusecache.attest import Digests, Key, is_manifest
-from fusecache.attest.digests import ManifestReplacedError
-from fusecache.attest.manifests import LIMIT, places, read_manifest
-from fusecache.attest.signing import parse_signature
+from fusecache.attest.digests import Digests, ManifestReplacedError
+from fusecache.attest.manifests import LIMIT, is_manifest, places, read_manifest
+from fusecache.attest.signing import Key, parse_signature
 from fusecache.attest.sums import parse_single, parse_sums
 from fusecache.errors import AttestationError, VersionChangedError
 from fusecache.types import ObjectVersion

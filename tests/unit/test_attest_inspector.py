@@ -9,10 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from fusecache.attest import UNSIGNED, Digests, Inspector, is_manifest
+from fusecache.attest.digests import UNSIGNED, Digests
+from fusecache.attest.inspector import Inspector
+from fusecache.attest.manifests import is_manifest
 from fusecache.errors import AttestationError, StoreError, UnavailableError, VersionChangedError
-from fusecache.loader import Loader, LoaderSettings, ObjectLoad, Waiter
-from fusecache.store import Mark, Seals, Store
+from fusecache.loader.interface import LoaderSettings
+from fusecache.loader.load import ObjectLoad
+from fusecache.loader.loader import Loader
+from fusecache.loader.waiters import Waiter
+from fusecache.store.format import Mark
+from fusecache.store.seals import Seals
+from fusecache.store.store import Store
 from fusecache.types import ObjectVersion
 from tests.support.content import check, content
 from tests.support.scripted import WAIT, ScriptedOrigin, Step, version

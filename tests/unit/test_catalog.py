@@ -12,8 +12,9 @@ import pytest
 import trio
 import trio.testing
 
-from fusecache.catalog import ROOT, Catalog, Entry
 from fusecache.catalog import listing as listing_module
+from fusecache.catalog.catalog import Catalog
+from fusecache.catalog.entry import ROOT, Entry
 from fusecache.catalog.saved import load, save, saved_path
 from fusecache.errors import (
     AccessDeniedError,

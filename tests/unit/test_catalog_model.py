@@ -8,7 +8,8 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusecache.catalog import ROOT, Catalog, Entry
+from fusecache.catalog.catalog import Catalog
+from fusecache.catalog.entry import ROOT, Entry
 from fusecache.types import ObjectVersion
 from tests.support.objects import Hand, Objects
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusecache.catalog import ROOT
+from fusecache.catalog.entry import ROOT
 from fusecache.catalog.keys import NAME_MAX, Skip
 from fusecache.catalog.tree import FIRST_CURSOR, Tree, build, changes
 from fusecache.types import ObjectVersion

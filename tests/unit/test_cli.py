@@ -18,7 +18,7 @@ from fusecache.cli import main as cli
 from fusecache.cli import output
 from fusecache.cli.cache import matches
 from fusecache.errors import ControlError, StoreError
-from fusecache.store import Store
+from fusecache.store.store import Store
 from fusecache.types import ObjectVersion
 
 STATUS: dict[str, Any] = {

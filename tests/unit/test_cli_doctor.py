@@ -16,7 +16,8 @@ import pytest
 from fusecache import mounts
 from fusecache.cli import checks, checks_source
 from fusecache.cli import main as cli
-from fusecache.config import SourceConfig, Tuning, load_mount_config
+from fusecache.config.load import load_mount_config
+from fusecache.config.model import SourceConfig, Tuning
 
 
 @pytest.mark.parametrize(

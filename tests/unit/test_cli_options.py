@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from fusecache.cli import options
-from fusecache.config import MountConfig, PeerSettings, SourceConfig, Tuning
+from fusecache.config.model import MountConfig, SourceConfig, Tuning
+from fusecache.config.peers import PeerSettings
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "OPTIONS.md"
 

@@ -11,7 +11,7 @@ from fusecache.cluster.elsewhere import Elsewhere
 from fusecache.cluster.exchange import Exchange
 from fusecache.peers.client import PeerClient
 from fusecache.peers.member import Member
-from fusecache.store import BlockStore
+from fusecache.store.interface import BlockStore
 from fusecache.store.paths import Paces
 from fusecache.types import ObjectVersion
 from tests.support.scripted import version

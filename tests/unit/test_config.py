@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from fusecache.config import (
+from fusecache.config.load import load_mount_config
+from fusecache.config.model import (
     MountConfig,
     SourceConfig,
     Tuning,
     default_cache_dir,
-    load_mount_config,
     make_default_cache_dir,
 )
 from fusecache.errors import ConfigError

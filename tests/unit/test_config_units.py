@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusecache.config import format_size, parse_amount, parse_duration, parse_size
-from fusecache.config.units import resolve_amount
+from fusecache.config.units import format_size, parse_amount, parse_duration, parse_size, resolve_amount
 from fusecache.errors import ConfigError
 
 

@@ -12,7 +12,9 @@ import click
 import pytest
 
 from fusecache.cli.main import cli
-from fusecache.config import MountConfig, PeerSettings, SourceConfig, Tuning, load_mount_config
+from fusecache.config.load import load_mount_config
+from fusecache.config.model import MountConfig, SourceConfig, Tuning
+from fusecache.config.peers import PeerSettings
 from fusecache.mount.helper import translate
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,13 +11,13 @@ from typing import Any, cast
 
 import pytest
 
-from fusecache.catalog import Entry
+from fusecache.catalog.entry import Entry
 from fusecache.errors import StoreError
 from fusecache.mount.backings import Passthrough
 from fusecache.mount.handles import Handles
 from fusecache.mount.journal import Journal
 from fusecache.mount.nodeids import passthrough_twin
-from fusecache.store import Store
+from fusecache.store.store import Store
 from fusecache.types import NodeId, ObjectVersion
 from tests.unit.test_store import BLOCK, LIMIT, fill, version
 

@@ -17,8 +17,11 @@ from fusecache.errors import (
     UnavailableError,
     VersionChangedError,
 )
-from fusecache.loader import Loader, LoaderSettings, ObjectLoad, Waiter
-from fusecache.store import Store
+from fusecache.loader.interface import LoaderSettings
+from fusecache.loader.load import ObjectLoad
+from fusecache.loader.loader import Loader
+from fusecache.loader.waiters import Waiter
+from fusecache.store.store import Store
 from fusecache.types import ObjectVersion
 from tests.support.content import check, content
 from tests.support.scripted import WAIT, ScriptedOrigin, Step, version

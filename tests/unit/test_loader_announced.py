@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fusecache.loader import Loader, LoaderSettings
 from fusecache.loader.announced import Announced
-from fusecache.store import Store
+from fusecache.loader.interface import LoaderSettings
+from fusecache.loader.loader import Loader
+from fusecache.store.store import Store
 from fusecache.types import ObjectVersion
 from tests.support.scripted import WAIT, ScriptedOrigin, Step, version
 from tests.support.servers import wait_until

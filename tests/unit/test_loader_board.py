@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from fusecache.loader import Route, Waiter
 from fusecache.loader.board import Board
+from fusecache.loader.interface import Route
 from fusecache.loader.load import Job, ObjectLoad
-from fusecache.store import StoredObject
+from fusecache.loader.waiters import Waiter
+from fusecache.store.object import StoredObject
 from fusecache.types import ObjectVersion
 
 BLOCK = 1 << 16

@@ -11,10 +11,14 @@ from typing import cast
 import pytest
 import xxhash
 
-from fusecache.loader import Loader, LoaderSettings, ObjectLoad, board, filling, learning, models
+from fusecache.loader import board, filling, learning, models
+from fusecache.loader.interface import LoaderSettings
+from fusecache.loader.load import ObjectLoad
+from fusecache.loader.loader import Loader
 from fusecache.loader.plan import group_of, model_of
 from fusecache.loader.recording import Recording, Run, model_id, pack
-from fusecache.store import Store, StoredObject
+from fusecache.store.object import StoredObject
+from fusecache.store.store import Store
 from fusecache.types import ObjectVersion
 from tests.support.content import check, content
 from tests.support.scripted import WAIT, ScriptedOrigin, version

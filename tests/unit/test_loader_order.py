@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from fusecache.loader import Loader, LoaderSettings
-from fusecache.store import Store
+from fusecache.loader.interface import LoaderSettings
+from fusecache.loader.loader import Loader
 from fusecache.store.pace import Pace
+from fusecache.store.store import Store
 from fusecache.types import ObjectVersion
 from tests.support.content import check
 from tests.support.scripted import WAIT, ScriptedOrigin, Step, version

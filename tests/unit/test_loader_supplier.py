@@ -10,8 +10,9 @@ import pytest
 import xxhash
 
 from fusecache.errors import UnavailableError
-from fusecache.loader import Again, Expect, Loader, LoaderSettings, Route
-from fusecache.store import Store
+from fusecache.loader.interface import Again, Expect, LoaderSettings, Route
+from fusecache.loader.loader import Loader
+from fusecache.store.store import Store
 from fusecache.types import ObjectVersion
 
 BLOCK = 64 << 10

@@ -14,7 +14,8 @@ import trio
 from pyfuse3 import FUSEError
 
 from fusecache import errors
-from fusecache.catalog import ROOT, Catalog, Entry
+from fusecache.catalog.catalog import Catalog
+from fusecache.catalog.entry import ROOT, Entry
 from fusecache.mount.errnos import errno_of
 from fusecache.mount.nodeids import passthrough_twin
 from fusecache.mount.operations import AttributePolicy, Operations

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fusecache.config import SourceConfig, Tuning
+from fusecache.config.model import SourceConfig, Tuning
 from fusecache.errors import (
     AccessDeniedError,
     CancelledReadError,
@@ -20,10 +20,10 @@ from fusecache.errors import (
     UnavailableError,
     VersionChangedError,
 )
-from fusecache.origin import is_temporary, open_origin
 from fusecache.origin.aio import body_start
 from fusecache.origin.base import never
-from fusecache.origin.failures import from_os_error, from_status, retry_after
+from fusecache.origin.factory import open_origin
+from fusecache.origin.failures import from_os_error, from_status, is_temporary, retry_after
 from fusecache.origin.limiter import Limiter
 from fusecache.origin.retry import Backoff
 from fusecache.origin.s3 import normal_etag

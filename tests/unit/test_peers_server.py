@@ -17,7 +17,7 @@ import pytest
 import trio
 import xxhash
 
-from fusecache.config import PeerSettings
+from fusecache.config.peers import PeerSettings
 from fusecache.errors import UnavailableError
 from fusecache.peers.auth import Signer, Verifier, client_tls, server_tls
 from fusecache.peers.client import Patience, PeerClient

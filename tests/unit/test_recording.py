@@ -22,7 +22,7 @@ from fusecache.loader.recording import (
     pack,
     unpack,
 )
-from fusecache.store import Orders
+from fusecache.store.orders import Orders
 from tests.support.scripted import version
 
 MODEL = "0123456789abcdef" * 2

@@ -14,10 +14,13 @@ import pytest
 import xxhash
 
 from fusecache.errors import ConfigError, StoreError
-from fusecache.store import Seals, Store, StoredObject, format
 from fusecache.store import files as fs
+from fusecache.store import format
 from fusecache.store.files import Layout
+from fusecache.store.object import StoredObject
+from fusecache.store.seals import Seals
 from fusecache.store.space import Space
+from fusecache.store.store import Store
 from fusecache.types import ObjectVersion
 
 BLOCK = 4096

@@ -12,9 +12,9 @@ from pathlib import Path
 import diskcache
 import pytest
 
-from fusecache.store import Store
 from fusecache.store.index import Index, JsonDisk, to_json
 from fusecache.store.records import Record
+from fusecache.store.store import Store
 from fusecache.types import ObjectId, ObjectVersion
 
 

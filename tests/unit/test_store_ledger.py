@@ -10,11 +10,12 @@ import pytest
 import xxhash
 
 from fusecache.errors import StoreError
-from fusecache.store import Store, format
 from fusecache.store import files as fs
+from fusecache.store import format
 from fusecache.store.files import Layout
 from fusecache.store.ledger import Ledger
 from fusecache.store.records import Record, Records
+from fusecache.store.store import Store
 from fusecache.types import ObjectVersion
 
 BLOCK = 4096

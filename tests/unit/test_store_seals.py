@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
-from fusecache.store import Mark, Seals, Store, StoredObject
 from fusecache.store import files as fs
+from fusecache.store.format import Mark
+from fusecache.store.object import StoredObject
+from fusecache.store.seals import Seals
+from fusecache.store.store import Store
 from tests.unit.test_store import BLOCK, LIMIT, OVERHEAD, content, fill, flip, version
 
 SEALS = Seals(b"unsigned", lambda found: found.key == "exempt")

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from fusecache.store import Store, paths, probe
+from fusecache.store import paths, probe
 from fusecache.store.memory import MemoryDirectory
 from fusecache.store.pace import LASTING, Best, Busy
 from fusecache.store.paths import Found, Paces
+from fusecache.store.store import Store
 from fusecache.store.tiers import Meter, Tiers
 from tests.unit.test_store import BLOCK, LIMIT, fill, version
 

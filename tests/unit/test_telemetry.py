@@ -14,8 +14,9 @@ from typing import Any, Literal
 import pytest
 
 from fusecache.errors import ConfigError
-from fusecache.telemetry import METRICS, MetricsServer, StatusCollector, configure_logging
-from fusecache.telemetry.logs import BURST, HANDLER_NAME, REDACTED, WINDOW, RepeatFilter
+from fusecache.telemetry.logs import BURST, HANDLER_NAME, REDACTED, WINDOW, RepeatFilter, configure_logging
+from fusecache.telemetry.metrics import METRICS, StatusCollector
+from fusecache.telemetry.server import MetricsServer
 
 SECRET = "wJalr/XUt+n=FEMI"
 _log = logging.getLogger("fusecache.test")
