@@ -57,7 +57,7 @@ def read_all(url: str, endpoint: str, engine: str, concurrency: int, size: int, 
     tuning = Tuning.model_validate({"concurrency": concurrency, "range_size": size})
     origin = open_origin(source, tuning)
     try:
-        versions = sorted(origin.list(), key=lambda version: version.key)
+        versions = sorted(origin.list_objects(), key=lambda version: version.key)
         started, cpu = time.perf_counter(), time.process_time()
         with ThreadPoolExecutor(concurrency) as pool:
             pieces = [
@@ -75,13 +75,13 @@ def read_all(url: str, endpoint: str, engine: str, concurrency: int, size: int, 
 
 def _read(origin: Origin, version: ObjectVersion, offset: int, length: int, folder: str) -> int:
     if not folder:
-        return sum(memoryview(chunk).nbytes for chunk in origin.read(version, offset, length))
+        return sum(memoryview(chunk).nbytes for chunk in origin.read_range(version, offset, length))
     descriptor = os.open(
         Path(folder) / version.key.replace("/", "_"), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600
     )
     try:
         done = 0
-        for chunk in origin.read(version, offset, length):
+        for chunk in origin.read_range(version, offset, length):
             view = memoryview(chunk).cast("B")
             for start in range(0, view.nbytes, BLOCK):
                 xxhash.xxh3_64_intdigest(view[start : start + BLOCK])

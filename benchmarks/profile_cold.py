@@ -140,8 +140,13 @@ def table_of(costs: dict[str, list[Cost]], size: int) -> Table:
 @click.option("--size", type=click.IntRange(1), default=512, show_default=True, help="MiB per shard.")
 @click.option("--shards", type=click.IntRange(1, 16), default=4, show_default=True, help="Shards.")
 @click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Rounds.")
-@click.option("--mode", type=click.Choice(["parallel", "sequential", "safetensors"]), default="parallel",
-              show_default=True, help="How the mount is read.")  # fmt: skip
+@click.option(
+    "--mode",
+    type=click.Choice(["parallel", "sequential", "safetensors"]),
+    default="parallel",
+    show_default=True,
+    help="How the mount is read.",
+)
 @click.option("--engine", default="auto", show_default=True, help="Origin engine.")
 @click.option(
     "--concurrency", type=click.IntRange(1), default=16, show_default=True, help="Requests at once."
@@ -150,13 +155,28 @@ def table_of(costs: dict[str, list[Cost]], size: int) -> Table:
     "--range", "range_mib", type=click.IntRange(1), default=16, show_default=True, help="MiB per request."
 )
 @click.option("-o", "options", multiple=True, help="Further mount options.")
-@click.option("--work", type=click.Path(file_okay=False, path_type=Path), default=Path("/dev/shm"),
-              show_default=True, help="Folder for the server's data and the cache.")  # fmt: skip
+@click.option(
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("/dev/shm"),
+    show_default=True,
+    help="Folder for the server's data and the cache.",
+)
 @click.option(
     "--json", "result", type=click.Path(dir_okay=False, path_type=Path), help="Write the samples here."
 )
-def main(size: int, shards: int, repeat: int, mode: str, engine: str, concurrency: int, range_mib: int,
-         options: tuple[str, ...], work: Path, result: Path | None) -> None:  # fmt: skip
+def main(
+    size: int,
+    shards: int,
+    repeat: int,
+    mode: str,
+    engine: str,
+    concurrency: int,
+    range_mib: int,
+    options: tuple[str, ...],
+    work: Path,
+    result: Path | None,
+) -> None:
     """Take a cold load apart: s5cmd, the origin engine, the engine with a cache's writes, the mount."""
     end_cleanly_on_signals()
     clean_environment()

@@ -80,10 +80,22 @@ def random_reads(files: Sequence[Path], count: int, timeout: float = READ_TIMEOU
     """Seconds for `count` 4 KiB preads at random aligned offsets of the files, by fio (a compiled reader)."""
     names = ":".join(str(file).replace(":", "\\:") for file in files)
     command = [
-        program("fio"), "--name=random", f"--filename={names}", "--readonly", "--rw=randread", "--bs=4k",
-        "--ioengine=psync", "--direct=0", "--norandommap", "--file_service_type=random", "--invalidate=0",
-        "--randseed=7", f"--number_ios={count}", f"--io_size={count * 4096}", "--output-format=json",
-    ]  # fmt: skip
+        program("fio"),
+        "--name=random",
+        f"--filename={names}",
+        "--readonly",
+        "--rw=randread",
+        "--bs=4k",
+        "--ioengine=psync",
+        "--direct=0",
+        "--norandommap",
+        "--file_service_type=random",
+        "--invalidate=0",
+        "--randseed=7",
+        f"--number_ios={count}",
+        f"--io_size={count * 4096}",
+        "--output-format=json",
+    ]
     job = json.loads(run(command, timeout=timeout))["jobs"][0]
     if job["read"]["total_ios"] < count:
         raise BenchmarkError(f"fio made {job['read']['total_ios']} of {count} reads")

@@ -81,8 +81,16 @@ def names_of(known: tuple[str, ...]) -> Callable[[click.Context, click.Parameter
     show_default="benchmarks/results",
     help="Folder for the JSON and the plot.",
 )
-def main(quick: bool, size: int, shards: int, repeat: int, only: list[str], tools: list[str], work: Path,
-         results: Path) -> None:  # fmt: skip
+def main(
+    quick: bool,
+    size: int,
+    shards: int,
+    repeat: int,
+    only: list[str],
+    tools: list[str],
+    work: Path,
+    results: Path,
+) -> None:
     """Measure fusecache on this machine against the raw disk, s5cmd, rclone, s3fs-fuse and JuiceFS."""
     if quick:
         size, repeat = min(size, 64), min(repeat, 2)

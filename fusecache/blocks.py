@@ -18,12 +18,12 @@ def block_range(offset: int, length: int, size: int, block_size: int) -> range:
     return range(offset // block_size, -(-end // block_size))
 
 
-def block_bytes(index: int, size: int, block_size: int) -> int:
+def block_length(index: int, size: int, block_size: int) -> int:
     """Length in bytes of block `index` of an object of `size` bytes."""
     return min(block_size, size - index * block_size)
 
 
-def runs(blocks: Iterable[int], limit: int) -> Iterator[range]:
+def contiguous_ranges(blocks: Iterable[int], max_blocks: int) -> Iterator[range]:
     """Join ascending block indexes into contiguous ranges of at most `limit` blocks.
 
     >>> list(runs([0, 1, 2, 5, 6], 2))
@@ -31,7 +31,7 @@ def runs(blocks: Iterable[int], limit: int) -> Iterator[range]:
     """
     start = stop = -1
     for block in blocks:
-        if block == stop and stop - start < limit:
+        if block == stop and stop - start < max_blocks:
             stop += 1
             continue
         if stop > start >= 0:

@@ -1,4 +1,4 @@
-"""Domain exceptions. No errno here: the only domain -> errno table is mount/errnos.py.
+"""Domain exceptions. No errno here: the only domain -> errno table is mount/fusecache_mount/kernel/errnos.py.
 
 Every message is one line that names the thing and the way out, and never holds a secret.
 """
@@ -21,7 +21,7 @@ class MountError(FusecacheError):
 class OriginError(FusecacheError):
     """The object storage failed; `temporary` says whether the same request may succeed later."""
 
-    temporary = False
+    is_temporary = False
 
 
 class NotFoundError(OriginError):
@@ -39,7 +39,7 @@ class VersionChangedError(OriginError):
 class TemporaryOriginError(OriginError):
     """Worth a retry: connection reset, timeout, truncated body, 500, 502, 504."""
 
-    temporary = True
+    is_temporary = True
 
 
 class ThrottledError(TemporaryOriginError):

@@ -12,7 +12,7 @@ BlockIndex = NewType("BlockIndex", int)
 """Index of a block inside one object version, from 0."""
 
 NodeId = NewType("NodeId", int)
-"""What the kernel calls an inode of ours with (see mount/nodeids.py for its layout)."""
+"""What the kernel calls an inode of ours with (see mount/fusecache_mount/kernel/nodeids.py for its layout)."""
 
 ObjectId = NewType("ObjectId", str)
 """32 hex digits that name one object version in the store."""

@@ -78,9 +78,15 @@ def main(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     document = {
-        "rate": plan.rate, "size": plan.size, "stripe": plan.stripe, "block": plan.block,
-        "concurrency": 2, "bound": plan.bound, "small_size": small_plan.size, "runs": rows,
-    }  # fmt: skip
+        "rate": plan.rate,
+        "size": plan.size,
+        "stripe": plan.stripe,
+        "block": plan.block,
+        "concurrency": 2,
+        "bound": plan.bound,
+        "small_size": small_plan.size,
+        "runs": rows,
+    }
     results.mkdir(parents=True, exist_ok=True)
     plot(rows, results / "cluster.png")
     (results / "cluster.json").write_text(json.dumps(document, indent=1) + "\n")
@@ -131,9 +137,15 @@ def _measure(
 
 def _print(console: Console, rows: list[dict[str, Any]]) -> None:
     table = Table(
-        "nodes", "stage", "", "time / bound", "copies from the origin", "CPUs busy", "refused, fallbacks",
+        "nodes",
+        "stage",
+        "",
+        "time / bound",
+        "copies from the origin",
+        "CPUs busy",
+        "refused, fallbacks",
         title="A cluster in the lab",
-    )  # fmt: skip
+    )
     for row in rows:
         counters = row["counters"]
         origin = row["origin"] if row["origin"] is not None else row["origin_wire"]

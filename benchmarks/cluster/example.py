@@ -128,8 +128,11 @@ def mounted_node(
     words = ",".join(f"{key}={value}" for key, value in options.items())
     pid = 0
     try:
-        run([program("fusecache"), "mount", bucket.url, str(mountpoint), "-o", words], timeout=60,
-            env=bucket.environment)  # fmt: skip
+        run(
+            [program("fusecache"), "mount", bucket.url, str(mountpoint), "-o", words],
+            timeout=60,
+            env=bucket.environment,
+        )
         pid = int(status(mountpoint)["process"]["pid"])
         yield mountpoint
     finally:

@@ -52,11 +52,24 @@ def origin(lab: Lab, work: Path, bucket: str) -> Iterator[tuple[Host, Bucket]]:
     config = data / "s3.json"
     config.write_text(json.dumps({"identities": [identity]}))
     command = [
-        program("weed"), "-logtostderr", "server", f"-dir={data}", f"-ip={host.address}",
-        f"-ip.bind={host.address}", "-filer", "-s3", f"-s3.config={config}", "-s3.port=8333",
-        f"-filer.localSocket={data}/filer.sock", "-master.telemetry=false", "-master.volumeSizeLimitMB=4096",
-        "-volume.max=100", "-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
-    ]  # fmt: skip
+        program("weed"),
+        "-logtostderr",
+        "server",
+        f"-dir={data}",
+        f"-ip={host.address}",
+        f"-ip.bind={host.address}",
+        "-filer",
+        "-s3",
+        f"-s3.config={config}",
+        "-s3.port=8333",
+        f"-filer.localSocket={data}/filer.sock",
+        "-master.telemetry=false",
+        "-master.volumeSizeLimitMB=4096",
+        "-volume.max=100",
+        "-s3.iam=false",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+    ]
     log = work / "seaweedfs.log"
     try:
         with running(host.command(command), log, grace=0.2) as process:
@@ -167,9 +180,14 @@ class Fleet:
                 (work / "rclone.conf").touch()
                 bucket = self._bucket
                 command = [
-                    program("rclone"), "mount", f":s3:{bucket.bucket}/{bucket.prefix}", str(work / "mnt"),
-                    f"--config={work / 'rclone.conf'}", f"--cache-dir={work / 'cache'}", *RCLONE_OPTIONS,
-                ]  # fmt: skip
+                    program("rclone"),
+                    "mount",
+                    f":s3:{bucket.bucket}/{bucket.prefix}",
+                    str(work / "mnt"),
+                    f"--config={work / 'rclone.conf'}",
+                    f"--cache-dir={work / 'cache'}",
+                    *RCLONE_OPTIONS,
+                ]
                 env = {
                     **bucket.environment,
                     "RCLONE_S3_PROVIDER": "SeaweedFS",
@@ -192,12 +210,27 @@ class Fleet:
                 stack.callback(shutil.rmtree, work, ignore_errors=True)
                 _copy_database(meta, work / "meta.db")
                 command = [
-                    program("juicefs"), "mount", f"sqlite3://{work / 'meta.db'}", str(work / "mnt"),
-                    f"--cache-dir={work / 'cache'}", "--buffer-size=300M", "--max-readahead=256", "--prefetch=8",
-                    "--cache-size=100G", "--free-space-ratio=0.01", "--verify-cache-checksum=none",
-                    "--open-cache=1h", "--attr-cache=1h", "--entry-cache=1h", "--dir-entry-cache=1h",
-                    "--read-only", "--no-bgjob", "--backup-meta=0", "--no-usage-report", "--no-syslog",
-                ]  # fmt: skip
+                    program("juicefs"),
+                    "mount",
+                    f"sqlite3://{work / 'meta.db'}",
+                    str(work / "mnt"),
+                    f"--cache-dir={work / 'cache'}",
+                    "--buffer-size=300M",
+                    "--max-readahead=256",
+                    "--prefetch=8",
+                    "--cache-size=100G",
+                    "--free-space-ratio=0.01",
+                    "--verify-cache-checksum=none",
+                    "--open-cache=1h",
+                    "--attr-cache=1h",
+                    "--entry-cache=1h",
+                    "--dir-entry-cache=1h",
+                    "--read-only",
+                    "--no-bgjob",
+                    "--backup-meta=0",
+                    "--no-usage-report",
+                    "--no-syslog",
+                ]
                 stack.enter_context(mounting(host.command(command), work / "mnt", work / "juicefs.log"))
                 nodes.append(Node(host, work, work / "mnt", work / "mnt" / self._bucket.prefix))
             yield nodes

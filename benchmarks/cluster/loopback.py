@@ -43,9 +43,9 @@ from benchmarks.processes import (
 )
 from benchmarks.tools.fusecache import status
 from benchmarks.tools.seaweedfs import s3_server, upload
-from fusecache.peers.auth import Signer
-from fusecache.peers.client import Patience, PeerClient
-from fusecache.peers.wire import BlockRequest
+from fusecache.peers.transport.auth import RequestSigner
+from fusecache.peers.transport.client import PeerClient, RequestTimeout
+from fusecache.peers.transport.wire import BlockRequest
 from fusecache.types import ObjectId
 
 STREAMS = 4
@@ -155,17 +155,27 @@ def _iperf3_server(folder: Path) -> Iterator[int]:
 
 def _iperf3(port: int, *more: str) -> float:
     command = [
-        "iperf3", "-c", "127.0.0.1", "-p", str(port), "-P", str(STREAMS), "-t", str(_SECONDS), "-J", *more,
-    ]  # fmt: skip
+        "iperf3",
+        "-c",
+        "127.0.0.1",
+        "-p",
+        str(port),
+        "-P",
+        str(STREAMS),
+        "-t",
+        str(_SECONDS),
+        "-J",
+        *more,
+    ]
     told: dict[str, Any] = json.loads(run(command, timeout=60))
     return float(told["end"]["sum_received"]["bits_per_second"]) / 8
 
 
 def take(url: str, secret: str) -> None:
     """Entry point of the taking process: what the node has, again and again; prints bytes per second."""
-    signer = Signer(Path(secret).read_text().strip(), "client", "")
-    client = PeerClient("client", signer=signer, window=_BLOCK)
-    found = client.json(url, "/v1/objects", 20.0)
+    signer = RequestSigner(Path(secret).read_text().strip(), "client", "")
+    client = PeerClient("client", signer=signer, receive_window=_BLOCK)
+    found = client.request_json(url, "/v1/objects", 20.0)
     ranges = [
         (ObjectId(item["id"]), int(item["size"]), range(at, min(at + _RANGE, -(-item["size"] // _BLOCK))))
         for item in found
@@ -175,8 +185,8 @@ def take(url: str, secret: str) -> None:
 
     def one(work: tuple[ObjectId, int, range]) -> int:
         object_id, size, blocks = work
-        request = BlockRequest(object_id, blocks, None, _BLOCK, stored_only=True, node="client")
-        answer = client.blocks(url, request, size, Patience(url, 60.0))
+        request = BlockRequest(object_id, blocks, None, _BLOCK, stored_only=True, caller="client")
+        answer = client.request_blocks(url, request, size, RequestTimeout(url, 60.0))
         digest, expected, total = xxhash.xxh3_64(), None, 0
         with contextlib.closing(answer):
             for piece in answer:

@@ -24,15 +24,23 @@ from typing import Any
 import click
 from rich.console import Console
 
-from benchmarks.cluster.simulation import Outcome, simulate
-from benchmarks.cluster.simulation_report import WHOLE, Check, Result, check_table, plot, table_of, validate
-from benchmarks.cluster.simulation_world import GBIT, Setting
+from benchmarks.cluster.simulation import SimulationOutcome, run_simulation
+from benchmarks.cluster.simulation_report import (
+    MODEL_BYTES,
+    LabComparison,
+    ScenarioResult,
+    compare_with_lab,
+    comparison_table,
+    plot_results,
+    results_table,
+)
+from benchmarks.cluster.simulation_world import GBIT, SimulationSetting
 from benchmarks.processes import ROOT, BenchmarkError
 
 RESULTS = ROOT / "benchmarks/results"
-SHARD = 5 << 30
+SHARD_BYTES = 5 << 30
 """Bytes of a file, where the slice has room for two of them."""
-STEPS = 4
+BLOCKS_PER_STRIPE = 4
 SCENARIOS: dict[str, dict[str, Any]] = {
     "all well": {},
     "1 % slow": {"slow": 0.01},
@@ -108,31 +116,31 @@ def main(
             raise ValueError
     except ValueError:
         raise click.UsageError("--nodes and --stripe take numbers with commas between") from None
-    checks: list[Check] = []
+    checks: list[LabComparison] = []
     for path in measured:
         if path.exists() or validate_only:
             try:
-                checks += validate(path, latency, seeds=range(3))
+                checks += compare_with_lab(path, latency, seeds=range(3))
             except BenchmarkError as error:
                 raise click.ClickException(str(error)) from None
     if checks:
-        console.print(check_table(checks))
+        console.print(comparison_table(checks))
     if validate_only:
         return
-    found = _all(console, cases, names, transfers, least, rate * GBIT, jobs)
-    console.print(table_of(found))
+    found = _run_cases(console, cases, names, transfers, least, rate * GBIT, jobs)
+    console.print(results_table(found))
     results.mkdir(parents=True, exist_ok=True)
     document = {
-        "model": WHOLE,
-        "steps": STEPS,
-        "results": [result.plain() for result in found],
+        "model": MODEL_BYTES,
+        "steps": BLOCKS_PER_STRIPE,
+        "results": [result.as_json() for result in found],
         "checks": [{**dataclasses.asdict(check), "error": check.error} for check in checks],
     }
     (results / "simulation.json").write_text(json.dumps(document, indent=1) + "\n")
-    plot(results / "simulation.png", found, checks)
+    plot_results(results / "simulation.png", found, checks)
 
 
-def _all(
+def _run_cases(
     console: Console,
     cases: Sequence[tuple[int, int]],
     names: Sequence[str],
@@ -140,13 +148,15 @@ def _all(
     least: int,
     rate: float,
     jobs: int,
-) -> list[Result]:
-    settings: list[Setting] = []
-    wanted: list[tuple[str, Setting, Setting, Setting]] = []
+) -> list[ScenarioResult]:
+    settings: list[SimulationSetting] = []
+    wanted: list[tuple[str, SimulationSetting, SimulationSetting, SimulationSetting]] = []
     for nodes, stripe in cases:
-        size, shard = _slice(max(least, round(transfers / nodes)), stripe)
-        block = max(1 << 20, stripe // STEPS)
-        well = Setting(nodes, size, shard=shard, stripe=stripe, block=block, rate=rate, origin_rate=rate)
+        size, shard = _slice_sizes(max(least, round(transfers / nodes)), stripe)
+        block = max(1 << 20, stripe // BLOCKS_PER_STRIPE)
+        well = SimulationSetting(
+            nodes, size, shard=shard, stripe=stripe, block=block, rate=rate, origin_rate=rate
+        )
         for name in names:
             setting = dataclasses.replace(well, **SCENARIOS[name])
             longer = dataclasses.replace(setting, dead=0.0)
@@ -156,9 +166,9 @@ def _all(
     settings = sorted(
         set(settings), key=lambda setting: (-setting.nodes * setting.size, setting.slow, setting.dead)
     )
-    outcomes: dict[Setting, Outcome] = {}
+    outcomes: dict[SimulationSetting, SimulationOutcome] = {}
     with ProcessPoolExecutor(jobs) as pool:
-        for outcome in pool.map(simulate, settings):
+        for outcome in pool.map(run_simulation, settings):
             setting = outcome.setting
             outcomes[setting] = outcome
             console.print(
@@ -167,14 +177,14 @@ def _all(
                 highlight=False,
             )
     return [
-        Result(name, outcomes[setting], outcomes[shorter], outcomes[longer])
+        ScenarioResult(name, outcomes[setting], outcomes[shorter], outcomes[longer])
         for name, setting, shorter, longer in wanted
     ]
 
 
-def _slice(stripes: int, stripe: int) -> tuple[int, int]:
+def _slice_sizes(stripes: int, stripe: int) -> tuple[int, int]:
     """Bytes of so many stripes of the model, and of each of its files, of which there is an even number."""
-    shard = max(1, min(SHARD // stripe, stripes // 2))
+    shard = max(1, min(SHARD_BYTES // stripe, stripes // 2))
     return max(1, stripes // shard // 2) * 2 * shard * stripe, shard * stripe
 
 

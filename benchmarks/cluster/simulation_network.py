@@ -14,137 +14,155 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-WINDOW = 2
+STREAM_WINDOW_RUNS = 2
 """Runs of one stream on their way at a time."""
 
 
-class Clock:
+class SimulatedClock:
     """Simulated time, in seconds, and what happens when. What is due at the same time happens in the order in which it
     was asked for, so that a run can be repeated."""
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.events = 0
-        self.stopped = False
+        self.event_count = 0
+        self.is_stopped = False
         self._due: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-        self._count = 0
+        self._scheduled_count = 0
 
-    def at(self, when: float, call: Callable[..., None], *arguments: Any) -> None:
+    def call_at(self, when: float, call: Callable[..., None], *arguments: Any) -> None:
         """Call this at that time, which is not over."""
-        self._count += 1
-        heapq.heappush(self._due, (when, self._count, call, arguments))
+        self._scheduled_count += 1
+        heapq.heappush(self._due, (when, self._scheduled_count, call, arguments))
 
-    def run(self, limit: float) -> bool:
+    def run_until_stopped(self, limit: float) -> bool:
         """Until `stopped`; False: nothing is left to happen, or `limit` is over."""
-        while not self.stopped and self._due and self._due[0][0] <= limit:
-            self.run_one()
-        return self.stopped
+        while not self.is_stopped and self._due and self._due[0][0] <= limit:
+            self.run_next_event()
+        return self.is_stopped
 
-    def run_one(self) -> bool:
+    def run_next_event(self) -> bool:
         """Have the next thing happen; False: there is none."""
         if not self._due:
             return False
         self.now, _, call, arguments = heapq.heappop(self._due)
-        self.events += 1
+        self.event_count += 1
         call(*arguments)
         return True
 
 
-class Stream:
+class SimulatedStream:
     """Blocks on their way from one node to another, in order. `ready` is how many of them the sender has, and grows;
     `landed` is called with the number of further blocks that came."""
 
-    __slots__ = ("arrived", "count", "ended", "landed", "next", "ready", "sent", "sink", "source")
+    __slots__ = (
+        "arrived_blocks",
+        "block_count",
+        "is_ended",
+        "on_arrival",
+        "queued_blocks",
+        "ready_blocks",
+        "sent_blocks",
+        "sink",
+        "source",
+    )
 
-    def __init__(self, source: int, sink: int, count: int, landed: Callable[[Stream, int], None]) -> None:
+    def __init__(
+        self, source: int, sink: int, block_count: int, on_arrival: Callable[[SimulatedStream, int], None]
+    ) -> None:
         self.source = source
         self.sink = sink
-        self.count = count
-        self.landed = landed
-        self.ready = 0
-        self.sent = 0
-        self.arrived = 0
-        self.next = 0
+        self.block_count = block_count
+        self.on_arrival = on_arrival
+        self.ready_blocks = 0
+        self.sent_blocks = 0
+        self.arrived_blocks = 0
+        self.queued_blocks = 0
         """Blocks that wait for their turn, or are being sent."""
-        self.ended = False
+        self.is_ended = False
         """No more is sent, and nothing lands any more."""
 
 
-class Network:
+class SimulatedNetwork:
     """Links of `up` and `down` bytes per second; `run` is in blocks of `block` bytes."""
 
     def __init__(
-        self, clock: Clock, up: Sequence[float], down: Sequence[float], latency: float, block: int, run: int
+        self,
+        clock: SimulatedClock,
+        up: Sequence[float],
+        down: Sequence[float],
+        latency: float,
+        block_bytes: int,
+        run_blocks: int,
     ) -> None:
         count = len(up)
         self.latency = latency
         self.bytes_up = [0] * count
         """Sent by each so far."""
         self.bytes_down = [0] * count
-        self.owed = [0] * count
+        self.unsent_bytes = [0] * count
         """Bytes that are there and wait for room on their way out."""
-        self.queued = 0
+        self.longest_queue = 0
         """Most streams that ever waited for one link."""
         self._clock = clock
-        self._block = block
-        self._run = run
-        self._up = [block / rate for rate in up]
-        self._down = [block / rate for rate in down]
-        self._free = [0.0] * count
+        self._block_bytes = block_bytes
+        self._run_blocks = run_blocks
+        self._uplink_block_seconds = [block_bytes / rate for rate in up]
+        self._downlink_block_seconds = [block_bytes / rate for rate in down]
+        self._downlink_free_at = [0.0] * count
         """When each downlink has taken what is on its way to it."""
-        self._busy = [False] * count
-        self._queues: list[deque[Stream]] = [deque() for _ in range(count)]
+        self._is_uplink_busy = [False] * count
+        self._uplink_queues: list[deque[SimulatedStream]] = [deque() for _ in range(count)]
 
-    def offer(self, stream: Stream) -> None:
+    def queue_run(self, stream: SimulatedStream) -> None:
         """It may have something to send."""
-        left = stream.ready - stream.sent
-        if stream.next or left <= 0 or stream.ended:
+        left = stream.ready_blocks - stream.sent_blocks
+        if stream.queued_blocks or left <= 0 or stream.is_ended:
             return
-        if stream.sent - stream.arrived > (WINDOW - 1) * self._run:
+        if stream.sent_blocks - stream.arrived_blocks > (STREAM_WINDOW_RUNS - 1) * self._run_blocks:
             return
         source = stream.source
-        stream.next = blocks = min(left, self._run)
-        self.owed[source] += blocks * self._block
-        if self._busy[source]:
-            queue = self._queues[source]
+        stream.queued_blocks = blocks = min(left, self._run_blocks)
+        self.unsent_bytes[source] += blocks * self._block_bytes
+        if self._is_uplink_busy[source]:
+            queue = self._uplink_queues[source]
             queue.append(stream)
-            if len(queue) > self.queued:
-                self.queued = len(queue)
+            if len(queue) > self.longest_queue:
+                self.longest_queue = len(queue)
         else:
-            self._send(stream)
+            self._send_run(stream)
 
-    def _send(self, stream: Stream) -> None:
-        clock, source, sink, blocks = self._clock, stream.source, stream.sink, stream.next
-        self._busy[source] = True
-        over = clock.now + blocks * self._up[source]
-        clock.at(over, self._sent, stream, blocks)
+    def _send_run(self, stream: SimulatedStream) -> None:
+        clock, source, sink, blocks = self._clock, stream.source, stream.sink, stream.queued_blocks
+        self._is_uplink_busy[source] = True
+        over = clock.now + blocks * self._uplink_block_seconds[source]
+        clock.call_at(over, self._run_sent, stream, blocks)
         soonest = clock.now + self.latency
-        began = max(self._free[sink], soonest)
-        there = max(began + blocks * self._down[sink], over + self.latency)
-        self._free[sink] = there
-        clock.at(there, self._arrived, stream, blocks)
+        began = max(self._downlink_free_at[sink], soonest)
+        there = max(began + blocks * self._downlink_block_seconds[sink], over + self.latency)
+        self._downlink_free_at[sink] = there
+        clock.call_at(there, self._run_arrived, stream, blocks)
 
-    def _sent(self, stream: Stream, blocks: int) -> None:
-        source, nbytes = stream.source, blocks * self._block
+    def _run_sent(self, stream: SimulatedStream, blocks: int) -> None:
+        source, nbytes = stream.source, blocks * self._block_bytes
         self.bytes_up[source] += nbytes
-        self.owed[source] -= nbytes
-        stream.sent += blocks
-        stream.next = 0
-        self.offer(stream)  # the link counts as busy: it goes to the end of the queue
-        queue = self._queues[source]
+        self.unsent_bytes[source] -= nbytes
+        stream.sent_blocks += blocks
+        stream.queued_blocks = 0
+        self.queue_run(stream)  # the link counts as busy: it goes to the end of the queue
+        queue = self._uplink_queues[source]
         while queue:
             following = queue.popleft()
-            if not following.ended:
-                self._send(following)
+            if not following.is_ended:
+                self._send_run(following)
                 return
-            self.owed[source] -= following.next * self._block
-            following.next = 0
-        self._busy[source] = False
+            self.unsent_bytes[source] -= following.queued_blocks * self._block_bytes
+            following.queued_blocks = 0
+        self._is_uplink_busy[source] = False
 
-    def _arrived(self, stream: Stream, blocks: int) -> None:
-        self.bytes_down[stream.sink] += blocks * self._block
-        if stream.ended:
+    def _run_arrived(self, stream: SimulatedStream, blocks: int) -> None:
+        self.bytes_down[stream.sink] += blocks * self._block_bytes
+        if stream.is_ended:
             return
-        stream.arrived += blocks
-        stream.landed(stream, blocks)
-        self.offer(stream)
+        stream.arrived_blocks += blocks
+        stream.on_arrival(stream, blocks)
+        self.queue_run(stream)

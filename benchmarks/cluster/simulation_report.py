@@ -10,84 +10,93 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.cluster.simulation import Outcome, simulate
-from benchmarks.cluster.simulation_world import Setting
+from benchmarks.cluster.simulation import SimulationOutcome, run_simulation
+from benchmarks.cluster.simulation_world import SimulationSetting
 from benchmarks.processes import BenchmarkError
 
-WHOLE = 1_000_000_000_000
+MODEL_BYTES = 1_000_000_000_000
 """Bytes of the model that is spoken of."""
 
 
 @dataclass(frozen=True)
-class Result:
+class ScenarioResult:
     """A scenario with as many nodes as that: `outcome` of a slice of the model. `shorter` and `longer` are a slice of
     half the length and one like it without deaths, which come once and not again in every further part."""
 
     scenario: str
-    outcome: Outcome
-    shorter: Outcome
-    longer: Outcome
+    outcome: SimulationOutcome
+    shorter: SimulationOutcome
+    longer: SimulationOutcome
 
     @property
-    def steady(self) -> float:
+    def steady_over_bound(self) -> float:
         """Seconds over the bound that each further part of the model takes, if all go on as the longer slice's second
         half did; no less than 1, since a slice that short may still gain on a slow start."""
-        if self.longer.last is None or self.shorter.last is None:
+        if self.longer.last_done_at is None or self.shorter.last_done_at is None:
             return float("nan")
         more = self.longer.setting.bound - self.shorter.setting.bound
-        return max(1.0, (self.longer.last - self.shorter.last) / more)
+        return max(1.0, (self.longer.last_done_at - self.shorter.last_done_at) / more)
 
     @property
-    def whole(self) -> float:
+    def whole_over_bound(self) -> float:
         """Time over the bound for WHOLE bytes, extrapolated."""
-        if self.outcome.last is None:
+        if self.outcome.last_done_at is None:
             return float("nan")
         bound = self.outcome.setting.bound
-        rest = bound * max(0.0, WHOLE / self.outcome.setting.size - 1)
-        return (self.outcome.last + rest * self.steady) / (bound + rest)
+        rest = bound * max(0.0, MODEL_BYTES / self.outcome.setting.size - 1)
+        return (self.outcome.last_done_at + rest * self.steady_over_bound) / (bound + rest)
 
-    def plain(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """As it is written."""
         return {
             "scenario": self.scenario,
-            "whole_over_bound": self.whole,
-            "steady_over_bound": self.steady,
-            "slice": self.outcome.plain(),
+            "whole_over_bound": self.whole_over_bound,
+            "steady_over_bound": self.steady_over_bound,
+            "slice": self.outcome.as_json(),
         }
 
 
-def table_of(results: Sequence[Result]) -> Table:
+def results_table(results: Sequence[ScenarioResult]) -> Table:
     """One row per result."""
     table = Table(
-        "nodes", "stripe", "", "simulated", "time / bound", "1 TB / bound", "slow nodes", "copies from the origin",
-        "most sent", "waits", "no connection, errors, fallbacks",
-        title=f"Simulated: all nodes read a model of {WHOLE / 1e12:g} TB at the same moment",
+        "nodes",
+        "stripe",
+        "",
+        "simulated",
+        "time / bound",
+        "1 TB / bound",
+        "slow nodes",
+        "copies from the origin",
+        "most sent",
+        "waits",
+        "no connection, errors, fallbacks",
+        title=f"Simulated: all nodes read a model of {MODEL_BYTES / 1e12:g} TB at the same moment",
         caption="bound: the time the bytes take through one link. A slice of the model is simulated; 1 TB is that, "
         "and the rest at the pace of its second half. Slow nodes: the last of them over its own bound. "
         "Waits: mean and longest time until a node turns to a request.",
-    )  # fmt: skip
+    )
     for result in results:
         outcome = result.outcome
         setting = outcome.setting
-        slow = outcome.last_slow
+        slow = outcome.last_slow_done_at
         table.add_row(
             str(setting.nodes),
             f"{setting.stripe >> 20} MiB",
             result.scenario,
             f"{setting.size / 1e9:.1f} GB",
             f"{outcome.over_bound:.2f}",
-            f"{result.whole:.2f}",
+            f"{result.whole_over_bound:.2f}",
             "" if slow is None else f"{slow * setting.slow_rate / setting.bound:.2f}",
-            f"{outcome.origin:.3f}",
-            f"{outcome.busiest:.2f}",
-            f"{outcome.wait * 1e3:.0f}, {outcome.longest_wait * 1e3:.0f} ms",
+            f"{outcome.origin_copies:.3f}",
+            f"{outcome.busiest_copies:.2f}",
+            f"{outcome.mean_wait * 1e3:.0f}, {outcome.longest_wait * 1e3:.0f} ms",
             f"{outcome.not_connected}, {outcome.errors}, {outcome.fallbacks}",
         )
     return table
 
 
 @dataclass(frozen=True)
-class Check:
+class LabComparison:
     """A number of nodes, measured and simulated; seconds."""
 
     nodes: int
@@ -106,7 +115,7 @@ class Check:
         return self.simulated / self.measured - 1
 
 
-def validate(path: Path, latency: float, seeds: Sequence[int]) -> list[Check]:
+def compare_with_lab(path: Path, latency: float, seeds: Sequence[int]) -> list[LabComparison]:
     """Simulate what `python -m benchmarks.cluster` measured (its cluster.json): fusecache nodes that start together.
     The links are slower by what else than bytes of the model went over the origin's: headers, and packets sent again.
     Raises BenchmarkError."""
@@ -118,7 +127,9 @@ def validate(path: Path, latency: float, seeds: Sequence[int]) -> list[Check]:
         measured: dict[int, list[Mapping[str, Any]]] = {}
         for row in rows:
             measured.setdefault(int(row["nodes"]), []).append(row)
-        checks = [_check(document, count, found, latency, seeds) for count, found in sorted(measured.items())]
+        checks = [
+            _compare_runs(document, count, found, latency, seeds) for count, found in sorted(measured.items())
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BenchmarkError(
             f"{path}: not a result of python -m benchmarks.cluster: {type(error).__name__}: {error}"
@@ -128,19 +139,19 @@ def validate(path: Path, latency: float, seeds: Sequence[int]) -> list[Check]:
     return checks
 
 
-def _check(
+def _compare_runs(
     document: Mapping[str, Any],
     nodes: int,
     rows: Sequence[Mapping[str, Any]],
     latency: float,
     seeds: Sequence[int],
-) -> Check:
+) -> LabComparison:
     overhead = sum(row["origin_wire"] / row["origin"] for row in rows) / len(rows)
     rate = document["rate"] / max(1.0, overhead)
     times = []
     for seed in seeds:
-        outcome = simulate(
-            Setting(
+        outcome = run_simulation(
+            SimulationSetting(
                 nodes,
                 document["size"],
                 shard=document["size"] // 4,
@@ -153,13 +164,13 @@ def _check(
                 seed=seed,
             )
         )
-        times.append(float("nan") if outcome.last is None else outcome.last)
+        times.append(float("nan") if outcome.last_done_at is None else outcome.last_done_at)
     seconds = sum(row["seconds"] for row in rows) / len(rows)
     busy = sum(row["cpu_busy"] for row in rows) / len(rows)
-    return Check(nodes, document["rate"], document["bound"], seconds, sum(times) / len(times), busy)
+    return LabComparison(nodes, document["rate"], document["bound"], seconds, sum(times) / len(times), busy)
 
 
-def check_table(checks: Sequence[Check]) -> Table:
+def comparison_table(checks: Sequence[LabComparison]) -> Table:
     """One row per number of nodes."""
     table = Table(
         "nodes",
@@ -182,7 +193,7 @@ def check_table(checks: Sequence[Check]) -> Table:
     return table
 
 
-def plot(path: Path, results: Sequence[Result], checks: Sequence[Check]) -> None:
+def plot_results(path: Path, results: Sequence[ScenarioResult], checks: Sequence[LabComparison]) -> None:
     """Time over the bound against the number of nodes: simulated, and beside it measured."""
     import matplotlib as mpl
 
@@ -194,7 +205,7 @@ def plot(path: Path, results: Sequence[Result], checks: Sequence[Check]) -> None
     for result in results:
         setting = result.outcome.setting
         name = f"{result.scenario}, stripes of {setting.stripe >> 20} MiB"
-        lines.setdefault(name, []).append((setting.nodes, result.whole))
+        lines.setdefault(name, []).append((setting.nodes, result.whole_over_bound))
     for name, points in lines.items():
         axes[0].plot(*zip(*sorted(points), strict=True), marker="o", label=name)
     axes[0].set_xscale("log")

@@ -160,15 +160,28 @@ def _format_juicefs(bucket: Bucket, model: Path, work: Path) -> Path:
     S5cmd().make_bucket(volume)
     keys = {"ACCESS_KEY": bucket.access_key, "SECRET_KEY": bucket.secret_key}
     command = [
-        program("juicefs"), "format", f"sqlite3://{meta}", "benchmark", "--storage=s3",
-        f"--bucket={bucket.endpoint}/juicefs", "--trash-days=0",
-    ]  # fmt: skip
+        program("juicefs"),
+        "format",
+        f"sqlite3://{meta}",
+        "benchmark",
+        "--storage=s3",
+        f"--bucket={bucket.endpoint}/juicefs",
+        "--trash-days=0",
+    ]
     run(command, timeout=60, env=keys)
     mountpoint = home / "mnt"
     command = [
-        program("juicefs"), "mount", f"sqlite3://{meta}", str(mountpoint), f"--cache-dir={home / 'cache'}",
-        "--cache-size=0", "--no-bgjob", "--backup-meta=0", "--no-usage-report", "--no-syslog",
-    ]  # fmt: skip
+        program("juicefs"),
+        "mount",
+        f"sqlite3://{meta}",
+        str(mountpoint),
+        f"--cache-dir={home / 'cache'}",
+        "--cache-size=0",
+        "--no-bgjob",
+        "--backup-meta=0",
+        "--no-usage-report",
+        "--no-syslog",
+    ]
     with mounting(command, mountpoint, home / "juicefs.log"):
         shutil.copytree(model, mountpoint / bucket.prefix)
     return meta

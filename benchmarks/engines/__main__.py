@@ -40,9 +40,12 @@ _COPIES = 5  # of the model, at the worst moment: the source, objects, JuiceFS's
 @click.command()
 @click.option("--quick", is_flag=True, help="Small and few: 32 MiB shards, 2 rounds; writes no results.")
 @click.option(
-    "--stages", callback=names_of(tuple(STAGES)), default=",".join(STAGES), show_default=True,
+    "--stages",
+    callback=names_of(tuple(STAGES)),
+    default=",".join(STAGES),
+    show_default=True,
     help="What to measure.",
-)  # fmt: skip
+)
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Rounds of each stage.")
 @click.option("--add", is_flag=True, help="Add the rounds to those of earlier runs with the same settings.")
 @click.option("--size", type=click.IntRange(1), default=512, show_default=True, help="MiB per shard.")
@@ -59,24 +62,43 @@ _COPIES = 5  # of the model, at the worst moment: the source, objects, JuiceFS's
     help="Of the stage warm.",
 )
 @click.option(
-    "--tools", callback=names_of(tuple(TOOLS)), default=",".join(TOOLS), show_default=True,
+    "--tools",
+    callback=names_of(tuple(TOOLS)),
+    default=",".join(TOOLS),
+    show_default=True,
     help="Competitors in the stages cold, ranks and vllm; '' for none.",
-)  # fmt: skip
+)
 @click.option(
     "--engine-python", default=sys.executable, help="The interpreter that has vLLM.  [default: this one]"
 )
 @click.option(
-    "--work", type=click.Path(file_okay=False, path_type=Path), default=Path("/dev/shm"), show_default=True,
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("/dev/shm"),
+    show_default=True,
     help="Folder for the server's data and all caches.",
-)  # fmt: skip
+)
 @click.option(
-    "--results", type=click.Path(file_okay=False, path_type=Path), default=None,
+    "--results",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=None,
     help="Folder for the JSON and the plot.  [default: benchmarks/results; none with --quick]",
-)  # fmt: skip
+)
 def main(
-    quick: bool, stages: list[str], rounds: int, add: bool, size: int, shards: int, rate: float, engine_size: int,
-    loaders: list[str], tools: list[str], engine_python: str, work: Path, results: Path | None,
-) -> None:  # fmt: skip
+    quick: bool,
+    stages: list[str],
+    rounds: int,
+    add: bool,
+    size: int,
+    shards: int,
+    rate: float,
+    engine_size: int,
+    loaders: list[str],
+    tools: list[str],
+    engine_python: str,
+    work: Path,
+    results: Path | None,
+) -> None:
     """Measure how fast engines and loaders start from a mount, cold over a limited link and warm."""
     if quick:
         size, rounds, engine_size = min(size, 32), min(rounds, 2), min(engine_size, 400)
@@ -101,9 +123,18 @@ def main(
             found.versions["fusecache"] = Fusecache().version()
             with site(Path(folder), "bench") as place:
                 setting = Setting(
-                    place, found, tick, rounds, rate * 1e6, shards, size, engine_size, loaders,
-                    {name: _TOOLS[name] for name in tools}, engine_python,
-                )  # fmt: skip
+                    place,
+                    found,
+                    tick,
+                    rounds,
+                    rate * 1e6,
+                    shards,
+                    size,
+                    engine_size,
+                    loaders,
+                    {name: _TOOLS[name] for name in tools},
+                    engine_python,
+                )
                 for name in stages:
                     with told(setting, name):
                         STAGES[name](setting)

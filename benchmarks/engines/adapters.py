@@ -212,8 +212,9 @@ class Run:
                 wait_until(lambda: not status(mount)["loader"]["fetching"], "the rest of the adapters", 60)
                 wanted = 2 * sum(map(len, self.made.picked.values()))
                 self.facts["objects"] = {
-                    "loaded": wanted, "in_cache": status(mount)["cache"]["objects_complete"]
-                }  # fmt: skip
+                    "loaded": wanted,
+                    "in_cache": status(mount)["cache"]["objects_complete"],
+                }
             for workers, names in self.made.picked.items():
                 drop_page_cache(mount / name / file for name in names for file in FILES)
                 self.add(tool.name, "warm", workers, timed(mount, names, workers))
@@ -225,8 +226,10 @@ class Run:
             with tool.mounted(replace(self.bucket, endpoint=relay.endpoint), work) as mount:
                 timed(mount, names, 1)
             self.facts.setdefault("metadata_requests", {})[tool.name] = {
-                "adapters": len(names), "requests": relay.metadata, "per_adapter": relay.metadata / len(names)
-            }  # fmt: skip
+                "adapters": len(names),
+                "requests": relay.metadata,
+                "per_adapter": relay.metadata / len(names),
+            }
 
 
 def measure(run: Run, tools: Sequence[Tool], rounds: int) -> None:
@@ -338,10 +341,18 @@ def main(adapters: int, loads: int, largest: int, rounds: int, tools: str, work:
     _show(console, rows, run)
     report = {
         "settings": {
-            "adapters": adapters, "loads": loads, "largest_mb": largest, "rounds": rounds, "bytes_loaded": total
+            "adapters": adapters,
+            "loads": loads,
+            "largest_mb": largest,
+            "rounds": rounds,
+            "bytes_loaded": total,
         },
-        "machine": machine, "versions": versions, "facts": run.facts, "problems": run.problems, "results": rows,
-    }  # fmt: skip
+        "machine": machine,
+        "versions": versions,
+        "facts": run.facts,
+        "problems": run.problems,
+        "results": rows,
+    }
     target.mkdir(parents=True, exist_ok=True)
     (target / "adapters.json").write_text(json.dumps(report, indent=2) + "\n")
     console.print(f"written: {os.path.relpath(target)}/adapters.json", highlight=False)

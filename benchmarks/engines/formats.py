@@ -79,12 +79,24 @@ def make_llama(directory: Path, *, shards: int, mib: int) -> int:
     index = {"metadata": {"total_size": size}, "weight_map": weights}
     (directory / INDEX).write_text(json.dumps(index, indent=1))
     config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": _HIDDEN,
-        "intermediate_size": _MIDDLE, "num_hidden_layers": layers, "num_attention_heads": 16,
-        "num_key_value_heads": _KEYS // 128, "head_dim": 128, "vocab_size": _WORDS, "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": _HIDDEN,
+        "intermediate_size": _MIDDLE,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": _KEYS // 128,
+        "head_dim": 128,
+        "vocab_size": _WORDS,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     (directory / "config.json").write_text(json.dumps(config, indent=1))
     return size
 

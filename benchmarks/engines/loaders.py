@@ -197,10 +197,13 @@ def timed(name: str, folder: Path, *, ranks: int = 1, timeout: float = TIMEOUT) 
     children = [
         subprocess.Popen(
             python_module(__name__, name, str(folder)),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for _ in range(ranks)
-    ]  # fmt: skip
+    ]
     try:
         for child in children:
             _await_ready(child, name)

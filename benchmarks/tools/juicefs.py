@@ -58,9 +58,14 @@ class JuiceFS:
         S5cmd().make_bucket(volume)
         keys = {"ACCESS_KEY": bucket.access_key, "SECRET_KEY": bucket.secret_key}
         command = [
-            program("juicefs"), "format", self._meta, "benchmark", "--storage=s3",
-            f"--bucket={bucket.endpoint}/juicefs", "--trash-days=0",
-        ]  # fmt: skip
+            program("juicefs"),
+            "format",
+            self._meta,
+            "benchmark",
+            "--storage=s3",
+            f"--bucket={bucket.endpoint}/juicefs",
+            "--trash-days=0",
+        ]
         run(command, timeout=60, env=keys)
         mountpoint = home / "mnt"
         writing = ("--buffer-size=1024M", "--cache-size=0", "--no-bgjob", "--backup-meta=0")
@@ -77,6 +82,13 @@ class JuiceFS:
 
     def _command(self, mountpoint: Path, cache: Path, options: Sequence[str]) -> list[str]:
         return [
-            program("juicefs"), "mount", self._meta, str(mountpoint), f"--cache-dir={cache}", *options,
-            f"--metrics=127.0.0.1:{free_port()}", "--no-usage-report", "--no-syslog",
-        ]  # fmt: skip
+            program("juicefs"),
+            "mount",
+            self._meta,
+            str(mountpoint),
+            f"--cache-dir={cache}",
+            *options,
+            f"--metrics=127.0.0.1:{free_port()}",
+            "--no-usage-report",
+            "--no-syslog",
+        ]

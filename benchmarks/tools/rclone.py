@@ -51,9 +51,14 @@ class Rclone:
         config = work / "rclone.conf"
         config.touch()
         command = [
-            program("rclone"), "mount", f":s3:{bucket.bucket}/{bucket.prefix}", str(mountpoint),
-            f"--config={config}", f"--cache-dir={work / 'cache'}", *self._options,
-        ]  # fmt: skip
+            program("rclone"),
+            "mount",
+            f":s3:{bucket.bucket}/{bucket.prefix}",
+            str(mountpoint),
+            f"--config={config}",
+            f"--cache-dir={work / 'cache'}",
+            *self._options,
+        ]
         environment = {
             **bucket.environment,
             "RCLONE_S3_PROVIDER": "SeaweedFS",

@@ -41,9 +41,12 @@ class S3fs:
         keys.touch(mode=0o600)
         keys.write_text(f"{bucket.access_key}:{bucket.secret_key}\n")
         options = (
-            *self._options, f"use_cache={cache}", f"passwd_file={keys}", f"url={bucket.endpoint}",
+            *self._options,
+            f"use_cache={cache}",
+            f"passwd_file={keys}",
+            f"url={bucket.endpoint}",
             "use_path_request_style",
-        )  # fmt: skip
+        )
         # The folder is not mounted as such: s3fs wants a directory object for that.
         command = [program("s3fs"), bucket.bucket, str(mountpoint), "-f", "-o", ",".join(options)]
         with mounting(command, mountpoint, work / "s3fs.log"):

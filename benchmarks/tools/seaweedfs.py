@@ -57,12 +57,26 @@ def s3_server(work: Path, bucket: str) -> Iterator[Bucket]:
 def _server(data: Path, config: Path, log: Path, bucket: str) -> Iterator[Bucket]:
     master, volume, filer, s3 = (free_port(with_grpc=True) for _ in range(4))
     command = [
-        program("weed"), "-logtostderr", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-        "-filer", "-s3", f"-s3.config={config}", f"-master.port={master}", f"-volume.port={volume}",
-        f"-filer.port={filer}", f"-s3.port={s3}", "-master.telemetry=false",
-        "-master.volumeSizeLimitMB=4096", "-volume.max=100", "-s3.iam=false",
-        "-s3.port.iceberg=0", "-s3.port.lance=0",
-    ]  # fmt: skip
+        program("weed"),
+        "-logtostderr",
+        "server",
+        f"-dir={data}",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        "-filer",
+        "-s3",
+        f"-s3.config={config}",
+        f"-master.port={master}",
+        f"-volume.port={volume}",
+        f"-filer.port={filer}",
+        f"-s3.port={s3}",
+        "-master.telemetry=false",
+        "-master.volumeSizeLimitMB=4096",
+        "-volume.max=100",
+        "-s3.iam=false",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+    ]
     try:
         # It takes its full 10 seconds to end in order, for data that is deleted right after.
         with running(command, log, grace=0.2) as process:

@@ -13,34 +13,34 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fusecache.attest.manifests import LIMIT, places, read_manifest
-from fusecache.attest.signing import Key
+from fusecache.attest.manifests import MAX_MANIFEST_BYTES, manifest_keys, parse_manifest
+from fusecache.attest.signing import ManifestKey
 from fusecache.errors import AttestationError, UnavailableError, VersionChangedError
 from fusecache.types import ObjectId, ObjectVersion
 
 _log = logging.getLogger(__name__)
 
-_ENTRIES = 1_000_000
+_MAX_MANIFEST_ENTRIES = 1_000_000
 """Files that manifests speak of, and are remembered to."""
-_ASKED = 100_000
+_MAX_METADATA_DIGESTS = 100_000
 
 UNSIGNED = b"unsigned"
 """The anchor (see store.seals) of what is attested without a key; otherwise it is `Key.anchor`."""
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedDigest:
     """What a file has to hash to, and who says so, in words."""
 
     sha256: bytes
-    by: str
+    stated_by: str
 
 
 class ManifestReplacedError(UnavailableError):
     """A manifest is being replaced: look again."""
 
 
-class Digests:
+class ExpectedDigests:
     """Thread-safe; the lock is a leaf. May wait for the origin.
 
     `find(version, key)` is the object `key` of the same source, if there is one; `read(version, source)` its bytes;
@@ -49,60 +49,61 @@ class Digests:
 
     def __init__(
         self,
-        find: Callable[[ObjectVersion, str], ObjectVersion | None],
-        read: Callable[[ObjectVersion, str], bytes],
-        ask: Callable[[ObjectVersion, str], bytes | None],
-        key: Key | None = None,
+        find_object: Callable[[ObjectVersion, str], ObjectVersion | None],
+        read_object: Callable[[ObjectVersion, str], bytes],
+        read_metadata_sha256: Callable[[ObjectVersion, str], bytes | None],
+        key: ManifestKey | None = None,
     ) -> None:
-        self._find = find
-        self._read = read
-        self._ask = ask
+        self._find_object = find_object
+        self._read_object = read_object
+        self._read_metadata_sha256 = read_metadata_sha256
         self._key = key
         self._lock = threading.Lock()
         self._manifests: OrderedDict[ObjectId, dict[str, bytes] | str] = OrderedDict()
         """What a manifest says, or what is wrong with it."""
-        self._asked: OrderedDict[ObjectId, bytes | None] = OrderedDict()
+        self._metadata_digests: OrderedDict[ObjectId, bytes | None] = OrderedDict()
 
-    def forget(self) -> None:
+    def forget_metadata(self) -> None:
         """Ask the origin again."""
         with self._lock:
-            self._asked.clear()
+            self._metadata_digests.clear()
 
-    def expected(self, version: ObjectVersion, source: str) -> Expected:
+    def find_expected(self, version: ObjectVersion, source: str) -> ExpectedDigest:
         """What this version has to hash to. Raises AttestationError when nobody says, or two say different things,
         ManifestReplacedError, and what reading a manifest raises."""
-        found: list[Expected] = []
+        found: list[ExpectedDigest] = []
         problems: list[str] = []
-        for key in places(version.key, signed=self._key is not None):
-            manifest = self._find(version, key)
-            if manifest is None or manifest.size > LIMIT:
+        for key in manifest_keys(version.key, is_signed=self._key is not None):
+            manifest = self._find_object(version, key)
+            if manifest is None or manifest.size > MAX_MANIFEST_BYTES:
                 continue
-            said = self._said(manifest, source)
+            said = self._digests_of_manifest(manifest, source)
             if isinstance(said, str):
                 problems.append(f"{key}: {said}")
             elif version.key in said:
-                found.append(Expected(said[version.key], key))
+                found.append(ExpectedDigest(said[version.key], key))
         if not found and self._key is None:
-            digest = self._metadata(version, source)
+            digest = self._digest_from_metadata(version, source)
             if digest is not None:
-                found.append(Expected(digest, "the origin's metadata"))
+                found.append(ExpectedDigest(digest, "the origin's metadata"))
         if not found:
-            raise AttestationError(_nobody(version, problems, signed=self._key is not None))
+            raise AttestationError(_unattested_text(version, problems, signed=self._key is not None))
         other = next((each for each in found if each.sha256 != found[0].sha256), None)
         if other is not None:
             raise AttestationError(
-                f"{version.key}: {found[0].by} and {other.by} say different things of it: mend or remove one of them"
+                f"{version.key}: {found[0].stated_by} and {other.stated_by} say different things of it: "
+                "mend or remove one of them"
             )
         return found[0]
 
-    def _said(self, manifest: ObjectVersion, source: str) -> dict[str, bytes] | str:
+    def _digests_of_manifest(self, manifest: ObjectVersion, source: str) -> dict[str, bytes] | str:
         with self._lock:
             known = self._manifests.get(manifest.id)
         if known is not None:
             return known
         said: dict[str, bytes] | str
         try:
-            said = read_manifest(manifest.key, self._read(manifest, source), self._key)
+            said = parse_manifest(manifest.key, self._read_object(manifest, source), self._key)
         except VersionChangedError as error:
             raise ManifestReplacedError(f"{manifest.key} is being replaced: try again") from error
         except ValueError as error:
@@ -110,23 +111,25 @@ class Digests:
             _log.warning("%s is no manifest that can be used: %s", manifest.key, said)
         with self._lock:
             self._manifests[manifest.id] = said
-            while len(self._manifests) > 1 and sum(map(len, self._manifests.values())) > _ENTRIES:
+            while (
+                len(self._manifests) > 1 and sum(map(len, self._manifests.values())) > _MAX_MANIFEST_ENTRIES
+            ):
                 self._manifests.popitem(last=False)
         return said
 
-    def _metadata(self, version: ObjectVersion, source: str) -> bytes | None:
+    def _digest_from_metadata(self, version: ObjectVersion, source: str) -> bytes | None:
         with self._lock:
-            if version.id in self._asked:
-                return self._asked[version.id]
-        digest = self._ask(version, source)
+            if version.id in self._metadata_digests:
+                return self._metadata_digests[version.id]
+        digest = self._read_metadata_sha256(version, source)
         with self._lock:
-            self._asked[version.id] = digest
-            while len(self._asked) > _ASKED:
-                self._asked.popitem(last=False)
+            self._metadata_digests[version.id] = digest
+            while len(self._metadata_digests) > _MAX_METADATA_DIGESTS:
+                self._metadata_digests.popitem(last=False)
         return digest
 
 
-def _nobody(version: ObjectVersion, problems: list[str], *, signed: bool) -> str:
+def _unattested_text(version: ObjectVersion, problems: list[str], *, signed: bool) -> str:
     if problems:
         return f"{version.key} is attested by nobody: {'; '.join(problems[:3])}"
     if signed:

@@ -1,7 +1,8 @@
 """Looks at sealed objects: hashes them as their blocks land, in order, and compares the whole with its manifest.
 
 Its threads read what landed from the page cache and hash it with the GIL released (1.8 GB/s per thread with SHA-NI,
-0.4 without). An object is on one thread at a time (`ObjectLoad.looking`), for some blocks, and then goes to the end of
+0.4 without). An object is on one thread at a time (`ObjectFetch.is_being_inspected`), for some blocks, and
+then goes to the end of
 the queue, so that a large one does not hold up the others.
 
 An object that is what its manifest says is attested, once per version and node: the store keeps that. One that is not
@@ -20,19 +21,19 @@ import threading
 import time
 from dataclasses import dataclass
 
-from fusecache.attest.digests import Digests, Expected, ManifestReplacedError
-from fusecache.blocks import block_bytes
+from fusecache.attest.digests import ExpectedDigest, ExpectedDigests, ManifestReplacedError
+from fusecache.blocks import block_length
 from fusecache.errors import AttestationError, FusecacheError, StoreError, UnavailableError
-from fusecache.loader.load import Fold, ObjectLoad
-from fusecache.loader.loader import Loader
+from fusecache.fetch.object_fetch import HashProgress, ObjectFetch
+from fusecache.fetch.service import FetchService
 from fusecache.types import ObjectId, ObjectVersion
 
 _log = logging.getLogger(__name__)
 
-_RUN = 32
+_BLOCKS_PER_TURN = 32
 """Blocks per turn of an object."""
-_TRIES = 3
-_PAUSE = 0.3
+_MAX_TRIES = 3
+_RETRY_PAUSE = 0.3
 """Seconds until a manifest that was just replaced is asked for again."""
 
 
@@ -46,24 +47,24 @@ class InspectorStats:
     quarantined: int = 0
 
 
-class Inspector:
+class ManifestInspector:
     """See loader.Inspector. `start` and `close` own its threads; the lock is a leaf."""
 
-    def __init__(self, digests: Digests, threads: int = 2) -> None:
+    def __init__(self, digests: ExpectedDigests, threads: int = 2) -> None:
         self.stats = InspectorStats()
         self._digests = digests
-        self._loader: Loader | None = None
-        self._queue: queue.SimpleQueue[ObjectLoad | None] = queue.SimpleQueue()
+        self._loader: FetchService | None = None
+        self._queue: queue.SimpleQueue[ObjectFetch | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._told: set[ObjectId] = set()
+        self._logged_versions: set[ObjectId] = set()
         """Versions that the log has a line about."""
         self._stopping = threading.Event()
         self._threads = [
-            threading.Thread(target=self._work, name=f"inspector-{number}", daemon=True)
+            threading.Thread(target=self._inspect_queued, name=f"inspector-{number}", daemon=True)
             for number in range(threads)
         ]
 
-    def start(self, loader: Loader) -> None:
+    def start(self, loader: FetchService) -> None:
         """Begin to look at the objects of this loader."""
         self._loader = loader
         for thread in self._threads:
@@ -79,128 +80,138 @@ class Inspector:
             if thread.is_alive():
                 thread.join(max(0.0, deadline - time.monotonic()))
 
-    def forget(self) -> None:
+    def forget_answers(self) -> None:
         """The sources were listed anew: ask the origin again, and say again what is wrong."""
-        self._digests.forget()
+        self._digests.forget_metadata()
         with self._lock:
-            self._told.clear()
+            self._logged_versions.clear()
 
     # -- who opens a file
 
-    def admit(self, version: ObjectVersion, source: str) -> ObjectLoad:
+    def open_attestable(self, version: ObjectVersion, source: str) -> ObjectFetch:
         """The load of this version, opened once more, if it can be attested: somebody says what it has to be, and it is
         not in quarantine for being something else. May wait for the origin. Raises AttestationError, and what reading a
         manifest raises."""
-        loader = self._loader
-        assert loader is not None
-        load = loader.open(version, source)
+        fetch_service = self._loader
+        assert fetch_service is not None
+        object_fetch = fetch_service.open_object(version, source)
         try:
-            stored = load.stored
-            if stored.sealed:
-                expected = self._expected(version, source)
-                found = hashlib.sha256(b"").digest() if version.size == 0 else stored.quarantined
+            stored = object_fetch.stored
+            if stored.is_unattested:
+                expected = self._find_expected(version, source)
+                found = hashlib.sha256(b"").digest() if version.size == 0 else stored.quarantine_sha256
                 if found is not None and found != expected.sha256:
-                    raise AttestationError(_mismatch(version, expected, found))
-                if stored.quarantined is not None:
-                    _log.info("%s: %s says what was found: it is fetched again", version.key, expected.by)
-                    loader.gate.lift(load)
+                    raise AttestationError(_mismatch_text(version, expected, found))
+                if stored.quarantine_sha256 is not None:
+                    _log.info(
+                        "%s: %s says what was found: it is fetched again", version.key, expected.stated_by
+                    )
+                    fetch_service.attestation_gate.lift_quarantine(object_fetch)
                 if version.size == 0:
-                    stored.attest(expected.sha256)
+                    stored.mark_attested(expected.sha256)
         except AttestationError as error:
-            self._tell(version, error)
+            self._log_error_once(version, error)
             with self._lock:
                 self.stats.refused += 1
-            loader.release(load)
+            fetch_service.release_fetch(object_fetch)
             raise
         except BaseException:
-            loader.release(load)
+            fetch_service.release_fetch(object_fetch)
             raise
-        return load
+        return object_fetch
 
-    def _expected(self, version: ObjectVersion, source: str) -> Expected:
-        """See Digests.expected; a manifest that was just replaced is read again."""
-        for attempt in range(_TRIES):
+    def _find_expected(self, version: ObjectVersion, source: str) -> ExpectedDigest:
+        """See ExpectedDigests.find_expected; a manifest that was just replaced is read again."""
+        for attempt in range(_MAX_TRIES):
             try:
-                return self._digests.expected(version, source)
+                return self._digests.find_expected(version, source)
             except ManifestReplacedError:
-                if attempt == _TRIES - 1 or self._stopping.wait(_PAUSE):
+                if attempt == _MAX_TRIES - 1 or self._stopping.wait(_RETRY_PAUSE):
                     raise
         raise AssertionError("unreachable")
 
-    def _tell(self, version: ObjectVersion, error: AttestationError) -> None:
+    def _log_error_once(self, version: ObjectVersion, error: AttestationError) -> None:
         with self._lock:
-            if version.id in self._told:
+            if version.id in self._logged_versions:
                 return
-            self._told.add(version.id)
+            self._logged_versions.add(version.id)
         _log.error("%s", error)
 
     # -- what landed
 
-    def look(self, load: ObjectLoad) -> None:
+    def request_inspection(self, object_fetch: ObjectFetch) -> None:
         """See loader.Inspector."""
-        self._queue.put(load)
+        self._queue.put(object_fetch)
 
-    def _work(self) -> None:
+    def _inspect_queued(self) -> None:
         buffer = bytearray()
-        while (load := self._queue.get()) is not None and not self._stopping.is_set():
+        while (object_fetch := self._queue.get()) is not None and not self._stopping.is_set():
             error: FusecacheError | None = None
             done = True
             try:
-                if len(buffer) < load.stored.block_size:
-                    buffer = bytearray(load.stored.block_size)
-                done = self._fold(load, memoryview(buffer)) and self._judge(load)
+                if len(buffer) < object_fetch.stored.block_size:
+                    buffer = bytearray(object_fetch.stored.block_size)
+                done = self._hash_blocks(object_fetch, memoryview(buffer)) and self._compare_with_manifest(
+                    object_fetch
+                )
             except FusecacheError as failure:
                 error = failure
             except Exception as failure:
                 _log.exception("an inspection failed in an unforeseen way")
-                error = UnavailableError(f"{load.version.key}: {type(failure).__name__}: see the log")
+                error = UnavailableError(f"{object_fetch.version.key}: {type(failure).__name__}: see the log")
             if self._loader is not None:
-                self._loader.gate.looked(load, done, error)
+                self._loader.attestation_gate.inspection_ended(object_fetch, done, error)
 
-    def _fold(self, load: ObjectLoad, buffer: memoryview) -> bool:
+    def _hash_blocks(self, object_fetch: ObjectFetch, buffer: memoryview) -> bool:
         """Hash some of what is there; whether that was the last of it."""
-        stored, fold = load.stored, load.fold
-        if fold.discards != stored.discards:
-            fold = load.fold = Fold(stored.discards)
-        stop = min(fold.position + _RUN, stored.block_count)
-        while fold.position < stop and stored.present(fold.position):
-            with buffer[: block_bytes(fold.position, load.version.size, stored.block_size)] as view:
-                if not _read(stored.fileno(), view, fold.position * stored.block_size):
+        stored, fold = object_fetch.stored, object_fetch.hash_progress
+        if fold.discards != stored.bad_block_count:
+            fold = object_fetch.hash_progress = HashProgress(stored.bad_block_count)
+        stop = min(fold.hashed_blocks + _BLOCKS_PER_TURN, stored.block_count)
+        while fold.hashed_blocks < stop and stored.is_present(fold.hashed_blocks):
+            with buffer[
+                : block_length(fold.hashed_blocks, object_fetch.version.size, stored.block_size)
+            ] as view:
+                if not _read_fully(stored.fileno(), view, fold.hashed_blocks * stored.block_size):
                     assert self._loader is not None
-                    self._loader.suspect(load, fold.position)
+                    self._loader.recheck_block(object_fetch, fold.hashed_blocks)
                     return False
                 fold.sha256.update(view)
-            fold.position += 1
-        return fold.position == stored.block_count and fold.discards == stored.discards and stored.complete
+            fold.hashed_blocks += 1
+        return (
+            fold.hashed_blocks == stored.block_count
+            and fold.discards == stored.bad_block_count
+            and stored.is_complete
+        )
 
-    def _judge(self, load: ObjectLoad) -> bool:
+    def _compare_with_manifest(self, object_fetch: ObjectFetch) -> bool:
         """Break the seal or raise AttestationError; False: a block was found bad in between."""
-        stored, version = load.stored, load.version
-        found = load.fold.sha256.digest()
+        stored, version = object_fetch.stored, object_fetch.version
+        found = object_fetch.hash_progress.sha256.digest()
         try:
-            expected = self._expected(version, load.source)
+            expected = self._find_expected(version, object_fetch.source)
         except AttestationError as error:
-            self._tell(version, error)
+            self._log_error_once(version, error)
             raise
         if found != expected.sha256:
-            stored.quarantine(found)
+            stored.enter_quarantine(found)
             with self._lock:
                 self.stats.quarantined += 1
-            mismatch = AttestationError(_mismatch(version, expected, found))
-            self._tell(version, mismatch)
+            mismatch = AttestationError(_mismatch_text(version, expected, found))
+            self._log_error_once(version, mismatch)
             raise mismatch
-        if stored.quarantined is not None:  # another process put it there meanwhile
-            stored.lift()
-        stored.attest(found)
-        if stored.sealed:
+        if stored.quarantine_sha256 is not None:  # another process put it there meanwhile
+            stored.lift_quarantine()
+        stored.mark_attested(found)
+        if stored.is_unattested:
             return False
         with self._lock:
             self.stats.attested += 1
-        _log.info("%s is what %s says: sha256 %s", version.key, expected.by, found.hex())
+        _log.info("%s is what %s says: sha256 %s", version.key, expected.stated_by, found.hex())
         return True
 
 
-def _read(fd: int, view: memoryview, offset: int) -> bool:
+def _read_fully(fd: int, view: memoryview, offset: int) -> bool:
     done = 0
     try:
         while done < len(view):
@@ -213,8 +224,9 @@ def _read(fd: int, view: memoryview, offset: int) -> bool:
     return True
 
 
-def _mismatch(version: ObjectVersion, expected: Expected, found: bytes) -> str:
+def _mismatch_text(version: ObjectVersion, expected: ExpectedDigest, found: bytes) -> str:
     return (
-        f"{version.key} is not what {expected.by} says: its sha256 is {found.hex()}, expected {expected.sha256.hex()}; "
+        f"{version.key} is not what {expected.stated_by} says: its sha256 is {found.hex()}, "
+        f"expected {expected.sha256.hex()}; "
         "it is in quarantine: upload it again, or mend the manifest"
     )

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fusecache.attest.signing import Key, parse_signature
+from fusecache.attest.signing import ManifestKey, parse_signature
 from fusecache.attest.sums import parse_single, parse_sums
 from fusecache.types import ObjectVersion
 
-SUMS = (
+SUMS_NAMES = (
     "SHA256SUMS",
     "SHA256SUMS.txt",
     "sha256sums",
@@ -27,40 +27,42 @@ SUMS = (
     "checksums.sha256",
     "checksum.sha256",
 )
-SIGNATURE = "model.sig"
-SINGLE = (".sha256", ".sha256sum")
-LIMIT = 32 << 20
+SIGNATURE_NAME = "model.sig"
+SINGLE_SUFFIXES = (".sha256", ".sha256sum")
+MAX_MANIFEST_BYTES = 32 << 20
 """Bytes of a manifest: some 300,000 files. A larger one is a file like any other."""
 
 
 def is_manifest(version: ObjectVersion) -> bool:
     """Whether a file is a manifest by its name and size."""
     name = version.key.rpartition("/")[2]
-    return (name in SUMS or name == SIGNATURE or name.endswith(SINGLE)) and version.size <= LIMIT
+    return (
+        name in SUMS_NAMES or name == SIGNATURE_NAME or name.endswith(SINGLE_SUFFIXES)
+    ) and version.size <= MAX_MANIFEST_BYTES
 
 
-def places(key: str, *, signed: bool) -> Iterator[str]:
+def manifest_keys(key: str, *, is_signed: bool) -> Iterator[str]:
     """Keys of the manifests that may speak of the file `key`, the nearest first; `signed`: of signed ones."""
-    if not signed:
-        yield from (key + suffix for suffix in SINGLE)
+    if not is_signed:
+        yield from (key + suffix for suffix in SINGLE_SUFFIXES)
     folder = key
     while folder:
         folder = folder.rpartition("/")[0]
         above = folder + "/" if folder else ""
-        yield above + SIGNATURE
-        if not signed:
-            yield from (above + name for name in SUMS)
+        yield above + SIGNATURE_NAME
+        if not is_signed:
+            yield from (above + name for name in SUMS_NAMES)
 
 
-def read_manifest(key: str, text: bytes, wanted: Key | None) -> dict[str, bytes]:
+def parse_manifest(key: str, text: bytes, required_key: ManifestKey | None) -> dict[str, bytes]:
     """What the manifest `key` says: digests by the key of the file. Raises ValueError, with what is wrong with it."""
     folder, _, name = key.rpartition("/")
     above = folder + "/" if folder else ""
-    if name == SIGNATURE:
-        found = parse_signature(text, wanted)
-    elif name in SUMS:
+    if name == SIGNATURE_NAME:
+        found = parse_signature(text, required_key)
+    elif name in SUMS_NAMES:
         found = parse_sums(text)
     else:
-        about = name.removesuffix(SINGLE[1]).removesuffix(SINGLE[0])
+        about = name.removesuffix(SINGLE_SUFFIXES[1]).removesuffix(SINGLE_SUFFIXES[0])
         found = {about: parse_single(text, about)}
     return {above + file: digest for file, digest in found.items()}

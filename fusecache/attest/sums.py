@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import re
 
-_LINE = re.compile(rb"(\\?)([0-9a-fA-F]{64}) [ *](.+)", re.DOTALL)
-_TAGGED = re.compile(rb"(\\?)SHA256 \((.+)\) = ([0-9a-fA-F]{64})", re.DOTALL)
-_BARE = re.compile(rb"\s*([0-9a-fA-F]{64})\s*")
+_SUM_LINE = re.compile(rb"(\\?)([0-9a-fA-F]{64}) [ *](.+)", re.DOTALL)
+_TAGGED_LINE = re.compile(rb"(\\?)SHA256 \((.+)\) = ([0-9a-fA-F]{64})", re.DOTALL)
+_BARE_DIGEST = re.compile(rb"\s*([0-9a-fA-F]{64})\s*")
 _ESCAPES = {b"\\\\": b"\\", b"\\n": b"\n", b"\\r": b"\r"}
 
 
@@ -27,8 +27,8 @@ def parse_sums(text: bytes) -> dict[str, bytes]:
         if not line.strip() or line.startswith(b"#"):
             continue
         try:
-            name, digest = _entry(line)
-            put(found, clean(name), digest)
+            name, digest = _parse_line(line)
+            add_digest(found, normalize_name(name), digest)
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from None
     return found
@@ -37,19 +37,19 @@ def parse_sums(text: bytes) -> dict[str, bytes]:
 def parse_single(text: bytes, name: str) -> bytes:
     """The digest in a file that is about the file `name` alone: bare, or one line as above, whose name may have
     folders before it. Raises ValueError."""
-    bare = _BARE.fullmatch(text)
+    bare = _BARE_DIGEST.fullmatch(text)
     if bare:
         return bytes.fromhex(bare[1].decode("ascii"))
     lines = [line.removesuffix(b"\r") for line in text.split(b"\n") if line.strip()]
     if len(lines) != 1:
         raise ValueError(f"{len(lines)} lines, where there should be one digest")
-    said, digest = _entry(lines[0])
+    said, digest = _parse_line(lines[0])
     if said.rpartition("/")[2] != name:
         raise ValueError(f"it is about {said!r}")
     return digest
 
 
-def clean(name: str) -> str:
+def normalize_name(name: str) -> str:
     """A name below a folder, without `./` before it. Raises ValueError for one that may lead anywhere else."""
     while name.startswith("./"):
         name = name[2:]
@@ -58,16 +58,16 @@ def clean(name: str) -> str:
     return name
 
 
-def put(found: dict[str, bytes], name: str, digest: bytes) -> None:
+def add_digest(found: dict[str, bytes], name: str, digest: bytes) -> None:
     """Add an entry. Raises ValueError when there is another one for the same name."""
     if found.setdefault(name, digest) != digest:
         raise ValueError(f"two digests for {name[:200]!r}")
 
 
-def _entry(line: bytes) -> tuple[str, bytes]:
-    if match := _LINE.fullmatch(line):
+def _parse_line(line: bytes) -> tuple[str, bytes]:
+    if match := _SUM_LINE.fullmatch(line):
         escaped, digest, name = match.groups()
-    elif match := _TAGGED.fullmatch(line):
+    elif match := _TAGGED_LINE.fullmatch(line):
         escaped, name, digest = match.groups()
     else:
         raise ValueError("not a line of sha256sum")

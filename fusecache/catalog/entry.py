@@ -44,5 +44,5 @@ class CatalogSource:
 
     name: str
     identity: str
-    list: Callable[[], Iterator[ObjectVersion]]
-    stat: Callable[[str], ObjectVersion]
+    list_objects: Callable[[], Iterator[ObjectVersion]]
+    stat_object: Callable[[str], ObjectVersion]

@@ -12,7 +12,7 @@ NAME_MAX = 255
 """Bytes of a name; what statfs reports and the kernel refuses to exceed (FUSE_NAME_MAX is larger)."""
 
 
-class Skip(enum.Enum):
+class SkipReason(enum.Enum):
     """Why a key is not in the tree, in words for the log."""
 
     EMPTY = "an empty name between slashes"
@@ -24,21 +24,21 @@ class Skip(enum.Enum):
     MARKER = "a directory marker with content, shown as a directory"
 
 
-def name_problem(name: str) -> Skip | None:
+def find_name_problem(name: str) -> SkipReason | None:
     """What keeps one component of a key from being a name in a directory."""
     if not name:
-        return Skip.EMPTY
+        return SkipReason.EMPTY
     if name in (".", ".."):
-        return Skip.DOTS
+        return SkipReason.DOTS
     if "\0" in name:
-        return Skip.NUL
+        return SkipReason.NUL
     if name.isascii():
-        return Skip.LONG if len(name) > NAME_MAX else None
+        return SkipReason.LONG if len(name) > NAME_MAX else None
     try:
         encoded = encode_name(name)
     except UnicodeEncodeError:
-        return Skip.ENCODING
-    return Skip.LONG if len(encoded) > NAME_MAX else None
+        return SkipReason.ENCODING
+    return SkipReason.LONG if len(encoded) > NAME_MAX else None
 
 
 def encode_name(name: str) -> bytes:

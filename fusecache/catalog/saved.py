@@ -26,9 +26,9 @@ from fusecache.types import ObjectVersion
 
 _log = logging.getLogger(__name__)
 
-FORMAT = "fusecache-listing"
-VERSION = 1
-_LINE = 1000
+LISTING_FORMAT = "fusecache-listing"
+LISTING_FORMAT_VERSION = 1
+_OBJECTS_PER_LINE = 1000
 
 
 def saved_path(directory: Path, identity: str) -> Path:
@@ -36,15 +36,15 @@ def saved_path(directory: Path, identity: str) -> Path:
     return directory / f"{xxhash.xxh3_128_hexdigest(identity.encode())}.listing.gz"
 
 
-def save(directory: Path, identity: str, versions: Sequence[ObjectVersion]) -> None:
+def save_listing(directory: Path, identity: str, versions: Sequence[ObjectVersion]) -> None:
     """Replace the saved listing. Raises OSError."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = saved_path(directory, identity)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     origin = versions[0].origin if versions else identity
     header = {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": LISTING_FORMAT,
+        "version": LISTING_FORMAT_VERSION,
         "identity": identity,
         "origin": origin,
         "objects": len(versions),
@@ -53,7 +53,7 @@ def save(directory: Path, identity: str, versions: Sequence[ObjectVersion]) -> N
     try:
         with gzip.open(temporary, "wt", compresslevel=1, encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(header) + "\n")
-            for rows in _rows(versions):
+            for rows in _iterate_rows(versions):
                 file.write(json.dumps(rows) + "\n")
         os.replace(temporary, path)
     except BaseException:
@@ -62,19 +62,25 @@ def save(directory: Path, identity: str, versions: Sequence[ObjectVersion]) -> N
         raise
 
 
-def _rows(versions: Iterable[ObjectVersion]) -> Iterable[list[tuple[str, str, int, int]]]:
+def _iterate_rows(versions: Iterable[ObjectVersion]) -> Iterable[list[tuple[str, str, int, int]]]:
     rest = iter(versions)
-    while rows := [(each.key, each.etag, each.size, each.mtime_ns) for each in islice(rest, _LINE)]:
+    while rows := [
+        (each.key, each.etag, each.size, each.mtime_ns) for each in islice(rest, _OBJECTS_PER_LINE)
+    ]:
         yield rows
 
 
-def load(directory: Path, identity: str) -> list[ObjectVersion] | None:
+def load_listing(directory: Path, identity: str) -> list[ObjectVersion] | None:
     """The saved listing of this source, or None where there is none that can be used."""
     path = saved_path(directory, identity)
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             header = json.loads(file.readline())
-            if (header["format"], header["version"], header["identity"]) != (FORMAT, VERSION, identity):
+            if (header["format"], header["version"], header["identity"]) != (
+                LISTING_FORMAT,
+                LISTING_FORMAT_VERSION,
+                identity,
+            ):
                 return None
             origin = str(header["origin"])
             versions = [

@@ -18,18 +18,18 @@ from operator import attrgetter
 import xxhash
 
 from fusecache.catalog.entry import ROOT, Entry
-from fusecache.catalog.keys import Skip, encode_name, name_problem
+from fusecache.catalog.keys import SkipReason, encode_name, find_name_problem
 from fusecache.types import NodeId, ObjectVersion
 
 _NODEID_MASK = (1 << 62) - 1
-_name = attrgetter("name")
+_name_of = attrgetter("name")
 
 FIRST_CURSOR = 3
 """Directory offsets below are the start (0), '.' (1) and '..' (2)."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Order:
+class _ReaddirOrder:
     """The order of readdir: by cursor, a hash of the name."""
 
     cursors: array[int]
@@ -41,48 +41,48 @@ class Tree:
     """`root` and all below it. `by_id` and `below` (children by the directory's nodeid) are not to be changed."""
 
     root: Entry
-    by_id: dict[int, Entry]
-    below: dict[int, tuple[Entry, ...]]
-    files: int
-    size: int
+    entries_by_id: dict[int, Entry]
+    children_by_id: dict[int, tuple[Entry, ...]]
+    file_count: int
+    total_bytes: int
     """Bytes of all files."""
-    skipped: dict[Skip, tuple[int, str]]
+    skipped: dict[SkipReason, tuple[int, str]]
     """How many keys were left out, by reason, and one of them."""
-    _orders: dict[int, _Order] = field(default_factory=dict)
+    _readdir_orders: dict[int, _ReaddirOrder] = field(default_factory=dict)
 
     def lookup(self, parent: int, name: bytes) -> Entry | None:
         """The child of a directory by name."""
-        children = self.below.get(parent, ())
-        at = bisect_left(children, name, key=_name)
+        children = self.children_by_id.get(parent, ())
+        at = bisect_left(children, name, key=_name_of)
         if at < len(children) and children[at].name == name:
             return children[at]
         return None
 
-    def scan(self, nodeid: int, cursor: int) -> Iterator[tuple[int, Entry]]:
+    def scan_directory(self, nodeid: int, cursor: int) -> Iterator[tuple[int, Entry]]:
         """The children of a directory whose cursor is above `cursor`, each with its own.
 
         The cursor depends on the name alone, so a scan that goes on in a later tree meets every name that is in both
         trees exactly once, and needs no state between its steps.
         """
-        children = self.below.get(nodeid, ())
-        order = self._orders.get(nodeid)
+        children = self.children_by_id.get(nodeid, ())
+        order = self._readdir_orders.get(nodeid)
         if order is None:
-            order = self._orders[nodeid] = _hash_order(children)
+            order = self._readdir_orders[nodeid] = _make_readdir_order(children)
         for at in range(bisect_right(order.cursors, cursor), len(children)):
             yield order.cursors[at], children[order.positions[at]]
 
-    def walk(self, nodeid: int | None = None) -> Iterator[Entry]:
+    def walk_entries(self, nodeid: int | None = None) -> Iterator[Entry]:
         """All entries below a directory (the root), depth first, each directory in the order of names."""
-        for entry in self.below.get(self.root.nodeid if nodeid is None else nodeid, ()):
+        for entry in self.children_by_id.get(self.root.nodeid if nodeid is None else nodeid, ()):
             yield entry
             if entry.is_dir:
-                yield from self.walk(entry.nodeid)
+                yield from self.walk_entries(entry.nodeid)
 
-    def replace(
-        self, entry: Entry, version: ObjectVersion | None, taken: Callable[[int], bool] | None = None
+    def replace_version(
+        self, entry: Entry, version: ObjectVersion | None, is_taken: Callable[[int], bool] | None = None
     ) -> Tree:
         """This tree with another version of one file, or without it (None). `entry` is in this tree."""
-        by_id, below = dict(self.by_id), dict(self.below)
+        by_id, below = dict(self.entries_by_id), dict(self.children_by_id)
         del by_id[entry.nodeid]
         children = list(below[entry.parent])
         at = children.index(entry)
@@ -90,8 +90,8 @@ class Tree:
         if version is None:
             del children[at]
         else:
-            nodeid = _file_nodeid(
-                entry.path, version, lambda n: n in by_id or (taken is not None and taken(n))
+            nodeid = _make_file_nodeid(
+                entry.path, version, lambda n: n in by_id or (is_taken is not None and is_taken(n))
             )
             new = dataclasses.replace(
                 entry, nodeid=nodeid, version=version, size=version.size, mtime_ns=version.mtime_ns
@@ -99,120 +99,120 @@ class Tree:
             by_id[nodeid] = children[at] = new
             size = version.size
         below[entry.parent] = tuple(children)
-        files = self.files - (version is None)
-        return Tree(self.root, by_id, below, files, self.size - entry.size + size, self.skipped)
+        files = self.file_count - (version is None)
+        return Tree(self.root, by_id, below, files, self.total_bytes - entry.size + size, self.skipped)
 
 
-def _hash_order(children: tuple[Entry, ...]) -> _Order:
+def _make_readdir_order(children: tuple[Entry, ...]) -> _ReaddirOrder:
     pairs = sorted((xxhash.xxh3_64_intdigest(entry.name) >> 1, at) for at, entry in enumerate(children))
     cursors: array[int] = array("q")
     last = FIRST_CURSOR - 1
     for cursor, _ in pairs:
         last = max(cursor, last + 1)
         cursors.append(last)
-    return _Order(cursors, array("I", (at for _, at in pairs)))
+    return _ReaddirOrder(cursors, array("I", (at for _, at in pairs)))
 
 
-def _nodeid(text: str, taken: Callable[[int], bool]) -> NodeId:
+def _make_nodeid(text: str, is_taken: Callable[[int], bool]) -> NodeId:
     data = text.encode("utf-8", "surrogateescape")
     seed = 0
     while True:
         number = xxhash.xxh3_64_intdigest(data, seed) & _NODEID_MASK
-        if number > ROOT and not taken(number):
+        if number > ROOT and not is_taken(number):
             return NodeId(number)
         seed += 1
 
 
-def _file_nodeid(path: str, version: ObjectVersion, taken: Callable[[int], bool]) -> NodeId:
+def _make_file_nodeid(path: str, version: ObjectVersion, is_taken: Callable[[int], bool]) -> NodeId:
     text = f"f\0{path}\0{version.origin}\0{version.etag}\0{version.size}\0{version.mtime_ns}"
-    return _nodeid(text, taken)
+    return _make_nodeid(text, is_taken)
 
 
-def directory_nodeid(path: str, taken: Callable[[int], bool]) -> NodeId:
+def make_directory_nodeid(path: str, is_taken: Callable[[int], bool]) -> NodeId:
     """The nodeid of the directory at `path`; `taken` says which numbers others have."""
-    return _nodeid("d\0" + path, taken) if path else ROOT
+    return _make_nodeid("d\0" + path, is_taken) if path else ROOT
 
 
-class _Keys:
+class _GroupedKeys:
     """The keys of a listing, grouped by directory (its path inside the source)."""
 
     def __init__(self) -> None:
         self.directories: dict[str, dict[str, ObjectVersion]] = {"": {}}
-        self.skipped: dict[Skip, tuple[int, str]] = {}
-        self._bad: dict[str, Skip] = {}
+        self.skipped: dict[SkipReason, tuple[int, str]] = {}
+        self._bad_paths: dict[str, SkipReason] = {}
 
-    def add(self, version: ObjectVersion) -> None:
+    def add_version(self, version: ObjectVersion) -> None:
         head, slash, leaf = version.key.rpartition("/")
         if not leaf:
-            if slash and self._directory(head, version.key) is not None and version.size:
-                self.skip(Skip.MARKER, version.key)
+            if slash and self._directory_group(head, version.key) is not None and version.size:
+                self.record_skip(SkipReason.MARKER, version.key)
             return
         if slash and not head:
-            self.skip(Skip.EMPTY, version.key)
+            self.record_skip(SkipReason.EMPTY, version.key)
             return
-        problem = name_problem(leaf)
+        problem = find_name_problem(leaf)
         if problem is not None:
-            self.skip(problem, version.key)
-        elif (group := self._directory(head, version.key)) is not None:
+            self.record_skip(problem, version.key)
+        elif (group := self._directory_group(head, version.key)) is not None:
             group[leaf] = version
 
-    def _directory(self, path: str, key: str) -> dict[str, ObjectVersion] | None:
+    def _directory_group(self, path: str, key: str) -> dict[str, ObjectVersion] | None:
         group = self.directories.get(path)
         if group is not None:
             return group
-        problem = self._bad.get(path)
+        problem = self._bad_paths.get(path)
         names = path.split("/")
         if problem is None:
-            problem = next((bad for bad in map(name_problem, names) if bad), None)
+            problem = next((bad for bad in map(find_name_problem, names) if bad), None)
             if problem is not None:
-                self._bad[path] = problem
+                self._bad_paths[path] = problem
         if problem is not None:
-            self.skip(problem, key)
+            self.record_skip(problem, key)
             return None
         for end in range(1, len(names) + 1):
             group = self.directories.setdefault("/".join(names[:end]), {})
         return group
 
-    def skip(self, reason: Skip, key: str) -> None:
+    def record_skip(self, reason: SkipReason, key: str) -> None:
         count, example = self.skipped.get(reason, (0, key))
         self.skipped[reason] = (count + 1, example)
 
-    def settle(self) -> None:
+    def drop_shadowed_files(self) -> None:
         """Where a file and a directory have the same path, the directory wins."""
         for path in self.directories:
             head, _, leaf = path.rpartition("/")
             if path and (shadowed := self.directories[head].pop(leaf, None)) is not None:
-                self.skip(Skip.SHADOWED, shadowed.key)
+                self.record_skip(SkipReason.SHADOWED, shadowed.key)
 
 
-def build(
+def build_tree(
     source: str,
     versions: Iterable[ObjectVersion],
     *,
     before: Tree | None = None,
-    taken: Callable[[int], bool] = lambda number: False,
+    is_taken: Callable[[int], bool] = lambda number: False,
     empty_mtime_ns: int = 0,
 ) -> Tree:
     """The tree of a listing. `before` lends the entries that are still right; `taken` names nodeids that belong to
     others; `empty_mtime_ns` is the time of directories without an object below them."""
-    keys = _Keys()
+    keys = _GroupedKeys()
     for version in versions:
-        keys.add(version)
-    keys.settle()
+        keys.add_version(version)
+    keys.drop_shadowed_files()
 
     prefix = source + "/" if source else ""
-    old = before.by_id if before is not None else {}
+    old = before.entries_by_id if before is not None else {}
     by_id: dict[int, Entry] = {}
     ids: dict[str, NodeId] = {}
     given: set[int] = set()
 
     def occupied(number: int) -> bool:
-        return number in given or number in by_id or taken(number)
+        return number in given or number in by_id or is_taken(number)
 
     paths = sorted(keys.directories)
     for path in paths:
         full = prefix + path if path else source
-        ids[path] = directory_nodeid(full, occupied)
+        ids[path] = make_directory_nodeid(full, occupied)
         given.add(ids[path])
 
     below: dict[int, tuple[Entry, ...]] = {}
@@ -224,18 +224,18 @@ def build(
         newest = max((child.mtime_ns for child in children), default=0)
         stem = f"{prefix}{path}/" if path else prefix
         for leaf, version in sorted(keys.directories[path].items()):
-            entry = _file(stem + leaf, leaf, version, nodeid, source, old, occupied)
+            entry = _file_entry(stem + leaf, leaf, version, nodeid, source, old, occupied)
             by_id[entry.nodeid] = entry
             children.append(entry)
             files += 1
             size += version.size
             newest = max(newest, version.mtime_ns)
-        children.sort(key=_name)
+        children.sort(key=_name_of)
         below[nodeid] = tuple(children)
         head, _, leaf = path.rpartition("/")
         full = prefix + path if path else source
         parent = ids[head] if path else ROOT
-        entry = _directory(
+        entry = _directory_entry(
             full, leaf if path else source, nodeid, parent, source, newest or empty_mtime_ns, old
         )
         by_id[nodeid] = entry
@@ -244,17 +244,17 @@ def build(
     return Tree(by_id[ids[""]], by_id, below, files, size, keys.skipped)
 
 
-def _file(
+def _file_entry(
     path: str,
     leaf: str,
     version: ObjectVersion,
     parent: NodeId,
     source: str,
-    old: dict[int, Entry],
-    taken: Callable[[int], bool],
+    known_entries: dict[int, Entry],
+    is_taken: Callable[[int], bool],
 ) -> Entry:
-    nodeid = _file_nodeid(path, version, taken)
-    known = old.get(nodeid)
+    nodeid = _make_file_nodeid(path, version, is_taken)
+    known = known_entries.get(nodeid)
     if known is not None and known.version == version and known.path == path:
         return known
     if path == version.key:
@@ -264,20 +264,26 @@ def _file(
     )
 
 
-def _directory(
-    path: str, leaf: str, nodeid: NodeId, parent: NodeId, source: str, mtime_ns: int, old: dict[int, Entry]
+def _directory_entry(
+    path: str,
+    leaf: str,
+    nodeid: NodeId,
+    parent: NodeId,
+    source: str,
+    mtime_ns: int,
+    known_entries: dict[int, Entry],
 ) -> Entry:
-    known = old.get(nodeid)
+    known = known_entries.get(nodeid)
     if known is not None and known.is_dir and known.path == path and known.mtime_ns == mtime_ns:
         return known
     return Entry(nodeid, parent, encode_name(leaf), path, True, None, source, 0, mtime_ns)
 
 
-def changes(before: Tree, after: Tree) -> list[tuple[NodeId, bytes]]:
+def find_changed_names(before: Tree, after: Tree) -> list[tuple[NodeId, bytes]]:
     """(directory, name) of all that appeared, vanished or became another nodeid between two trees."""
     found: list[tuple[NodeId, bytes]] = []
-    for number, children in after.below.items():
-        earlier = before.below.get(number, ())
+    for number, children in after.children_by_id.items():
+        earlier = before.children_by_id.get(number, ())
         if children == earlier:
             continue
         nodeid = NodeId(number)

@@ -12,35 +12,35 @@ from typing import Any, Protocol, TypeVar
 
 import click
 
-from fusecache import mounts
 from fusecache.cli import target
-from fusecache.cli.output import ago, complain, print_json, print_table, progress, table
+from fusecache.cli.output import format_age, make_table, print_error, print_json, print_table, show_progress
 from fusecache.config.model import default_cache_dir
 from fusecache.config.units import format_size
+from fusecache.control import mounts
 from fusecache.errors import ControlError, DaemonUnreachableError, MountError, StoreError
-from fusecache.store.format import parse_format
+from fusecache.store.disk.format import parse_format
 from fusecache.store.info import ObjectInfo
 from fusecache.store.store import Store
 from fusecache.types import ObjectId
 
-_SCAN_WAIT = 30.0
+_SCAN_TIMEOUT = 30.0
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-class Cache(Protocol):
+class CacheAccess(Protocol):
     """One cache, through a daemon or directly. An object is a dict as the control operation `ls` has it:
     path or key, source, bytes, size, complete, pinned, last_use (epoch seconds), id, mark (none, attested or
     quarantined)."""
 
     name: str
 
-    def objects(self) -> list[dict[str, Any]]:
+    def list_items(self) -> list[dict[str, Any]]:
         """All objects. Raises FusecacheError."""
 
-    def evict(self, item: dict[str, Any]) -> int:
+    def evict_item(self, item: dict[str, Any]) -> int:
         """Bytes freed. Raises ControlError or StoreError when it is pinned or in use."""
 
-    def pin(self, item: dict[str, Any], on: bool) -> None:
+    def set_item_pinned(self, item: dict[str, Any], on: bool) -> None:
         """Pin or unpin it. Raises ControlError or StoreError."""
 
     def close(self) -> None:
@@ -54,18 +54,18 @@ class MountedCache:
         self._mount = mount
         self.name = str(mount.mountpoint)
 
-    def objects(self) -> list[dict[str, Any]]:
+    def list_items(self) -> list[dict[str, Any]]:
         """See Cache."""
-        found = target.ask(self._mount, "ls", timeout=60.0)
+        found = target.call_mount_daemon(self._mount, "ls", timeout=60.0)
         return list(found)
 
-    def evict(self, item: dict[str, Any]) -> int:
+    def evict_item(self, item: dict[str, Any]) -> int:
         """See Cache."""
-        return int(target.ask(self._mount, "evict", id=item["id"])["freed"])
+        return int(target.call_mount_daemon(self._mount, "evict", id=item["id"])["freed"])
 
-    def pin(self, item: dict[str, Any], on: bool) -> None:
+    def set_item_pinned(self, item: dict[str, Any], on: bool) -> None:
         """See Cache."""
-        target.ask(self._mount, "pin", id=item["id"], path=path_of(item), on=on)
+        target.call_mount_daemon(self._mount, "pin", id=item["id"], path=display_path(item), on=on)
 
     def close(self) -> None:
         """See Cache."""
@@ -86,58 +86,62 @@ class DirectCache:
             raise StoreError(f"{directory} was made by another version of fusecache")
         # Nothing is written through this store, so its limits make no room.
         self._store = Store(directory, limit=1 << 62, free_floor=0, block_size=block_size)
-        self._store.wait_scanned(_SCAN_WAIT)
+        self._store.wait_for_scan(_SCAN_TIMEOUT)
 
-    def objects(self) -> list[dict[str, Any]]:
+    def list_items(self) -> list[dict[str, Any]]:
         """See Cache."""
-        return [_item(info) for info in self._store.objects()]
+        return [_make_item(info) for info in self._store.objects()]
 
-    def evict(self, item: dict[str, Any]) -> int:
+    def evict_item(self, item: dict[str, Any]) -> int:
         """See Cache."""
         return self._store.evict(ObjectId(item["id"]))
 
-    def pin(self, item: dict[str, Any], on: bool) -> None:
+    def set_item_pinned(self, item: dict[str, Any], on: bool) -> None:
         """See Cache."""
-        self._store.pin(ObjectId(item["id"]), on)
+        self._store.set_pinned(ObjectId(item["id"]), on)
 
     def close(self) -> None:
         """See Cache."""
         self._store.close()
 
 
-def _item(info: ObjectInfo) -> dict[str, Any]:
+def _make_item(info: ObjectInfo) -> dict[str, Any]:
     return {
         "key": info.version.key,
         "source": info.version.origin,
         "bytes": info.present_bytes,
         "size": info.version.size,
-        "complete": info.complete,
-        "pinned": info.pinned,
+        "complete": info.is_complete,
+        "pinned": info.is_pinned,
         "last_use": info.last_use,
         "id": info.id,
-        "mark": info.mark.name.lower(),
+        "mark": info.attestation_state.name.lower(),
     }
 
 
-def path_of(item: dict[str, Any]) -> str:
+def display_path(item: dict[str, Any]) -> str:
     """The path below the mountpoint, or the key where there is no mount."""
     return str(item.get("path") or item.get("key") or item["id"])
 
 
-def matches(item: dict[str, Any], wanted: str) -> bool:
-    """Whether `wanted` names this object or a folder that it is in: a path, a key, a URL, or an id."""
-    wanted = wanted.rstrip("/")
-    names = [path_of(item), f"{item.get('source', '')}/{item.get('key') or path_of(item)}", str(item["id"])]
-    return not wanted or any(name == wanted or name.startswith(wanted + "/") for name in names)
+def is_named_by(item: dict[str, Any], name: str) -> bool:
+    """Whether `name` names this object or a folder that it is in: a path, a key, a URL, or an id."""
+    name = name.rstrip("/")
+    own_names = [
+        display_path(item),
+        f"{item.get('source', '')}/{item.get('key') or display_path(item)}",
+        str(item["id"]),
+    ]
+    return not name or any(own == name or own.startswith(name + "/") for own in own_names)
 
 
-def _caches(cache_dir: Path | None, mountpoint: str | None) -> list[Cache]:
+def _open_caches(cache_dir: Path | None, mountpoint: str | None) -> list[CacheAccess]:
     """The cache that the user means: the directory, the mount, or all there are."""
     if cache_dir is not None:
         return [DirectCache(cache_dir)]
     if mountpoint is not None:
-        return [MountedCache(target.mounted(mountpoint))]
-    found: list[Cache] = [MountedCache(mount) for mount in mounts.list_mounts()]
+        return [MountedCache(target.require_mount(mountpoint))]
+    found: list[CacheAccess] = [MountedCache(mount) for mount in mounts.list_mounts()]
     if not found and (default_cache_dir() / "format").exists():
         found = [DirectCache(default_cache_dir())]
     if not found:
@@ -145,7 +149,9 @@ def _caches(cache_dir: Path | None, mountpoint: str | None) -> list[Cache]:
     return found
 
 
-def _selected(cache_dir: Path | None, paths: Sequence[str]) -> list[tuple[Cache, list[tuple[str, str]]]]:
+def _group_paths_by_cache(
+    cache_dir: Path | None, paths: Sequence[str]
+) -> list[tuple[CacheAccess, list[tuple[str, str]]]]:
     """Per cache, (path as the user wrote it, path in the cache)."""
     if cache_dir is None and not mounts.list_mounts() and (default_cache_dir() / "format").exists():
         cache_dir = default_cache_dir()
@@ -153,13 +159,13 @@ def _selected(cache_dir: Path | None, paths: Sequence[str]) -> list[tuple[Cache,
         return [(DirectCache(cache_dir), [(path, path) for path in paths])]
     grouped: dict[mounts.Mount, list[tuple[str, str]]] = {}
     for path in paths:
-        mount, below = target.around(path)
+        mount, below = target.require_containing_mount(path)
         grouped.setdefault(mount, []).append((path, below))
     return [(MountedCache(mount), wanted) for mount, wanted in grouped.items()]
 
 
-def _everything(cache_dir: Path | None) -> list[tuple[Cache, list[tuple[str, str]]]]:
-    return [(cache, [("", "")]) for cache in _caches(cache_dir, None)]
+def _select_everything(cache_dir: Path | None) -> list[tuple[CacheAccess, list[tuple[str, str]]]]:
+    return [(cache, [("", "")]) for cache in _open_caches(cache_dir, None)]
 
 
 def _cache_dir_option(command: _F) -> _F:
@@ -177,29 +183,29 @@ def _cache_dir_option(command: _F) -> _F:
 def ls_command(mountpoint: str | None, cache_dir: Path | None, as_json: bool) -> int:
     """List what the cache holds."""
     items: list[dict[str, Any]] = []
-    for cache in _caches(cache_dir, mountpoint):
+    for cache in _open_caches(cache_dir, mountpoint):
         try:
-            items += cache.objects()
+            items += cache.list_items()
         finally:
             cache.close()
     unique = {item["id"]: item for item in items}  # mounts may share a cache
-    items = sorted(unique.values(), key=lambda item: (str(item.get("source", "")), path_of(item)))
+    items = sorted(unique.values(), key=lambda item: (str(item.get("source", "")), display_path(item)))
     if as_json:
         print_json(items)
         return 0
     marked = any(item.get("mark", "none") != "none" for item in items)
     names = ("PATH", "SIZE", "CACHED", "PINNED", *(("MANIFEST",) if marked else ()), "USED", "SOURCE")
-    made = table(*names, right=("SIZE", "CACHED"))
+    made = make_table(*names, right=("SIZE", "CACHED"))
     for item in items:
         share = item["bytes"] / item["size"] if item["size"] else 1.0
         made.add_row(
-            path_of(item),
+            display_path(item),
             format_size(item["size"]),
             # Never 100 % of what is not complete: engines wait for the last block too.
             "100%" if item["complete"] else f"{min(int(share * 100), 99)}%",
             "pinned" if item["pinned"] else "",
             *(("" if item["mark"] == "none" else item["mark"],) if marked else ()),
-            ago(item["last_use"]),
+            format_age(item["last_use"]),
             str(item.get("source", "")),
         )
     print_table(made)
@@ -214,21 +220,21 @@ def evict_command(paths: tuple[str, ...], cache_dir: Path | None, everything: bo
     """Evict files or folders from the cache. What is pinned or in use stays."""
     if everything == bool(paths):
         raise click.UsageError("give either paths or --all", click.get_current_context())
-    chosen = _everything(cache_dir) if everything else _selected(cache_dir, paths)
+    chosen = _select_everything(cache_dir) if everything else _group_paths_by_cache(cache_dir, paths)
     freed = count = 0
     failures: list[str] = []
     for cache, wanted in chosen:
         try:
-            items, missing = _find(cache, wanted)
+            items, missing = _find_items(cache, wanted)
             if not everything:
                 failures += [f"{path} is not in the cache" for path in missing]
-            with progress("evicting", len(items), unit="objects") as bar:
+            with show_progress("evicting", len(items), unit="objects") as bar:
                 for number, item in enumerate(items):
-                    bar.at(number)
+                    bar.move_to(number)
                     if everything and item["pinned"]:
                         continue
                     try:
-                        freed += cache.evict(item)
+                        freed += cache.evict_item(item)
                         count += 1
                     except DaemonUnreachableError:
                         raise
@@ -239,36 +245,38 @@ def evict_command(paths: tuple[str, ...], cache_dir: Path | None, everything: bo
             cache.close()
     print(f"evicted {count} objects, {format_size(freed)}")
     for failure in failures:
-        complain(failure)
+        print_error(failure)
     return 1 if failures else 0
 
 
-def _find(cache: Cache, wanted: Sequence[tuple[str, str]]) -> tuple[list[dict[str, Any]], list[str]]:
+def _find_items(
+    cache: CacheAccess, paths: Sequence[tuple[str, str]]
+) -> tuple[list[dict[str, Any]], list[str]]:
     """The objects that the paths name, each once, and the paths that name none."""
-    items = cache.objects()
+    items = cache.list_items()
     found: dict[str, dict[str, Any]] = {}
     missing = []
-    for path, below in wanted:
-        these = {item["id"]: item for item in items if matches(item, below)}
+    for path, below in paths:
+        these = {item["id"]: item for item in items if is_named_by(item, below)}
         found |= these
         if not these:
             missing.append(path)
     return list(found.values()), missing
 
 
-def _pin(paths: Sequence[str], cache_dir: Path | None, on: bool) -> int:
+def _set_pinned(paths: Sequence[str], cache_dir: Path | None, on: bool) -> int:
     count = 0
     failures: list[str] = []
-    for cache, wanted in _selected(cache_dir, paths):
+    for cache, wanted in _group_paths_by_cache(cache_dir, paths):
         try:
-            items, missing = _find(cache, wanted)
+            items, missing = _find_items(cache, wanted)
             hint = ": read or fetch it first" if on else ""
             failures += [f"{path} is not in the cache{hint}" for path in missing]
-            with progress("pinning" if on else "unpinning", len(items), unit="objects") as bar:
+            with show_progress("pinning" if on else "unpinning", len(items), unit="objects") as bar:
                 for number, item in enumerate(items):
-                    bar.at(number)
+                    bar.move_to(number)
                     try:
-                        cache.pin(item, on)
+                        cache.set_item_pinned(item, on)
                         count += 1
                     except DaemonUnreachableError:
                         raise
@@ -278,7 +286,7 @@ def _pin(paths: Sequence[str], cache_dir: Path | None, on: bool) -> int:
             cache.close()
     print(f"{'pinned' if on else 'unpinned'} {count} objects")
     for failure in failures:
-        complain(failure)
+        print_error(failure)
     return 1 if failures else 0
 
 
@@ -287,7 +295,7 @@ def _pin(paths: Sequence[str], cache_dir: Path | None, on: bool) -> int:
 @_cache_dir_option
 def pin_command(paths: tuple[str, ...], cache_dir: Path | None) -> int:
     """Keep files or folders in the cache until they are unpinned."""
-    return _pin(paths, cache_dir, True)
+    return _set_pinned(paths, cache_dir, True)
 
 
 @click.command("unpin")
@@ -295,4 +303,4 @@ def pin_command(paths: tuple[str, ...], cache_dir: Path | None) -> int:
 @_cache_dir_option
 def unpin_command(paths: tuple[str, ...], cache_dir: Path | None) -> int:
     """Let pinned files or folders be evicted again."""
-    return _pin(paths, cache_dir, False)
+    return _set_pinned(paths, cache_dir, False)

@@ -11,14 +11,14 @@ from typing import Literal
 
 from fusecache.config.model import MountConfig, default_cache_dir
 from fusecache.config.units import format_size
+from fusecache.control.mounts import find_file_system
 from fusecache.errors import ConfigError
-from fusecache.mounts import mount_at
 
-PASSTHROUGH_KERNEL = (6, 9)
+MIN_PASSTHROUGH_KERNEL = (6, 9)
 _CAP_SYS_ADMIN = 21
-_LITTLE_SPACE = 10 << 30
-_REMOTE = re.compile(r"nfs|cifs|smb|9p|ceph|lustre|fuse|afs|gpfs|glusterfs|virtiofs")
-_MEMORY = ("tmpfs", "ramfs")
+_LOW_FREE_SPACE = 10 << 30
+_REMOTE_FILE_SYSTEMS = re.compile(r"nfs|cifs|smb|9p|ceph|lustre|fuse|afs|gpfs|glusterfs|virtiofs")
+_MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Check:
     mend: str = ""
 
 
-def local_checks(cache_dir: Path, settings: MountConfig | None) -> list[Check]:
+def run_local_checks(cache_dir: Path, settings: MountConfig | None) -> list[Check]:
     """Kernel, privileges, tools and the cache directory."""
     privileged = has_sys_admin()
     checks = [
@@ -50,7 +50,7 @@ def check_kernel(release: str) -> Check:
     """FUSE passthrough came with Linux 6.9."""
     match = re.match(r"(\d+)\.(\d+)", release)
     version = (int(match[1]), int(match[2])) if match else (0, 0)
-    if version >= PASSTHROUGH_KERNEL:
+    if version >= MIN_PASSTHROUGH_KERNEL:
         return Check("kernel", "ok", f"{release} can do FUSE passthrough")
     return Check(
         "kernel",
@@ -116,15 +116,15 @@ def check_allow_other(conf: Path) -> Check:
     )
 
 
-def nearest(directory: Path) -> Path:
+def nearest_existing(directory: Path) -> Path:
     """`directory`, or the nearest parent that exists."""
     return next((path for path in (directory, *directory.parents) if path.exists()), Path("/"))
 
 
 def check_file_system(cache_dir: Path) -> Check:
     """The kernel takes no file of a stacked file system for passthrough."""
-    directory = Path(os.path.realpath(nearest(cache_dir.absolute())))
-    mountpoint, kind = mount_at(directory)
+    directory = Path(os.path.realpath(nearest_existing(cache_dir.absolute())))
+    mountpoint, kind = find_file_system(directory)
     where = f"{cache_dir} is on {kind} ({mountpoint})"
     if kind == "overlay":
         return Check(
@@ -133,9 +133,9 @@ def check_file_system(cache_dir: Path) -> Check:
             f"{where}: the kernel refuses passthrough to files on overlayfs, warm reads go through the daemon",
             "set cache_dir to a directory on a local disk; in a container, mount a volume there",
         )
-    if _REMOTE.search(kind):
+    if _REMOTE_FILE_SYSTEMS.search(kind):
         return Check("cache disk", "warn", f"{where}, not a local disk", "set cache_dir to a local disk")
-    if kind in _MEMORY:
+    if kind in _MEMORY_FILE_SYSTEMS:
         return Check(
             "cache disk", "warn", f"{where}: the cache takes memory", "set cache_dir to a local disk"
         )
@@ -166,8 +166,8 @@ def check_writable(cache_dir: Path) -> Check:
 def check_space(cache_dir: Path, settings: MountConfig | None) -> Check:
     """Space above the floor is what the cache can grow by."""
     try:
-        found = os.statvfs(nearest(cache_dir.absolute()))
-        floor = settings.free_floor_bytes() if settings else found.f_blocks * found.f_frsize // 20
+        found = os.statvfs(nearest_existing(cache_dir.absolute()))
+        floor = settings.min_free_bytes() if settings else found.f_blocks * found.f_frsize // 20
     except (OSError, ConfigError) as error:
         return Check("free space", "fail", str(error), "mend the disk, or set cache_dir")
     free = found.f_bavail * found.f_frsize
@@ -176,6 +176,6 @@ def check_space(cache_dir: Path, settings: MountConfig | None) -> Check:
         return Check(
             "free space", "fail", f"{detail}: nothing can be cached", "free some, or lower free_space"
         )
-    if free - floor < _LITTLE_SPACE:
+    if free - floor < _LOW_FREE_SPACE:
         return Check("free space", "warn", f"{detail}: little for models", "free some, or set cache_dir")
     return Check("free space", "ok", detail)

@@ -19,38 +19,40 @@ from fusecache.errors import (
     UnavailableError,
 )
 
-_S3 = ("s3", "s3a")
-_GCS = ("gs", "gcs")
-_DEADLINE = 15.0
+_S3_SCHEMES = ("s3", "s3a")
+_GCS_SCHEMES = ("gs", "gcs")
+_LISTING_DEADLINE = 15.0
 _SKEW_WARN = 60.0
 _SKEW_FAIL = 300.0
 """Seconds: S3 refuses signatures that are 15 minutes off, short-lived tokens stop working before."""
 
 
-def source_checks(source: SourceConfig, tuning: Tuning, env: Mapping[str, str] = os.environ) -> list[Check]:
+def run_source_checks(
+    source: SourceConfig, tuning: Tuning, env: Mapping[str, str] = os.environ
+) -> list[Check]:
     """Checks of one source, in bounded time."""
     name = f" {source.name}" if source.name else ""
     checks = [check_credentials(f"credentials{name}", source, env)]
     checks.append(check_reachable(f"source{name}", source, tuning))
-    endpoint = endpoint_of(source, env)
+    endpoint = find_endpoint(source, env)
     if endpoint:
         checks.append(check_clock(f"clock{name}", endpoint))
     return checks
 
 
-def endpoint_of(source: SourceConfig, env: Mapping[str, str]) -> str | None:
+def find_endpoint(source: SourceConfig, env: Mapping[str, str]) -> str | None:
     """The HTTP address whose clock counts, if the source has one."""
     scheme = urlsplit(source.url).scheme.split(":")[0].split("+")[0]
     if source.endpoint_url:
         return source.endpoint_url
-    if scheme in _S3:
+    if scheme in _S3_SCHEMES:
         region = source.region or env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or "us-east-1"
         return (
             env.get("AWS_ENDPOINT_URL_S3")
             or env.get("AWS_ENDPOINT_URL")
             or f"https://s3.{region}.amazonaws.com"
         )
-    if scheme in _GCS:
+    if scheme in _GCS_SCHEMES:
         emulator = env.get("STORAGE_EMULATOR_HOST")
         if emulator:
             return emulator if "://" in emulator else f"http://{emulator}"
@@ -69,14 +71,14 @@ def check_credentials(name: str, source: SourceConfig, env: Mapping[str, str]) -
         if os.access(source.credentials_file, os.R_OK):
             return Check(name, "ok", f"from {source.credentials_file}")
         return Check(name, "fail", f"{source.credentials_file} can't be read", "correct credentials_file")
-    if scheme in _S3:
-        return _aws(name, source)
-    if scheme in _GCS:
-        return _google(name, env)
+    if scheme in _S3_SCHEMES:
+        return _check_aws_credentials(name, source)
+    if scheme in _GCS_SCHEMES:
+        return _check_google_credentials(name, env)
     return Check(name, "ok", f"none needed for {scheme}, or as its library finds them")
 
 
-def _aws(name: str, source: SourceConfig) -> Check:
+def _check_aws_credentials(name: str, source: SourceConfig) -> Check:
     import botocore.exceptions
     import botocore.session
 
@@ -98,7 +100,7 @@ def _aws(name: str, source: SourceConfig) -> Check:
     return Check(name, "ok", f"AWS, from {found.method}")
 
 
-def _google(name: str, env: Mapping[str, str]) -> Check:
+def _check_google_credentials(name: str, env: Mapping[str, str]) -> Check:
     import google.auth
     import google.auth.exceptions
 
@@ -119,12 +121,12 @@ def check_reachable(name: str, source: SourceConfig, tuning: Tuning) -> Check:
     """List the source as a mount would, until the first object."""
     from fusecache.origin.factory import open_origin
 
-    patient = tuning.model_copy(update={"deadline": min(tuning.deadline, _DEADLINE)})
+    patient = tuning.model_copy(update={"deadline": min(tuning.deadline, _LISTING_DEADLINE)})
     started = time.monotonic()
     try:
         origin = open_origin(source, patient)
         try:
-            first = next(iter(origin.list()), None)
+            first = next(iter(origin.list_objects()), None)
             seen = f"{origin.identity} ({origin.engine}) answered in {time.monotonic() - started:.2f} s"
         finally:
             origin.close()

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import click
 
-from fusecache.cli.checks import Check, local_checks
-from fusecache.cli.output import print_json, progress
+from fusecache.cli.checks import Check, run_local_checks
+from fusecache.cli.output import print_json, show_progress
 from fusecache.config.load import load_mount_config
 from fusecache.config.model import default_cache_dir
 
-_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+_STATE_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 @click.command("doctor")
@@ -36,25 +36,25 @@ def doctor_command(
     if source is not None or config is not None:
         settings = load_mount_config(source, "/fusecache-doctor", options, config)
     directory = cache_dir or (settings.cache_dir if settings else default_cache_dir())
-    checks = local_checks(directory, settings)
+    checks = run_local_checks(directory, settings)
     if settings is not None:
-        from fusecache.cli.checks_source import source_checks
+        from fusecache.cli.checks_source import run_source_checks
 
-        with progress("asking the sources"):
+        with show_progress("asking the sources"):
             for each in settings.sources:
-                checks += source_checks(each, settings.tuning)
+                checks += run_source_checks(each, settings.tuning)
     if as_json:
         print_json([asdict(check) for check in checks])
     else:
-        _print(checks)
+        _print_checks(checks)
     return 1 if any(check.state == "fail" for check in checks) else 0
 
 
-def _print(checks: Sequence[Check]) -> None:
+def _print_checks(checks: Sequence[Check]) -> None:
     width = max(len(check.name) for check in checks)
     for check in checks:
         state = f"{check.state:<4}"
         if sys.stdout.isatty():
-            state = click.style(state, fg=_COLOURS[check.state])
+            state = click.style(state, fg=_STATE_COLOURS[check.state])
         mend = f": {check.mend}" if check.mend and check.state != "ok" else ""
         print(f"{state}  {check.name:<{width}}  {check.detail}{mend}")

@@ -8,15 +8,15 @@ from typing import Any
 
 import click
 
-from fusecache import mounts
 from fusecache.cli import target
-from fusecache.cli.output import progress
+from fusecache.cli.output import show_progress
 from fusecache.config.units import format_size
+from fusecache.control import mounts
 from fusecache.errors import ControlError
 
-_POLL = 0.25
+_POLL_INTERVAL = 0.25
 """Seconds between two questions for the progress: smooth enough to look at."""
-_STALLED = 90.0
+_STALL_TIMEOUT = 90.0
 """Seconds without a byte after which the command gives up: longer than a read's default deadline."""
 
 
@@ -29,39 +29,39 @@ def fetch_command(paths: tuple[str, ...], no_wait: bool) -> int:
     Ends when all of it is there. An interrupted command does not stop the daemon from going on.
     """
     for path in paths:
-        mount, below = target.around(path)
-        answer = target.ask(mount, "fetch", path=below)
+        mount, below = target.require_containing_mount(path)
+        answer = target.call_mount_daemon(mount, "fetch", path=below)
         if no_wait:
             continue
-        _follow(mount, path, below, answer)
+        _show_fetch_progress(mount, path, below, answer)
         print(f"{path}: {format_size(answer['total'])} in the cache")
     return 0
 
 
-def _follow(mount: mounts.Mount, path: str, below: str, answer: dict[str, Any]) -> None:
+def _show_fetch_progress(mount: mounts.Mount, path: str, path_in_mount: str, answer: dict[str, Any]) -> None:
     """Show the progress until the end. Raises ControlError when there is none any more."""
     pause = threading.Event()
     moved, done = time.monotonic(), -1
-    with progress(f"fetching {path}", unit="B") as bar:
+    with show_progress(f"fetching {path}", unit="B") as bar:
         while answer["done"] < answer["total"]:
-            bar.at(answer["done"], answer["total"])
+            bar.move_to(answer["done"], answer["total"])
             if answer["done"] != done:
                 moved, done = time.monotonic(), answer["done"]
-            elif time.monotonic() - moved > _STALLED:
+            elif time.monotonic() - moved > _STALL_TIMEOUT:
                 raise ControlError(
                     f"{path}: no progress at {format_size(done)} of {format_size(answer['total'])}: "
                     f"fusecache status {mount.mountpoint} tells about space and errors"
                 )
-            pause.wait(_POLL)
-            answer = target.ask(mount, "fetch", path=below)
+            pause.wait(_POLL_INTERVAL)
+            answer = target.call_mount_daemon(mount, "fetch", path=path_in_mount)
 
 
 @click.command("refresh")
 @click.argument("mountpoint", required=False)
 def refresh_command(mountpoint: str | None) -> int:
     """List the sources of MOUNTPOINT again, now."""
-    mount = target.only_mount(mountpoint)
-    with progress(f"listing the sources of {mount.mountpoint}"):
-        answer = target.ask(mount, "refresh", timeout=600.0)
+    mount = target.require_only_mount(mountpoint)
+    with show_progress(f"listing the sources of {mount.mountpoint}"):
+        answer = target.call_mount_daemon(mount, "refresh", timeout=600.0)
     print(f"{mount.mountpoint}: {answer['files']} files")
     return 0

@@ -17,10 +17,10 @@ from typing import Any
 import click
 
 import fusecache
-from fusecache.cli.output import complain
+from fusecache.cli.output import print_error
 from fusecache.errors import ConfigError, FusecacheError
 
-_COMMANDS = {
+_COMMAND_FUNCTIONS = {
     "mount": ("fusecache.cli.mounting", "mount_command"),
     "umount": ("fusecache.cli.mounting", "umount_command"),
     "serve": ("fusecache.cli.serve", "serve_command"),
@@ -38,14 +38,14 @@ _COMMANDS = {
 """Modules are loaded when their command is called: `status` must not wait for the import of an S3 library."""
 
 
-class _Commands(click.Group):
+class _CommandGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [name for name, (module, _) in _COMMANDS.items() if importlib.util.find_spec(module)]
+        return [name for name, (module, _) in _COMMAND_FUNCTIONS.items() if importlib.util.find_spec(module)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
-        module, attribute = _COMMANDS[cmd_name]
+        module, attribute = _COMMAND_FUNCTIONS[cmd_name]
         command = getattr(importlib.import_module(module), attribute)
         assert isinstance(command, click.Command)
         return command
@@ -61,7 +61,7 @@ class _Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(fusecache.__version__, prog_name="fusecache", message="%(prog)s %(version)s")
 def cli() -> None:
     """Mount object storage and read from it at the speed of the local disk.
@@ -75,13 +75,13 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process."""
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    sys.exit(run_command(sys.argv[1:] if arguments is None else arguments))
 
 
-def run(arguments: Sequence[str]) -> int:
+def run_command(arguments: Sequence[str]) -> int:
     """Run one command; returns its exit code."""
     try:
-        code = _dispatch(list(arguments))
+        code = _dispatch_command(list(arguments))
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -89,15 +89,15 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (KeyboardInterrupt, click.Abort):
-        complain("interrupted")
+        print_error("interrupted")
         return 130
     except Exception as error:
         if os.environ.get("FUSECACHE_DEBUG"):
             raise
-        return _explain(error)
+        return _report_error(error)
 
 
-def _dispatch(arguments: list[str]) -> int:
+def _dispatch_command(arguments: list[str]) -> int:
     if importlib.util.find_spec("fusecache.cli.mounting"):
         mounting: Any = importlib.import_module("fusecache.cli.mounting")
         if mounting.is_mount_fuse_call(arguments):
@@ -106,29 +106,29 @@ def _dispatch(arguments: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _explain(error: Exception) -> int:
+def _report_error(error: Exception) -> int:
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         click.echo(error.ctx.get_help() if error.ctx is not None else error.format_message(), err=True)
         return 2
     if isinstance(error, click.UsageError):
         command = error.ctx.command_path if error.ctx else "fusecache"
-        complain(f"{error.format_message().rstrip('.')} (see {command} --help)")
+        print_error(f"{error.format_message().rstrip('.')} (see {command} --help)")
         return 2
     if isinstance(error, click.ClickException):
-        complain(error.format_message())
+        print_error(error.format_message())
         return error.exit_code
     if isinstance(error, ConfigError):
-        complain(str(error))
+        print_error(str(error))
         return 2
     if isinstance(error, FusecacheError):
-        complain(str(error))
+        print_error(str(error))
         return 1
     if isinstance(error, OSError) and error.strerror:
         named = f"{error.filename}: " if error.filename else ""
-        complain(f"{named}{error.strerror}")
+        print_error(f"{named}{error.strerror}")
         return 1
     # The text of an error nobody foresaw may hold anything, credentials too.
-    complain(f"unexpected {type(error).__name__}: this is a bug; FUSECACHE_DEBUG=1 shows where")
+    print_error(f"unexpected {type(error).__name__}: this is a bug; FUSECACHE_DEBUG=1 shows where")
     return 1
 
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import click
 
-from fusecache.cli.output import progress
+from fusecache.cli.output import show_progress
 from fusecache.config.load import load_mount_config
 
-_PROGRAM = "fusecache.mount."
-_OWN_OPTIONS = frozenset({"nonempty"})
+_PROGRAM_PREFIX = "fusecache_mount.lifecycle."
+_LAUNCH_FLAGS = frozenset({"nonempty"})
 """Words of -o that are about the mounting, not about the mount."""
-_ALWAYS_THERE = frozenset({"rw", "dev", "suid"})
+_WORDS_ADDED_BY_MOUNT8 = frozenset({"rw", "dev", "suid"})
 """Words that mount(8) and mount.fuse add by themselves: no wish of the user's, and never granted."""
 
 
@@ -60,18 +60,18 @@ def mount_command(
         raise click.UsageError(f"one SOURCE and one MOUNTPOINT, not {len(places)} arguments")
     source, mountpoint = places if len(places) == 2 else (None, places[0])
     words = [word for text in options for word in text.split(",") if word]
-    own = _OWN_OPTIONS.intersection(words)
-    dropped = own | (_ALWAYS_THERE if mount8 else frozenset())
+    own = _LAUNCH_FLAGS.intersection(words)
+    dropped = own | (_WORDS_ADDED_BY_MOUNT8 if mount8 else frozenset())
     settings = load_mount_config(source, mountpoint, [w for w in words if w not in dropped], config)
     flags = [f"--{word}" for word in sorted(own)]
-    with _private(settings.dump_private()) as fd:
-        command = _command("launch", "--config", str(fd), *flags)
+    with _open_config_memfd(settings.dump_with_secrets()) as fd:
+        command = _program_command("launch", "--config", str(fd), *flags)
         if foreground:
             os.set_inheritable(fd, True)
             sys.stdout.flush()
             os.execv(command[0], [*command, "--foreground"])  # noqa: S606  no process of ours in between
-        with progress(f"mounting {source or 'the sources'} on {mountpoint}"):
-            return _run(command, (fd,))
+        with show_progress(f"mounting {source or 'the sources'} on {mountpoint}"):
+            return _run_program(command, (fd,))
 
 
 @click.command("umount")
@@ -86,17 +86,19 @@ def umount_command(mountpoint: str, lazy: bool, timeout: float) -> int:
     Ends when the daemon has ended.
     """
     flags = ["--lazy"] if lazy else []
-    with progress(f"unmounting {mountpoint}"):
-        return _run(_command("unmount", "--timeout", str(timeout), *flags, "--", mountpoint), ())
+    with show_progress(f"unmounting {mountpoint}"):
+        return _run_program(
+            _program_command("unmount", "--timeout", str(timeout), *flags, "--", mountpoint), ()
+        )
 
 
-def _command(module: str, *arguments: str) -> list[str]:
+def _program_command(module: str, *arguments: str) -> list[str]:
     # -P: what lies in the current directory must not be imported
-    return [sys.executable, "-P", "-m", _PROGRAM + module, *arguments]
+    return [sys.executable, "-P", "-m", _PROGRAM_PREFIX + module, *arguments]
 
 
 @contextmanager
-def _private(data: bytes) -> Iterator[int]:
+def _open_config_memfd(data: bytes) -> Iterator[int]:
     fd = os.memfd_create("fusecache-config", os.MFD_CLOEXEC)
     try:
         with os.fdopen(os.dup(fd), "wb") as file:
@@ -107,7 +109,7 @@ def _private(data: bytes) -> Iterator[int]:
         os.close(fd)
 
 
-def _run(command: list[str], descriptors: tuple[int, ...]) -> int:
+def _run_program(command: list[str], descriptors: tuple[int, ...]) -> int:
     """Run it; its message appears when the progress bar is not in the way. Ctrl-C reaches it by itself."""
     with subprocess.Popen(command, pass_fds=descriptors, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None

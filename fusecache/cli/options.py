@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
-from fusecache.config.load import GENERIC_OPTIONS, SECRET_KEYS
+from fusecache.config.load import IGNORED_OPTIONS, SECRET_KEYS
 from fusecache.config.model import MountConfig, SourceConfig, Tuning
 from fusecache.config.peers import PeerSettings
 from fusecache.config.units import format_size
@@ -63,49 +63,49 @@ source of the file alone. Environment variables for one of several sources are w
 """
 
 
-def reference() -> str:
+def make_reference() -> str:
     """The whole document."""
     secret = ", ".join(f"`{key}`" for key in SECRET_KEYS)
-    generic = ", ".join(f"`{word}`" for word in sorted(GENERIC_OPTIONS))
+    generic = ", ".join(f"`{word}`" for word in sorted(IGNORED_OPTIONS))
     parts = [
         _INTRODUCTION,
         "## Of a mount\n\nAt the top of the file; `-o NAME=VALUE`; `FUSECACHE_NAME`.\n",
-        _table(MountConfig, skip=("sources", "tuning", "peers", "mountpoint")),
+        _options_table(MountConfig, skip=("sources", "tuning", "peers", "mountpoint")),
         "## Of requests to the sources\n\nBelow `[tuning]`; `-o NAME=VALUE`; `FUSECACHE_TUNING__NAME`.\n",
-        _table(Tuning),
+        _options_table(Tuning),
         "## Of the exchange between nodes\n\nBelow `[peers]`; `-o peers.NAME=VALUE`; `FUSECACHE_PEERS__NAME`.\n",
-        _table(PeerSettings),
+        _options_table(PeerSettings),
         "## Of a source\n\nBelow `[[source]]` or `[sources.NAME]`; with one source also `-o NAME=VALUE` and "
         f"`FUSECACHE_NAME`. {secret} are refused with `-o`: every user can read the mount table. What is not set "
         "is found by the libraries: `AWS_*` and `GOOGLE_*` variables, their files, instance roles.\n",
-        _table(SourceConfig),
+        _options_table(SourceConfig),
         f"## Words of mount(8)\n\nAccepted and without effect: {generic}, and all that begin with `x-`. `rw` is "
         "refused: the file system is read-only; mount(8) itself adds it to lines without `ro`, so that is let be. "
         "`nonempty` mounts over a directory that is not empty, and hides what is in it.\n",
         _EXAMPLE,
         "## Metrics\n\nWith `metrics_port`, at `http://127.0.0.1:PORT/metrics`:\n",
-        _metrics(),
+        _metrics_table(),
     ]
     return "\n".join(parts)
 
 
-def _table(model: type[BaseModel], skip: tuple[str, ...] = ()) -> str:
+def _options_table(model: type[BaseModel], skip: tuple[str, ...] = ()) -> str:
     lines = ["| name | value | default | meaning |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
         if name not in skip:
-            cells = (f"`{name}`", _kind(field), _default(name, field), field.description or "")
+            cells = (f"`{name}`", _value_kind(field), _default_text(name, field), field.description or "")
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _hints(field: FieldInfo) -> Iterator[Any]:
+def _field_types(field: FieldInfo) -> Iterator[Any]:
     """The field's type, and those of a union."""
     yield field.annotation
     yield from get_args(field.annotation)
 
 
-def _kind(field: FieldInfo) -> str:
-    for hint in _hints(field):
+def _value_kind(field: FieldInfo) -> str:
+    for hint in _field_types(field):
         if get_origin(hint) is Literal:
             return ", ".join(f"`{value}`" for value in get_args(hint))
     parsers = [item for item in field.metadata if item is not None]
@@ -119,7 +119,7 @@ def _kind(field: FieldInfo) -> str:
     ):
         if any(parser in get_args(alias) for parser in parsers):
             return name
-    for hint in _hints(field):
+    for hint in _field_types(field):
         if hint is SecretStr:
             return "secret"
         if get_origin(hint) is dict:
@@ -128,14 +128,14 @@ def _kind(field: FieldInfo) -> str:
             return "size"
     if field.annotation is not None and get_origin(field.annotation) is tuple:
         return "texts"
-    plain = next(hint for hint in _hints(field) if hint is not None)
+    plain = next(hint for hint in _field_types(field) if hint is not None)
     plain = next((item for item in get_args(plain) if item is not type(None)), plain)
     if get_args(plain):
         plain = get_args(plain)[0]
     return {bool: "true or false", int: "number", str: "text", Path: "path"}.get(plain, str(plain))
 
 
-def _default(name: str, field: FieldInfo) -> str:
+def _default_text(name: str, field: FieldInfo) -> str:
     if field.is_required():
         return "(required)"
     told = {
@@ -153,7 +153,7 @@ def _default(name: str, field: FieldInfo) -> str:
         return ""
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
-    kind = _kind(field)
+    kind = _value_kind(field)
     if kind == "octal mode":
         return f"`{value:04o}`"
     if kind == "size":
@@ -163,7 +163,7 @@ def _default(name: str, field: FieldInfo) -> str:
     return f"`{value}`"
 
 
-def _metrics() -> str:
+def _metrics_table() -> str:
     lines = ["| name | kind | label | meaning |", "|---|---|---|---|"]
     lines.append("| `fusecache_up` | gauge | | 1 while the daemon can tell its status. |")
     lines.append("| `fusecache_passthrough` | gauge | | 1 when the kernel reads complete files by itself. |")
@@ -177,7 +177,7 @@ def main() -> None:
     """Write the reference to the file named on the command line, or docs/OPTIONS.md."""
     file = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/OPTIONS.md")
     os.makedirs(file.parent, exist_ok=True)
-    file.write_text(reference(), "utf-8")
+    file.write_text(make_reference(), "utf-8")
 
 
 if __name__ == "__main__":

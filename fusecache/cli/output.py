@@ -28,14 +28,14 @@ _PIPE_WIDTH = 1000
 """Columns when the output is no terminal: a line is never folded, for grep and cut."""
 
 
-def console() -> Console:
+def make_console() -> Console:
     """The console for results, on stdout."""
     return Console(
         width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, markup=False, emoji=False
     )
 
 
-def complain(message: str) -> None:
+def print_error(message: str) -> None:
     """One line on stderr."""
     print("fusecache: " + " ".join(message.split()), file=sys.stderr)
 
@@ -45,7 +45,7 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=2, default=str))
 
 
-def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+def make_table(*columns: str, right: tuple[str, ...] = ()) -> Table:
     """A plain table without lines; `right` names the columns of numbers."""
     made = Table(box=None, pad_edge=False, show_header=True, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
@@ -55,24 +55,24 @@ def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
     return made
 
 
-def print_table(made: Table) -> None:
+def print_table(table: Table) -> None:
     """Print a table, without blanks at the ends of lines when it goes to a pipe."""
-    out = console()
+    out = make_console()
     if sys.stdout.isatty():
-        out.print(made)
+        out.print(table)
         return
     with out.capture() as captured:
-        out.print(made)
+        out.print(table)
     print("\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n")))
 
 
-def ago(then: float) -> str:
+def format_age(timestamp: float) -> str:
     """How long ago an instant in seconds since the epoch was, for people."""
-    seconds = max(0, time.time() - then)
-    return f"{duration(seconds)} ago" if then > 0 else "never"
+    seconds = max(0, time.time() - timestamp)
+    return f"{format_duration(seconds)} ago" if timestamp > 0 else "never"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds for people: "45 s", "3 min", "5 h", "12 d"."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
@@ -80,20 +80,20 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-class Bar:
+class ProgressBar:
     """A progress bar that is moved to absolute positions."""
 
     def __init__(self, progress: Progress, task: Any) -> None:
         self._progress = progress
         self._task = task
 
-    def at(self, done: float, total: float | None = None) -> None:
+    def move_to(self, done: float, total: float | None = None) -> None:
         """Move to `done`; give the `total` when it becomes known."""
         self._progress.update(self._task, completed=done, total=total)
 
 
 @contextmanager
-def progress(title: str, total: float | None = None, *, unit: str = "") -> Iterator[Bar]:
+def show_progress(title: str, total: float | None = None, *, unit: str = "") -> Iterator[ProgressBar]:
     """A progress bar on stderr for a long command, only on a terminal. `unit` "B" counts bytes and shows the
     speed; without a total it only shows that something goes on."""
     columns: list[ProgressColumn] = [
@@ -107,4 +107,4 @@ def progress(title: str, total: float | None = None, *, unit: str = "") -> Itera
         columns += [MofNCompleteColumn(), TimeRemainingColumn()]
     disabled = not sys.stderr.isatty() or os.environ.get("TERM") == "dumb"
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=disabled) as shown:
-        yield Bar(shown, shown.add_task(title, total=total))
+        yield ProgressBar(shown, shown.add_task(title, total=total))

@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from fusecache import control, mounts
 from fusecache.cli import target
-from fusecache.cli.output import duration, print_json, print_table, table
+from fusecache.cli.output import format_duration, make_table, print_json, print_table
 from fusecache.config.model import default_runtime_dir
 from fusecache.config.units import format_size
+from fusecache.control import mounts, rpc
 
 _TIMEOUT = 20.0
 
@@ -35,27 +35,34 @@ def peers_command(mountpoint: str | None, node: str | None, runtime_dir: Path | 
     """
     if node is not None:
         directory = runtime_dir or default_runtime_dir()
-        socket = mounts.control_socket(directory.absolute(), mounts.served_as(node))
-        report = control.call(socket, "peers", timeout=_TIMEOUT)
+        socket = mounts.control_socket_path(directory.absolute(), mounts.serve_mountpoint(node))
+        report = rpc.call_daemon(socket, "peers", timeout=_TIMEOUT)
     else:
-        report = target.ask(target.only_mount(mountpoint), "peers", timeout=_TIMEOUT)
+        report = target.call_mount_daemon(target.require_only_mount(mountpoint), "peers", timeout=_TIMEOUT)
     if as_json:
         print_json(report)
     else:
-        _show(report)
+        _print_report(report)
     return 0
 
 
-def _show(report: Mapping[str, Any]) -> None:
-    members = table(
-        "node", "state", "latency", "in", "out", "share", "url", "remark",
+def _print_report(report: Mapping[str, Any]) -> None:
+    members = make_table(
+        "node",
+        "state",
+        "latency",
+        "in",
+        "out",
+        "share",
+        "url",
+        "remark",
         right=("latency", "in", "out", "share"),
-    )  # fmt: skip
+    )
     for row in report["members"]:
         latency = row["latency"]
         remark = row["why"] or (f"avoided: {row['avoided']}" if row["avoided"] else "")
         if row["state"] == "dead" and row["seen"] is not None:
-            remark = f"seen {duration(row['seen'])} ago: {remark}"
+            remark = f"seen {format_duration(row['seen'])} ago: {remark}"
         members.add_row(
             row["name"] + (" (this)" if row["me"] else ""),
             row["state"],
@@ -71,7 +78,7 @@ def _show(report: Mapping[str, Any]) -> None:
         return
     print()
     names = [row["name"] for row in report["members"] if row["state"] == "alive"]
-    held = table("object", "size", *names, right=("size", *names))
+    held = make_table("object", "size", *names, right=("size", *names))
     for item in report["coverage"]:
         shares = [
             f"{item['nodes'].get(name, 0) / item['size']:.0%}" if item["size"] else "100%" for name in names

@@ -15,22 +15,22 @@ from typing import Any
 import click
 import trio
 
-from fusecache import control
-from fusecache.cluster.cluster import Cluster
 from fusecache.config.load import load_mount_config
 from fusecache.config.model import MountConfig, make_default_cache_dir
+from fusecache.control import rpc
+from fusecache.control.mounts import SOCKET_NAME, make_mount_runtime_dir, serve_mountpoint
 from fusecache.errors import ConfigError, FusecacheError
-from fusecache.loader.interface import LoaderSettings
-from fusecache.loader.loader import Loader
-from fusecache.mounts import SOCKET_NAME, mount_directory, served_as
+from fusecache.fetch.interface import FetchSettings
+from fusecache.fetch.service import FetchService
 from fusecache.origin.base import Origin
 from fusecache.origin.factory import open_origin
+from fusecache.peers.node import PeerNode
+from fusecache.prefetch.profiles.profile_store import ProfileStore
+from fusecache.store.factory import open_store
 from fusecache.store.interface import BlockStore
-from fusecache.store.making import open_store
-from fusecache.store.orders import Orders
 from fusecache.telemetry.logs import configure_logging
 from fusecache.telemetry.metrics import StatusCollector
-from fusecache.telemetry.server import MetricsServer, metrics_page
+from fusecache.telemetry.server import MetricsServer, render_metrics
 from fusecache.types import ObjectVersion
 
 
@@ -49,19 +49,19 @@ def serve_command(source: str | None, options: tuple[str, ...], config: Path | N
     settings = load_mount_config(source, "/fusecache-serve", [*options], config)
     if not settings.peers.listen:
         raise ConfigError("nothing to serve at: set peers.listen, like -o peers.listen=127.0.0.1:7070")
-    settings = settings.model_copy(update={"mountpoint": served_as(settings.peers.node)})
+    settings = settings.model_copy(update={"mountpoint": serve_mountpoint(settings.peers.node)})
     configure_logging(
-        settings.log_level, settings.log_format, file=settings.log_file, secrets=settings.secrets()
+        settings.log_level, settings.log_format, file=settings.log_file, secrets=settings.secret_values()
     )
     make_default_cache_dir(settings.cache_dir)
     try:
-        trio.run(_serve, settings)
+        trio.run(_serve_node, settings)
     except BaseExceptionGroup as group:
-        raise _only(group) from None
+        raise _first_error(group) from None
     return 0
 
 
-def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
+def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The error of ours in a group, or the first of any kind."""
     ours, _ = group.split(FusecacheError)
     found: BaseException = ours or group
@@ -70,47 +70,49 @@ def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return found
 
 
-class _NoCatalog:
+class _NoSiblings:
     """See loader.Library: nobody reads here, so nothing follows from what is read."""
 
     def siblings(self, version: ObjectVersion) -> Sequence[ObjectVersion]:
         """See loader.Library."""
         return [version]
 
-    def completed(self, version: ObjectVersion) -> None:
+    def version_completed(self, version: ObjectVersion) -> None:
         """See loader.Library."""
 
-    def gone(self, version: ObjectVersion) -> None:
+    def version_gone(self, version: ObjectVersion) -> None:
         """See loader.Library."""
 
 
-async def _serve(config: MountConfig) -> None:
+async def _serve_node(config: MountConfig) -> None:
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
         origins: dict[str, Origin] = {}
         for source in config.sources:
             origins[source.name] = open_origin(source, config.tuning)
             stack.callback(origins[source.name].close)
-        store = stack.enter_context(open_store(config, keep=False))
-        cluster = Cluster(
+        store = stack.enter_context(open_store(config, keep_objects=False))
+        cluster = PeerNode(
             config.peers,
             store,
             origins,
             concurrency=config.tuning.concurrency,
-            weight=config.weights_limit(),
+            weight=config.weights_limit_bytes(),
         )
         stack.callback(cluster.close)
-        settings = LoaderSettings(
+        settings = FetchSettings(
             concurrency=config.tuning.concurrency,
             range_bytes=config.tuning.range_size,
             deadline=config.tuning.deadline,
             prefetch=False,
         )
-        cluster.share(Orders(config.cache_dir))
-        loader = stack.enter_context(Loader(store, origins, _NoCatalog(), settings, cluster.exchange))
+        cluster.share_profiles(ProfileStore(config.cache_dir))
+        loader = stack.enter_context(
+            FetchService(store, origins, _NoSiblings(), settings, cluster.block_source)
+        )
 
         def status() -> dict[str, Any]:
-            return _status(config, store, origins, loader, cluster, started)
+            return _build_status(config, store, origins, loader, cluster, started)
 
         async def on_status(request: dict[str, Any]) -> object:
             return await trio.to_thread.run_sync(status)
@@ -118,14 +120,14 @@ async def _serve(config: MountConfig) -> None:
         async def on_peers(request: dict[str, Any]) -> object:
             return await cluster.report()
 
-        cluster.metrics = lambda: metrics_page(StatusCollector(status))
+        cluster.render_metrics = lambda: render_metrics(StatusCollector(status))
         if config.metrics_port:
             stack.callback(MetricsServer(config.metrics_port, StatusCollector(status)).close)
-        directory = mount_directory(config.runtime_dir, config.mountpoint)
+        directory = make_mount_runtime_dir(config.runtime_dir, config.mountpoint)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with trio.open_nursery() as nursery:
                 handlers = {"status": on_status, "peers": on_peers}
-                await nursery.start(functools.partial(control.serve, directory / SOCKET_NAME, handlers))
+                await nursery.start(functools.partial(rpc.serve_requests, directory / SOCKET_NAME, handlers))
                 await nursery.start(cluster.run, loader)
                 print(f"fusecache: serving as node {config.peers.node}", file=sys.stderr, flush=True)
                 async for _ in signals:
@@ -133,13 +135,13 @@ async def _serve(config: MountConfig) -> None:
                 nursery.cancel_scope.cancel()
 
 
-def _status(
+def _build_status(
     config: MountConfig,
     store: BlockStore,
     origins: dict[str, Origin],
-    loader: Loader,
-    cluster: Cluster,
-    started: float,
+    fetch_service: FetchService,
+    cluster: PeerNode,
+    started_at: float,
 ) -> dict[str, Any]:
     usage = store.usage()
     names = ("requests", "errors", "throttled", "retries", "lists", "bytes", "concurrency")
@@ -147,16 +149,16 @@ def _status(
         "node": config.peers.node,
         "sources": [{"name": source.name, "url": source.url} for source in config.sources],
         "bytes": {
-            "peer": cluster.exchange.stats.bytes_peers,
+            "peer": cluster.block_source.stats.bytes_from_peers,
             "origin": sum(origin.stats.bytes for origin in origins.values()),
         },
         "cache": {"dir": str(store.directories[0]), **vars(usage)},
         "origin": {name: sum(getattr(origin.stats, name) for origin in origins.values()) for name in names},
-        "loader": {**loader.progress(), "flights": loader.stats.flights},
+        "loader": {**fetch_service.progress(), "flights": fetch_service.stats.flights},
         "peers": cluster.counters(),
         "process": {
             "pid": os.getpid(),
             "cpu_seconds": time.process_time(),
-            "uptime": time.monotonic() - started,
+            "uptime": time.monotonic() - started_at,
         },
     }

@@ -9,10 +9,10 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from fusecache import mounts
 from fusecache.cli import target
-from fusecache.cli.output import complain, duration, print_json, print_table
+from fusecache.cli.output import format_duration, print_error, print_json, print_table
 from fusecache.config.units import format_size
+from fusecache.control import mounts
 from fusecache.errors import ControlError
 
 _TIMEOUT = 10.0
@@ -27,18 +27,18 @@ def status_command(mountpoint: str | None, as_json: bool) -> int:
     Exit code 1 when it is not mounted or its daemon does not answer.
     """
     if mountpoint is not None:
-        answer = target.ask(target.mounted(mountpoint), "status", timeout=_TIMEOUT)
+        answer = target.call_mount_daemon(target.require_mount(mountpoint), "status", timeout=_TIMEOUT)
         if as_json:
             print_json(answer)
         else:
-            show(answer)
+            print_status(answer)
         return 0
     answers, failed = [], False
     for mount in mounts.list_mounts():
         try:
-            answers.append(target.ask(mount, "status", timeout=_TIMEOUT))
+            answers.append(target.call_mount_daemon(mount, "status", timeout=_TIMEOUT))
         except ControlError as error:
-            complain(str(error))
+            print_error(str(error))
             failed = True
     if as_json:
         print_json(answers)
@@ -46,26 +46,26 @@ def status_command(mountpoint: str | None, as_json: bool) -> int:
         for number, answer in enumerate(answers):
             if number:
                 print()
-            show(answer)
+            print_status(answer)
         if not answers and not failed:
             print("no fusecache mounts")
     return 1 if failed else 0
 
 
-def show(status: Mapping[str, Any]) -> None:
+def print_status(status: Mapping[str, Any]) -> None:
     """Print one status for people."""
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True, style="bold")
     grid.add_column(overflow="fold")
-    for title, text in rows(status):
+    for title, text in status_rows(status):
         grid.add_row(title, Text(text))
     print_table(grid)
 
 
-def rows(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def status_rows(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(title, text) of what the status holds; what a daemon of another version lacks is left out."""
     yield "mount", str(status.get("mountpoint", "?"))
-    for source in _sources(status):
+    for source in _source_texts(status):
         yield "source", source
     mode = status.get("mode", {})
     if mode:
@@ -78,8 +78,8 @@ def rows(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     opens = status.get("opens", {})
     if opens:
         yield "opens", ", ".join(f"{opens[by]} {by}" for by in opens)
-    yield from _cache(status.get("cache", {}))
-    yield from _work(status)
+    yield from _cache_rows(status.get("cache", {}))
+    yield from _work_rows(status)
     process = status.get("process", {})
     if process:
         parts = [f"pid {process.get('pid', '?')}"]
@@ -88,13 +88,13 @@ def rows(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if "cpu_seconds" in process:
             parts.append(f"{process['cpu_seconds']:.1f} s CPU")
         if "uptime" in process:
-            parts.append(f"up {duration(process['uptime'])}")
+            parts.append(f"up {format_duration(process['uptime'])}")
         if process.get("restarts"):
             parts.append(f"restarted {process['restarts']} times")
         yield "daemon", ", ".join(parts)
 
 
-def _sources(status: Mapping[str, Any]) -> Iterator[str]:
+def _source_texts(status: Mapping[str, Any]) -> Iterator[str]:
     found = status.get("sources", status.get("source", []))
     for source in [found] if isinstance(found, str | dict) else found:
         if isinstance(source, str):
@@ -105,21 +105,21 @@ def _sources(status: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name}{source.get('identity') or source.get('url', '?')}{engine}"
 
 
-def _filled(used: int, limit: int) -> str:
+def _format_fill(used: int, limit: int) -> str:
     share = f" ({used / limit:.0%})" if limit else ""
     return f"{format_size(used)} of {format_size(limit)}{share}"
 
 
-def _cache(cache: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _cache_rows(cache: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if not cache:
         return
     memory = cache.get("memory_limit", 0)
     where = f" in {cache['dir']}" if cache.get("dir") else ""
     used = cache.get("memory_used", 0)
     if memory:
-        yield "memory", _filled(used, memory) + (where if memory == cache.get("limit") else "")
+        yield "memory", _format_fill(used, memory) + (where if memory == cache.get("limit") else "")
     if not memory or memory < cache.get("limit", 0):
-        yield "cache", _filled(cache.get("used", 0) - used, cache.get("limit", 0) - memory) + where
+        yield "cache", _format_fill(cache.get("used", 0) - used, cache.get("limit", 0) - memory) + where
     told = {"write": "disk writes", "read": "disk reads", "arriving": "network gives"}
     paces = [
         f"{told[name]} {format_size(int(cache[key]))}/s" for name in told if cache.get(key := f"pace_{name}")
@@ -142,7 +142,7 @@ def _cache(cache: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "warning", "the cache disk fails and is bypassed: see the log"
 
 
-def _work(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _work_rows(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     origin = status.get("origin", {})
     if origin:
         text = f"{origin.get('requests', 0)} requests"
@@ -171,7 +171,7 @@ def _work(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if catalog:
         text = f"{catalog.get('files', 0)} files, {format_size(catalog.get('bytes', 0))}"
         if catalog.get("age") is not None:
-            text += f", listed {duration(catalog['age'])} ago"
+            text += f", listed {format_duration(catalog['age'])} ago"
         yield "tree", text
     errors = {kind: count for kind, count in (status.get("errors") or {}).items() if count}
     if errors:

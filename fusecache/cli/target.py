@@ -5,32 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fusecache import control, mounts
+from fusecache.control import mounts, rpc
 from fusecache.errors import ControlError, DaemonUnreachableError, MountError
 
 
-def mounted(path: str) -> mounts.Mount:
+def require_mount(path: str) -> mounts.Mount:
     """The fusecache mount at `path`. Raises MountError when there is none."""
     found = mounts.find_mount(path)
     if found is None:
-        around = mounts.containing_mount(path)
+        around = mounts.find_containing_mount(path)
         hint = f": it lies in the mount {around[0].mountpoint}" if around else ""
         raise MountError(f"{path} is not a fusecache mountpoint{hint}")
     return found
 
 
-def around(path: str) -> tuple[mounts.Mount, str]:
+def require_containing_mount(path: str) -> tuple[mounts.Mount, str]:
     """The fusecache mount that `path` lies in, and the path below its root. Raises MountError."""
-    found = mounts.containing_mount(path)
+    found = mounts.find_containing_mount(path)
     if found is None:
         raise MountError(f"{path} is not inside a fusecache mount")
     return found
 
 
-def only_mount(mountpoint: str | None) -> mounts.Mount:
+def require_only_mount(mountpoint: str | None) -> mounts.Mount:
     """The mount at `mountpoint`, or the only one there is. Raises MountError."""
     if mountpoint is not None:
-        return mounted(mountpoint)
+        return require_mount(mountpoint)
     found = mounts.list_mounts()
     if not found:
         raise MountError("nothing is mounted: fusecache mount SOURCE MOUNTPOINT")
@@ -39,11 +39,11 @@ def only_mount(mountpoint: str | None) -> mounts.Mount:
     return found[0]
 
 
-def ask(mount: mounts.Mount, op: str, /, *, timeout: float = 30.0, **args: Any) -> Any:
+def call_mount_daemon(mount: mounts.Mount, op: str, /, *, timeout: float = 30.0, **args: Any) -> Any:
     """The answer of the mount's daemon. Raises ControlError naming the mountpoint."""
-    socket: Path = mounts.find_socket(mount)
+    socket: Path = mounts.find_control_socket(mount)
     try:
-        return control.call(socket, op, timeout=timeout, **args)
+        return rpc.call_daemon(socket, op, timeout=timeout, **args)
     except DaemonUnreachableError as error:
         raise DaemonUnreachableError(
             f"{mount.mountpoint}: {error}: if it does not come back, "

@@ -13,17 +13,17 @@ from typing import Any, TextIO
 
 import click
 
-from fusecache import control, mounts
 from fusecache.cli import target
-from fusecache.cli.output import complain
+from fusecache.cli.output import print_error
 from fusecache.config.units import format_size
+from fusecache.control import mounts, rpc
 from fusecache.errors import ConfigError, ControlError, DaemonUnreachableError
-from fusecache.telemetry.trace import Summary
+from fusecache.telemetry.trace import TraceSummary
 
 _TIMEOUT = 30.0
-_LISTED = 20
+_MAX_LISTED = 20
 """Lines per list of the summary; the JSON has all."""
-_EXTRA = ("flags", "xattr", "command", "whence", "by")
+_EXTRA_FIELDS = ("flags", "xattr", "command", "whence", "by")
 
 
 @click.command("trace")
@@ -62,14 +62,14 @@ def trace_command(
     them, and then per program what was read of which file, in which order and how. All programs are told of, not only
     COMMAND. Meanwhile reads go through the daemon.
     """
-    mount = target.mounted(mountpoint)
+    mount = target.require_mount(mountpoint)
     with ExitStack() as stack:
         out: TextIO = sys.stderr if command else sys.stdout
         lines = out if output is None else stack.enter_context(output.open("w", encoding="utf-8"))
         show = _json_line if as_json else _text_line
-        follower = _Follower(lines, show, quiet)
-        code = _follow(mount, command, follower, exact=exact, writes=writes)
-        summary = follower.result()
+        follower = _TracePrinter(lines, show, quiet)
+        code = _print_trace(mount, command, follower, exact=exact, writes=writes)
+        summary = follower.make_summary()
         if as_json:
             for stream in dict.fromkeys((lines, out)):
                 print(json.dumps({"op": "summary", **summary}), file=stream)
@@ -80,80 +80,80 @@ def trace_command(
     return code
 
 
-class _Follower:
+class _TracePrinter:
     """Takes the items of the stream: prints events, and sums them up."""
 
-    def __init__(self, out: TextIO, show: Callable[[Mapping[str, Any]], str], quiet: bool) -> None:
-        self.lost = 0
+    def __init__(self, out: TextIO, format_event: Callable[[Mapping[str, Any]], str], quiet: bool) -> None:
+        self.lost_events = 0
         self.seconds = 0.0
-        self.before: Mapping[str, Any] = {}
+        self.unseen: Mapping[str, Any] = {}
         self._out = out
-        self._show = show
+        self._format_event = format_event
         self._quiet = quiet
-        self._summary = Summary()
+        self._summary = TraceSummary()
 
-    def take(self, item: Any) -> None:
+    def print_item(self, item: Any) -> None:
         if isinstance(item, dict):
-            self.before = item
-            for line in _hidden(item):
-                complain(line)
+            self.unseen = item
+            for line in _unseen_warnings(item):
+                print_error(line)
             return
-        self._summary.add(item)
+        self._summary.add_events(item)
         for event in item:
             self.seconds = max(self.seconds, float(event.get("t", 0.0)))
             if not self._quiet:
-                print(self._show(event), file=self._out)
+                print(self._format_event(event), file=self._out)
         if item:
             self._out.flush()
 
-    def result(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "lost": self.lost, **self.before, **self._summary.result()}
+    def make_summary(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "lost": self.lost_events, **self.unseen, **self._summary.to_dict()}
 
 
-def _hidden(item: Mapping[str, Any]) -> Iterator[str]:
+def _unseen_warnings(item: Mapping[str, Any]) -> Iterator[str]:
     if item.get("open_passthrough"):
         yield f"{item['open_passthrough']} files are open with passthrough: their reads are not seen until then"
     if item.get("hidden"):
         yield f"the kernel knows {item['hidden']} names from before: it answers for them by itself for a while"
 
 
-def _follow(
-    mount: mounts.Mount, command: Sequence[str], follower: _Follower, *, exact: bool, writes: bool
+def _print_trace(
+    mount: mounts.Mount, command: Sequence[str], printer: _TracePrinter, *, exact: bool, writes: bool
 ) -> int:
     """Until the end; returns the exit code."""
-    socket = mounts.find_socket(mount)
+    socket = mounts.find_control_socket(mount)
     child: subprocess.Popen[bytes] | None = None
     stopped = False
     try:
         with (
-            control.Following(socket, "trace", timeout=_TIMEOUT, exact=exact, writes=writes) as following,
-            _stopped_by_signals(bool(command)) as asked,
+            rpc.StreamedCall(socket, "trace", timeout=_TIMEOUT, exact=exact, writes=writes) as following,
+            _interrupts_caught(bool(command)) as asked,
         ):
             for item in following:
-                follower.take(item)
+                printer.print_item(item)
                 if command and child is None:
-                    child = _start(command)
+                    child = _start_command(command)
                 over = child is not None and child.poll() is not None
                 if (over or asked()) and not stopped:
                     stopped = True
-                    following.stop()
-            follower.lost = int((following.result or {}).get("lost", 0))
+                    following.request_end()
+            printer.lost_events = int((following.result or {}).get("lost", 0))
     except DaemonUnreachableError as error:
-        complain(f"{mount.mountpoint}: {error}: the trace ends here")
-        return _code(child) or 1
+        print_error(f"{mount.mountpoint}: {error}: the trace ends here")
+        return _exit_code(child) or 1
     except ControlError as error:
         raise ControlError(f"{mount.mountpoint}: {error}") from None
-    return _code(child)
+    return _exit_code(child)
 
 
-def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+def _start_command(command: Sequence[str]) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(command)
     except OSError as error:
         raise ConfigError(f"{command[0]}: {error.strerror}") from None
 
 
-def _code(child: subprocess.Popen[bytes] | None) -> int:
+def _exit_code(child: subprocess.Popen[bytes] | None) -> int:
     """That of the command, when it has ended; the way a shell tells it."""
     if child is None:
         return 0
@@ -162,7 +162,7 @@ def _code(child: subprocess.Popen[bytes] | None) -> int:
 
 
 @contextmanager
-def _stopped_by_signals(has_command: bool) -> Iterator[Callable[[], bool]]:
+def _interrupts_caught(has_command: bool) -> Iterator[Callable[[], bool]]:
     """Until the end of the block, ctrl-C is for the command, or, without one, asks for the end in good order."""
     asked = False
 
@@ -185,10 +185,15 @@ def _json_line(event: Mapping[str, Any]) -> str:
 
 def _text_line(event: Mapping[str, Any]) -> str:
     who = f"{event.get('comm') or '?'}[{event.get('pid')}]" if event.get("pid") else "-"
-    parts = [f"{event.get('t', 0.0):11.6f}", plain(who), str(event.get("op")), plain(str(event.get("path")))]
+    parts = [
+        f"{event.get('t', 0.0):11.6f}",
+        escape_unprintable(who),
+        str(event.get("op")),
+        escape_unprintable(str(event.get("path"))),
+    ]
     if "size" in event:
         parts.append(f"{event['size']} bytes" + (f" at {event['offset']}" if "offset" in event else ""))
-    parts += [plain(str(event[name])) for name in _EXTRA if name in event]
+    parts += [escape_unprintable(str(event[name])) for name in _EXTRA_FIELDS if name in event]
     if event.get("error"):
         parts.append(f"-> {event['error']}")
     if event.get("ms"):
@@ -196,7 +201,7 @@ def _text_line(event: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
-def plain(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """Text from names in a bucket, without what a terminal would act on."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
@@ -212,23 +217,23 @@ def summary_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     for program in summary["programs"]:
         names = " ".join(name or "?" for name in program["names"])
         yield ""
-        yield f"{plain(names)} [{program['pid']}], from {program['first']:.3f} s on"
+        yield f"{escape_unprintable(names)} [{program['pid']}], from {program['first']:.3f} s on"
         yield "  " + ", ".join(f"{count} {op}" for op, count in program["requests"].items())
-        yield from _files(program["files"])
-        yield from _names("stat or access, nothing more", program["looked_at"])
-        yield from _names("not there", program["missing"])
+        yield from _file_lines(program["files"])
+        yield from _name_lines("stat or access, nothing more", program["looked_at"])
+        yield from _name_lines("not there", program["missing"])
         failed = [
             {"path": f"{each['op']} {each['path']} -> {each['error']}", "count": each["count"]}
             for each in program["failed"]
         ]
-        yield from _names("failed", failed)
+        yield from _name_lines("failed", failed)
 
 
-def _files(files: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _file_lines(files: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if not files:
         return
     yield "  files, in the order of their first use:"
-    for file in files[:_LISTED]:
+    for file in files[:_MAX_LISTED]:
         share = "" if file["share"] is None else f" ({file['share']:.0%} of it)"
         parts = [f"{file['opens']} opens", f"{file['reads']} reads of {format_size(file['bytes'])}{share}"]
         if file["reads"]:
@@ -237,19 +242,21 @@ def _files(files: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             parts.append("mapped")
         if file["hidden"]:
             parts.append("reads not seen (passthrough)")
-        yield f"    {file['first']:8.3f} {plain(file['path'])}: {', '.join(parts)}"
-    yield from _more(files)
+        yield f"    {file['first']:8.3f} {escape_unprintable(file['path'])}: {', '.join(parts)}"
+    yield from _omitted_line(files)
 
 
-def _names(title: str, names: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _name_lines(title: str, names: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if not names:
         return
     yield f"  {title}:"
-    for each in names[:_LISTED]:
-        yield f"    {plain(each['path'])}" + (f" ({each['count']} times)" if each["count"] > 1 else "")
-    yield from _more(names)
+    for each in names[:_MAX_LISTED]:
+        yield f"    {escape_unprintable(each['path'])}" + (
+            f" ({each['count']} times)" if each["count"] > 1 else ""
+        )
+    yield from _omitted_line(names)
 
 
-def _more(found: Sequence[object]) -> Iterator[str]:
-    if len(found) > _LISTED:
-        yield f"    and {len(found) - _LISTED} more: --json has them all"
+def _omitted_line(found: Sequence[object]) -> Iterator[str]:
+    if len(found) > _MAX_LISTED:
+        yield f"    and {len(found) - _MAX_LISTED} more: --json has them all"

@@ -26,21 +26,23 @@ from fusecache.config.model import (
     default_runtime_dir,
 )
 from fusecache.config.peers import PeerSettings
-from fusecache.config.toml import Setting, Table, read_toml
+from fusecache.config.toml import LocatedSetting, SourceTable, read_toml
 from fusecache.errors import ConfigError
 
 ENV_PREFIX = "FUSECACHE_"
-_OWN_VARIABLES = frozenset({"DEBUG", "PYTHON", "CONFIG"})
+_NON_SETTING_VARIABLES = frozenset({"DEBUG", "PYTHON", "CONFIG"})
 """Variables with the prefix that are no settings; unknown ones that look like no setting are let be."""
 
-TABLES: dict[str, type[BaseModel]] = {"tuning": Tuning, "peers": PeerSettings}
+SETTING_TABLES: dict[str, type[BaseModel]] = {"tuning": Tuning, "peers": PeerSettings}
 """Tables of settings: [NAME] in the file, FUSECACHE_NAME__KEY; with -o KEY for tuning, NAME.KEY for others."""
-MOUNT_KEYS = tuple(key for key in MountConfig.model_fields if key not in ("sources", "mountpoint", *TABLES))
+MOUNT_KEYS = tuple(
+    key for key in MountConfig.model_fields if key not in ("sources", "mountpoint", *SETTING_TABLES)
+)
 TUNING_KEYS = tuple(Tuning.model_fields)
 SOURCE_KEYS = tuple(key for key in SourceConfig.model_fields if key not in ("name", "url"))
 SECRET_KEYS = ("access_key_id", "secret_access_key", "session_token", "storage_options", "peers.secret")
 
-GENERIC_OPTIONS = frozenset(
+IGNORED_OPTIONS = frozenset(
     (
         "ro",
         "defaults",
@@ -82,7 +84,9 @@ GENERIC_OPTIONS = frozenset(
 )
 """Words of mount(8) that a read-only network file system may be given and that change nothing here."""
 
-_ADVICE = "put it into a config file of mode 0600 or the environment: every user can read the mount table"
+_PRIVATE_SETTING_ADVICE = (
+    "put it into a config file of mode 0600 or the environment: every user can read the mount table"
+)
 
 
 def load_mount_config(
@@ -111,48 +115,50 @@ def load_mount_config(
         config_file = Path(env[ENV_PREFIX + "CONFIG"])
     top, tables = read_toml(config_file) if config_file else ([], [])
     for setting in top:
-        _check_top(setting)
+        _check_top_level(setting)
     for table in tables:
         for setting in table.settings:
             _check_key(setting, setting.path[0], tuple(SourceConfig.model_fields))
-    chosen = _choose(source, tables, config_file)
+    chosen = _choose_sources(source, tables, config_file)
     settings = [*top]
-    for setting in (*_from_env(env, chosen), *_from_options(given, chosen)):
+    for setting in (*_settings_from_env(env, chosen), *_settings_from_options(given, chosen)):
         if setting.path[0] == "source":
             number = int(setting.path[1])
-            chosen[number] = chosen[number].added(Setting(setting.path[2:], setting.value, setting.where))
+            chosen[number] = chosen[number].with_settings(
+                LocatedSetting(setting.path[2:], setting.value, setting.where)
+            )
         else:
             settings.append(setting)
-    return _build(settings, chosen, mountpoint, env)
+    return _build_config(settings, chosen, mountpoint, env)
 
 
-def _choose(source: str | None, tables: list[Table], file: Path | None) -> list[Table]:
+def _choose_sources(source: str | None, tables: list[SourceTable], file: Path | None) -> list[SourceTable]:
     if source in (None, "", "none", "fusecache") and (tables or not source):
         if not tables:
             said = f"{file} names no source: add [[source]] with a url" if file else "no source: give a URL"
             raise ConfigError(said)
         return list(tables)
     assert source is not None
-    named = [table for table in tables if table.value("name") == source]
-    same = [table for table in tables if str(table.value("url") or "").rstrip("/") == source.rstrip("/")]
-    bare = [table for table in tables if table.value("url") is None and not table.value("name")]
-    root = Setting(("name",), "", "SOURCE")
+    named = [table for table in tables if table.get_value("name") == source]
+    same = [table for table in tables if str(table.get_value("url") or "").rstrip("/") == source.rstrip("/")]
+    bare = [table for table in tables if table.get_value("url") is None and not table.get_value("name")]
+    root = LocatedSetting(("name",), "", "SOURCE")
     if named:
-        return [named[0].added(root)]
+        return [named[0].with_settings(root)]
     if "://" not in source and not source.startswith("/"):
-        names = [str(table.value("name")) for table in tables if table.value("name")]
+        names = [str(table.get_value("name")) for table in tables if table.get_value("name")]
         raise ConfigError(
             f"{source}: not a URL like s3://bucket/prefix"
-            + (f", nor a source in {file}{_nearest(source, names)}" if file else "")
+            + (f", nor a source in {file}{_nearest_key_text(source, names)}" if file else "")
         )
-    base = (same or bare or [Table("SOURCE")])[0]
-    return [base.added(Setting(("url",), source, "SOURCE"), root)]
+    base = (same or bare or [SourceTable("SOURCE")])[0]
+    return [base.with_settings(LocatedSetting(("url",), source, "SOURCE"), root)]
 
 
-def _check_top(setting: Setting) -> None:
+def _check_top_level(setting: LocatedSetting) -> None:
     key = setting.path[0]
-    if key in TABLES:
-        _check_key(setting, setting.path[-1], tuple(TABLES[key].model_fields))
+    if key in SETTING_TABLES:
+        _check_key(setting, setting.path[-1], tuple(SETTING_TABLES[key].model_fields))
     elif key == "mountpoint":
         raise ConfigError(f"{setting.where}: the mountpoint is an argument of the mount command")
     elif key in TUNING_KEYS:
@@ -160,15 +166,15 @@ def _check_top(setting: Setting) -> None:
     elif key in SOURCE_KEYS or key == "url":
         raise ConfigError(f"{setting.where}: belongs below a line [[source]]")
     else:
-        _check_key(setting, key, (*MOUNT_KEYS, *TABLES, "source"))
+        _check_key(setting, key, (*MOUNT_KEYS, *SETTING_TABLES, "source"))
 
 
-def _check_key(setting: Setting, key: str, valid: Sequence[str]) -> None:
+def _check_key(setting: LocatedSetting, key: str, valid: Sequence[str]) -> None:
     if key not in valid:
-        raise ConfigError(f"{setting.where}: unknown option{_nearest(key, valid)}")
+        raise ConfigError(f"{setting.where}: unknown option{_nearest_key_text(key, valid)}")
 
 
-def _nearest(word: str, valid: Sequence[str]) -> str:
+def _nearest_key_text(word: str, valid: Sequence[str]) -> str:
     found = difflib.get_close_matches(word.lower(), valid, 1, 0.5)
     if found:
         return f": did you mean {found[0]}?"
@@ -179,33 +185,33 @@ def _nearest(word: str, valid: Sequence[str]) -> str:
 # -- the environment
 
 
-def _from_env(env: Mapping[str, str], chosen: list[Table]) -> Iterable[Setting]:
+def _settings_from_env(env: Mapping[str, str], chosen: list[SourceTable]) -> Iterable[LocatedSetting]:
     for variable in sorted(env):
         if not variable.startswith(ENV_PREFIX):
             continue
         key = variable.removeprefix(ENV_PREFIX).lower()
         head, _, rest = key.partition("__")
         value = env[variable]
-        if key.upper() in _OWN_VARIABLES:
+        if key.upper() in _NON_SETTING_VARIABLES:
             continue
         if key in MOUNT_KEYS:
-            yield Setting((key,), value, variable)
-        elif head in TABLES and rest:
-            setting = Setting((head, rest), value, variable)
-            _check_key(setting, rest, tuple(TABLES[head].model_fields))
+            yield LocatedSetting((key,), value, variable)
+        elif head in SETTING_TABLES and rest:
+            setting = LocatedSetting((head, rest), value, variable)
+            _check_key(setting, rest, tuple(SETTING_TABLES[head].model_fields))
             yield setting
         elif head == "sources" and rest:
             name, _, rest = rest.rpartition("__")
             for number, table in enumerate(chosen):
-                if str(table.value("name") or "").lower().replace("-", "_") == name:
-                    setting = Setting(
-                        ("source", str(number), rest), _decoded(rest, value, variable), variable
+                if str(table.get_value("name") or "").lower().replace("-", "_") == name:
+                    setting = LocatedSetting(
+                        ("source", str(number), rest), _decode_value(rest, value, variable), variable
                     )
                     _check_key(setting, rest, SOURCE_KEYS)
                     yield setting
         elif key in SOURCE_KEYS:
-            _only_one(chosen, variable)
-            yield Setting(("source", "0", key), _decoded(key, value, variable), variable)
+            _require_single_source(chosen, variable)
+            yield LocatedSetting(("source", "0", key), _decode_value(key, value, variable), variable)
         else:
             near = difflib.get_close_matches(key, (*MOUNT_KEYS, *SOURCE_KEYS, *TUNING_KEYS), 1, 0.8)
             if near:
@@ -215,7 +221,7 @@ def _from_env(env: Mapping[str, str], chosen: list[Table]) -> Iterable[Setting]:
                 )
 
 
-def _decoded(key: str, value: str, variable: str) -> Any:
+def _decode_value(key: str, value: str, variable: str) -> Any:
     if key != "storage_options":
         return value
     try:
@@ -224,7 +230,7 @@ def _decoded(key: str, value: str, variable: str) -> Any:
         raise ConfigError(f"{variable}: has to be a JSON object") from None
 
 
-def _only_one(chosen: list[Table], where: str) -> None:
+def _require_single_source(chosen: list[SourceTable], where: str) -> None:
     if len(chosen) > 1:
         raise ConfigError(
             f"{where}: there are several sources: set it below each [[source]] of the config file"
@@ -242,26 +248,28 @@ def _split_options(options: Sequence[str]) -> Iterable[tuple[str, str | None]]:
                 yield name, value if equals else None
 
 
-def _from_options(given: Iterable[tuple[str, str | None]], chosen: list[Table]) -> Iterable[Setting]:
+def _settings_from_options(
+    given: Iterable[tuple[str, str | None]], chosen: list[SourceTable]
+) -> Iterable[LocatedSetting]:
     for name, value in given:
         where = f"-o {name}"
         path: tuple[str, ...]
-        if name in GENERIC_OPTIONS or name.startswith(("x-", "X-", "comment")) or name == "config":
+        if name in IGNORED_OPTIONS or name.startswith(("x-", "X-", "comment")) or name == "config":
             continue
         if name == "rw":
             raise ConfigError("-o rw: fusecache is a read-only file system: drop rw or write ro")
         if name in SECRET_KEYS:
-            raise ConfigError(f"-o {name}: not allowed here: {_ADVICE}")
+            raise ConfigError(f"-o {name}: not allowed here: {_PRIVATE_SETTING_ADVICE}")
         model: type[BaseModel]
         table, _, rest = name.partition(".")
-        if table in TABLES and rest in TABLES[table].model_fields and name not in SECRET_KEYS:
-            path, model, name = (table, rest), TABLES[table], rest
+        if table in SETTING_TABLES and rest in SETTING_TABLES[table].model_fields and name not in SECRET_KEYS:
+            path, model, name = (table, rest), SETTING_TABLES[table], rest
         elif name in MOUNT_KEYS:
             path, model = (name,), MountConfig
         elif name in TUNING_KEYS:
             path, model = ("tuning", name), Tuning
         elif name in SOURCE_KEYS:
-            _only_one(chosen, where)
+            _require_single_source(chosen, where)
             path, model = ("source", "0", name), SourceConfig
         else:
             valid = (
@@ -271,23 +279,23 @@ def _from_options(given: Iterable[tuple[str, str | None]], chosen: list[Table]) 
                 *(key for key in SOURCE_KEYS if key not in SECRET_KEYS),
                 "config",
             )
-            raise ConfigError(f"{where}: unknown option{_nearest(name, valid)}")
-        if value is None and not _takes(model.model_fields[name].annotation, bool):
+            raise ConfigError(f"{where}: unknown option{_nearest_key_text(name, valid)}")
+        if value is None and not _allows_type(model.model_fields[name].annotation, bool):
             raise ConfigError(f"{where}: needs a value: {name}=...")
-        yield Setting(path, True if value is None else value, where)
+        yield LocatedSetting(path, True if value is None else value, where)
 
 
-def _takes(annotation: Any, wanted: type) -> bool:
+def _allows_type(annotation: Any, required: type) -> bool:
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        return any(_takes(item, wanted) for item in typing.get_args(annotation))
-    return annotation is wanted
+        return any(_allows_type(item, required) for item in typing.get_args(annotation))
+    return annotation is required
 
 
 # -- all together
 
 
-def _build(
-    settings: list[Setting], tables: list[Table], mountpoint: str | Path, env: Mapping[str, str]
+def _build_config(
+    settings: list[LocatedSetting], tables: list[SourceTable], mountpoint: str | Path, env: Mapping[str, str]
 ) -> MountConfig:
     where: dict[tuple[str, ...], str] = {("mountpoint",): "mountpoint"}
     values: dict[str, Any] = {
@@ -295,10 +303,10 @@ def _build(
         "cache_dir": default_cache_dir(env),
         "runtime_dir": default_runtime_dir(env),
         "sources": [],
-        **{name: {} for name in TABLES},
+        **{name: {} for name in SETTING_TABLES},
     }
     for setting in settings:
-        place = values[setting.path[0]] if setting.path[0] in TABLES else values
+        place = values[setting.path[0]] if setting.path[0] in SETTING_TABLES else values
         place[setting.path[-1]] = setting.value
         where[setting.path] = setting.where
     for number, table in enumerate(tables):
@@ -311,10 +319,12 @@ def _build(
     try:
         return MountConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_first(error.errors(include_url=False, include_input=False), where)) from None
+        raise ConfigError(
+            _first_error_text(error.errors(include_url=False, include_input=False), where)
+        ) from None
 
 
-def _first(errors: list[ErrorDetails], where: Mapping[tuple[str, ...], str]) -> str:
+def _first_error_text(errors: list[ErrorDetails], where: Mapping[tuple[str, ...], str]) -> str:
     error = errors[0]
     path = tuple(str(part) for part in error["loc"])
     message = error["msg"].removeprefix("Value error, ")

@@ -11,7 +11,7 @@ from fusecache.errors import ConfigError
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
-def disk_size(directory: Path) -> int:
+def file_system_size(directory: Path) -> int:
     """Bytes of the file system that holds `directory`, or will. Raises ConfigError."""
     for candidate in (directory, *directory.parents):
         try:
@@ -24,14 +24,16 @@ def disk_size(directory: Path) -> int:
     raise ConfigError(f"cache directory {directory}: not found")
 
 
-def memory_size(
-    meminfo: Path = Path("/proc/meminfo"), own: Path = Path("/proc/self/cgroup"), cgroups: Path = _CGROUPS
+def usable_memory(
+    meminfo: Path = Path("/proc/meminfo"),
+    own_cgroup: Path = Path("/proc/self/cgroup"),
+    cgroups: Path = _CGROUPS,
 ) -> int:
     """Bytes of memory that this process may use: the machine's, or what the cgroups (version 2) that it is in are
     allowed, to which the pages of a tmpfs count, too. Raises ConfigError."""
     try:
         found = re.search(r"^MemTotal:\s*(\d+) kB$", meminfo.read_text("ascii"), re.MULTILINE)
-        group = re.search(r"^0::/(.*)$", own.read_text(), re.MULTILINE)
+        group = re.search(r"^0::/(.*)$", own_cgroup.read_text(), re.MULTILINE)
     except OSError as error:
         raise ConfigError(
             f"the size of the memory is unknown ({error}): set memory_size to a size like 64GiB"

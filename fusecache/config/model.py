@@ -16,17 +16,17 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from fusecache.config.machine import disk_size, memory_size
+from fusecache.config.machine import file_system_size, usable_memory
 from fusecache.config.peers import PeerSettings
 from fusecache.config.units import format_size, resolve_amount
-from fusecache.config.values import AbsolutePath, Amount, Bytes, Gid, Mode, Model, Seconds, Uid
+from fusecache.config.values import AbsolutePath, Amount, Bytes, Gid, Mode, Seconds, SettingsModel, Uid
 from fusecache.errors import ConfigError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]*://")
 _SECRET_WORD = re.compile(r"secret|token|password|passwd|credential|(^|_)key", re.IGNORECASE)
 
 
-class SourceConfig(Model):
+class SourceConfig(SettingsModel):
     """Where objects come from: one bucket, prefix or fsspec URL, and how to reach it."""
 
     name: str = Field(
@@ -61,14 +61,14 @@ class SourceConfig(Model):
 
     @field_validator("name")
     @classmethod
-    def _one_component(cls, name: str) -> str:
+    def _check_name(cls, name: str) -> str:
         if name in (".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > 255:
             raise ValueError(f"{name!r} can't be the name of a folder")
         return name
 
     @field_validator("url")
     @classmethod
-    def _no_secret_in_url(cls, url: str) -> str:
+    def _check_url(cls, url: str) -> str:
         if url.startswith("/"):
             url = "file://" + os.path.normpath(url)
         if not _SCHEME.match(url):
@@ -84,7 +84,7 @@ class SourceConfig(Model):
 
     @field_validator("endpoint_url")
     @classmethod
-    def _http_endpoint(cls, url: str | None) -> str | None:
+    def _check_endpoint(cls, url: str | None) -> str | None:
         if url is None:
             return None
         parts = urlsplit(url)
@@ -95,7 +95,7 @@ class SourceConfig(Model):
         return url.rstrip("/")
 
     @model_validator(mode="after")
-    def _consistent(self) -> SourceConfig:
+    def _check_consistency(self) -> SourceConfig:
         if (self.access_key_id is None) != (self.secret_access_key is None):
             missing = "access_key_id" if self.access_key_id is None else "secret_access_key"
             raise ValueError(f"{missing} is missing: an access key has two parts")
@@ -103,26 +103,26 @@ class SourceConfig(Model):
             raise ValueError("anonymous contradicts access_key_id: drop one of them")
         return self
 
-    def secrets(self) -> list[str]:
+    def secret_values(self) -> list[str]:
         """The secret values in here, for redaction."""
         found = [
             secret.get_secret_value()
             for secret in (self.access_key_id, self.secret_access_key, self.session_token)
             if secret is not None
         ]
-        _collect(self.storage_options, found)
+        _collect_secrets(self.storage_options, found)
         return [value for value in found if value]
 
 
-def _collect(options: Mapping[str, Any], found: list[str]) -> None:
+def _collect_secrets(options: Mapping[str, Any], found: list[str]) -> None:
     for key, value in options.items():
         if isinstance(value, Mapping):
-            _collect(value, found)
+            _collect_secrets(value, found)
         elif isinstance(value, str) and _SECRET_WORD.search(key):
             found.append(value)
 
 
-class Tuning(Model):
+class Tuning(SettingsModel):
     """How hard, and how patiently, an origin is asked."""
 
     concurrency: int = Field(
@@ -172,7 +172,7 @@ def default_runtime_dir(env: Mapping[str, str] = os.environ) -> Path:
     return Path(f"/tmp/fusecache-{os.geteuid()}")  # noqa: S108  its owner and mode are checked before use
 
 
-class MountConfig(Model):
+class MountConfig(SettingsModel):
     """All that a mount needs to know."""
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
@@ -286,13 +286,13 @@ class MountConfig(Model):
 
     @field_validator("block_size")
     @classmethod
-    def _power_of_two(cls, size: int) -> int:
+    def _check_power_of_two(cls, size: int) -> int:
         if size & (size - 1):
             raise ValueError(f"{size} is not a power of 2")
         return size
 
     @model_validator(mode="after")
-    def _consistent(self) -> MountConfig:
+    def _check_consistency(self) -> MountConfig:
         names = [source.name for source in self.sources]
         if len(names) > 1 and "" in names:
             raise ValueError("each of several sources needs a name: it becomes a folder of the mount")
@@ -315,15 +315,15 @@ class MountConfig(Model):
             raise ValueError(f"cache_dir {self.cache_dir} is inside the mountpoint: choose another")
         return self
 
-    def cache_limit(self) -> int:
+    def cache_limit_bytes(self) -> int:
         """Most bytes to store, now that the size of the file system is asked for. Raises ConfigError."""
-        return resolve_amount(self.cache_size, disk_size(self.cache_dir))
+        return resolve_amount(self.cache_size, file_system_size(self.cache_dir))
 
-    def free_floor_bytes(self) -> int:
+    def min_free_bytes(self) -> int:
         """Bytes to leave free on the file system of the cache directory. Raises ConfigError."""
-        return resolve_amount(self.free_space, disk_size(self.cache_dir))
+        return resolve_amount(self.free_space, file_system_size(self.cache_dir))
 
-    def memory_dir_size(self) -> int:
+    def memory_dir_bytes(self) -> int:
         """Bytes of the file system of memory_dir. Raises ConfigError."""
         try:
             found = os.statvfs(self.memory_dir)
@@ -333,10 +333,10 @@ class MountConfig(Model):
             ) from error
         return found.f_blocks * found.f_frsize
 
-    def memory_limit(self) -> int:
+    def memory_limit_bytes(self) -> int:
         """Most bytes to store in memory. Raises ConfigError where the tmpfs has no room for so much."""
-        there = self.memory_dir_size()
-        limit = resolve_amount(self.memory_size, memory_size() if isinstance(self.memory_size, str) else 0)
+        there = self.memory_dir_bytes()
+        limit = resolve_amount(self.memory_size, usable_memory() if isinstance(self.memory_size, str) else 0)
         if limit > there:
             raise ConfigError(
                 f"memory_dir {self.memory_dir} holds {format_size(there)} and memory_size is {format_size(limit)}: "
@@ -344,24 +344,27 @@ class MountConfig(Model):
             )
         return limit
 
-    def weights_limit(self) -> int:
+    def weights_limit_bytes(self) -> int:
         """Most bytes to store where files of weights are kept. Raises ConfigError."""
-        return self.memory_limit() if self.store in ("off", "small") else self.cache_limit()
+        return self.memory_limit_bytes() if self.store in ("off", "small") else self.cache_limit_bytes()
 
-    def store_verify(self) -> Literal["start", "boot", "always"]:
+    def block_verify_mode(self) -> Literal["start", "boot", "always"]:
         """When the store checks the checksums of cached blocks."""
         return "start" if self.verify == "manifest" else self.verify
 
-    def secrets(self) -> list[str]:
+    def secret_values(self) -> list[str]:
         """All secret values in here, for redaction."""
-        return [*(secret for source in self.sources for secret in source.secrets()), *self.peers.secrets()]
+        return [
+            *(secret for source in self.sources for secret in source.secret_values()),
+            *self.peers.secret_values(),
+        ]
 
-    def dump_private(self) -> bytes:
+    def dump_with_secrets(self) -> bytes:
         """JSON with all secrets, for an inherited pipe or memfd only."""
-        return json.dumps(self.model_dump(mode="python"), default=_reveal).encode()
+        return json.dumps(self.model_dump(mode="python"), default=_reveal_secret).encode()
 
     @classmethod
-    def load_private(cls, data: bytes) -> MountConfig:
+    def load_with_secrets(cls, data: bytes) -> MountConfig:
         """What dump_private() wrote. Raises ConfigError."""
         try:
             return cls.model_validate(json.loads(data))
@@ -370,7 +373,7 @@ class MountConfig(Model):
             raise ConfigError(f"the handed-over configuration is damaged ({type(error).__name__})") from None
 
 
-def _reveal(value: object) -> object:
+def _reveal_secret(value: object) -> object:
     if isinstance(value, SecretStr):
         return value.get_secret_value()
     return str(value)

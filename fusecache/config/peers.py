@@ -10,20 +10,20 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 
-from fusecache.config.values import AbsolutePath, Bytes, Model, Seconds
+from fusecache.config.values import AbsolutePath, Bytes, Seconds, SettingsModel
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _SEPARATOR = re.compile(r"[;\s]+")
 
 
-def _listed(value: Any) -> Any:
+def _split_words(value: Any) -> Any:
     """One text with spaces or semicolons between is a list, too: commas part options."""
     if isinstance(value, str):
         return tuple(word for word in _SEPARATOR.split(value) if word)
     return value
 
 
-Words = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Words = Annotated[tuple[str, ...], BeforeValidator(_split_words)]
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -48,7 +48,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-class PeerSettings(Model):
+class PeerSettings(SettingsModel):
     """How the nodes of a cluster find each other and exchange blocks."""
 
     discovery: Literal["none", "static", "dns", "etcd"] = Field(
@@ -77,7 +77,7 @@ class PeerSettings(Model):
         description="URL that other nodes reach this one at; unset: made from `listen`, or from this machine's name.",
     )
     node: str = Field(
-        default_factory=lambda: _node_name(socket.gethostname()),
+        default_factory=lambda: _node_name_from_host(socket.gethostname()),
         description="Name of this node, unique in its cluster; unset: this machine's name.",
     )
     weight: Bytes | None = Field(
@@ -141,30 +141,30 @@ class PeerSettings(Model):
 
     @field_validator("node", "tenant")
     @classmethod
-    def _plain(cls, name: str) -> str:
-        if name and not _NAME.fullmatch(name):
+    def _check_plain_name(cls, name: str) -> str:
+        if name and not _NODE_NAME.fullmatch(name):
             raise ValueError(f"{name!r}: a name has letters, digits, '.', '_' and '-' only, at most 63")
         return name
 
     @field_validator("members", "etcd")
     @classmethod
-    def _urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(_url(url) for url in urls)
+    def _check_urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(_normalize_node_url(url) for url in urls)
 
     @field_validator("advertise")
     @classmethod
-    def _one_url(cls, url: str | None) -> str | None:
-        return None if url is None else _url(url)
+    def _check_url(cls, url: str | None) -> str | None:
+        return None if url is None else _normalize_node_url(url)
 
     @field_validator("dns")
     @classmethod
-    def _host_and_port(cls, address: str) -> str:
+    def _check_host_and_port(cls, address: str) -> str:
         if address and not split_address(address)[0]:
             raise ValueError(f"{address!r} is not a name like fusecache.default.svc:7070")
         return address
 
     @model_validator(mode="after")
-    def _consistent(self) -> PeerSettings:
+    def _check_consistency(self) -> PeerSettings:
         needed = {"static": "members", "dns": "dns", "etcd": "etcd"}.get(self.discovery)
         if needed and not getattr(self, needed):
             raise ValueError(f"discovery={self.discovery} needs {needed}")
@@ -185,16 +185,16 @@ class PeerSettings(Model):
         return self
 
     @property
-    def wanted(self) -> bool:
+    def is_enabled(self) -> bool:
         """Whether this node is part of a cluster at all."""
         return self.discovery != "none" or bool(self.listen)
 
-    def secrets(self) -> list[str]:
+    def secret_values(self) -> list[str]:
         """The secret values in here, for redaction."""
         return [self.secret.get_secret_value()] if self.secret is not None else []
 
 
-def _url(url: str) -> str:
+def _normalize_node_url(url: str) -> str:
     parts = urlsplit(url)
     try:
         port = parts.port
@@ -207,5 +207,5 @@ def _url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}".lower()
 
 
-def _node_name(host: str) -> str:
+def _node_name_from_host(host: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", host).strip("-._")[:63] or "node"

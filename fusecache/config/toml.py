@@ -14,14 +14,14 @@ from fusecache.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
-_HEADER = re.compile(r"\s*(\[\[?)\s*([^\]]+?)\s*\]\]?\s*(?:#.*)?$")
-_KEY = re.compile(r"""\s*([A-Za-z0-9_-]+|"[^"]*"|'[^']*')((?:\s*\.\s*[A-Za-z0-9_"'-]+)*)\s*=""")
+_TABLE_LINE = re.compile(r"\s*(\[\[?)\s*([^\]]+?)\s*\]\]?\s*(?:#.*)?$")
+_KEY_LINE = re.compile(r"""\s*([A-Za-z0-9_-]+|"[^"]*"|'[^']*')((?:\s*\.\s*[A-Za-z0-9_"'-]+)*)\s*=""")
 _POSITION = re.compile(r"\s*\(at line (\d+), column \d+\)|\s*\(at end of document\)")
-_MODES = ("umask", "file_mode", "dir_mode")
+_OCTAL_KEYS = ("umask", "file_mode", "dir_mode")
 
 
 @dataclass(frozen=True)
-class Setting:
+class LocatedSetting:
     """One value at `path` in the settings model, and `where` it was said, for messages."""
 
     path: tuple[str, ...]
@@ -30,22 +30,22 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Table:
+class SourceTable:
     """The settings of one source, and where its table begins."""
 
     where: str
-    settings: tuple[Setting, ...] = ()
+    settings: tuple[LocatedSetting, ...] = ()
 
-    def value(self, key: str) -> Any:
+    def get_value(self, key: str) -> Any:
         """What the table says about `key`, or None."""
         return next((setting.value for setting in self.settings if setting.path == (key,)), None)
 
-    def added(self, *settings: Setting) -> Table:
+    def with_settings(self, *settings: LocatedSetting) -> SourceTable:
         """This table with more settings, which win over its own."""
         return replace(self, settings=(*self.settings, *settings))
 
 
-def read_toml(file: Path) -> tuple[list[Setting], list[Table]]:
+def read_toml(file: Path) -> tuple[list[LocatedSetting], list[SourceTable]]:
     """The mount's settings, and those of each source. Raises ConfigError naming file, line and key."""
     try:
         text = file.read_text("utf-8")
@@ -56,15 +56,15 @@ def read_toml(file: Path) -> tuple[list[Setting], list[Table]]:
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise _malformed(file, text, str(error)) from None
-    lines = dict(_key_lines(text))
-    reader = _Reader(file, text, lines)
-    sources = reader.sources(data)
+        raise _malformed_error(file, text, str(error)) from None
+    lines = dict(_index_key_lines(text))
+    reader = _TomlReader(file, text, lines)
+    sources = reader.read_sources(data)
     top = [
         setting
         for key, value in data.items()
         if key not in ("source", "sources")
-        for setting in reader.settings((key,), value, nested=key in ("tuning", "peers"))
+        for setting in reader.read_settings((key,), value, nested=key in ("tuning", "peers"))
     ]
     given = [*top, *(setting for source in sources for setting in source.settings)]
     if any(setting.path[-1] in ("secret_access_key", "session_token", "secret") for setting in given):
@@ -72,40 +72,42 @@ def read_toml(file: Path) -> tuple[list[Setting], list[Table]]:
     return top, sources
 
 
-class _Reader:
+class _TomlReader:
     def __init__(self, file: Path, text: str, lines: dict[tuple[str, ...], int]) -> None:
         self._file = file
         self._text = text.splitlines()
         self._lines = lines
 
-    def where(self, path: tuple[str, ...]) -> str:
+    def location_of(self, path: tuple[str, ...]) -> str:
         line = next((self._lines[p] for p in _prefixes(path) if p in self._lines), None)
         return f"{self._file}, line {line}, {path[-1]}" if line else f"{self._file}, {path[-1]}"
 
-    def settings(self, path: tuple[str, ...], value: Any, *, nested: bool) -> Iterator[Setting]:
+    def read_settings(self, path: tuple[str, ...], value: Any, *, nested: bool) -> Iterator[LocatedSetting]:
         if nested:
             if not isinstance(value, dict):
-                raise ConfigError(f"{self.where(path)}: is a table: write [{path[0]}] on a line of its own")
+                raise ConfigError(
+                    f"{self.location_of(path)}: is a table: write [{path[0]}] on a line of its own"
+                )
             for key, item in value.items():
-                yield from self.settings((*path, key), item, nested=False)
+                yield from self.read_settings((*path, key), item, nested=False)
             return
-        if path[-1] in _MODES and isinstance(value, int):
+        if path[-1] in _OCTAL_KEYS and isinstance(value, int):
             self._check_octal(path, value)
-        yield Setting(path, value, self.where(path))
+        yield LocatedSetting(path, value, self.location_of(path))
 
     def _check_octal(self, path: tuple[str, ...], value: int) -> None:
         line = self._text[self._lines[path] - 1] if path in self._lines else "0o"
         if value and "0o" not in line:
-            raise ConfigError(f'{self.where(path)}: write the octal mode as 0o{value} or "0{value}"')
+            raise ConfigError(f'{self.location_of(path)}: write the octal mode as 0o{value} or "0{value}"')
 
-    def sources(self, data: dict[str, Any]) -> list[Table]:
+    def read_sources(self, data: dict[str, Any]) -> list[SourceTable]:
         found = []
         listed = data.get("source", [])
         named = data.get("sources", {})
         for key, value, wanted in (("source", listed, (dict, list)), ("sources", named, (dict,))):
             if not isinstance(value, wanted):
                 raise ConfigError(
-                    f"{self.where((key,))}: write [[source]] or [sources.NAME] on a line of its own"
+                    f"{self.location_of((key,))}: write [[source]] or [sources.NAME] on a line of its own"
                 )
         at: list[tuple[str, ...]] = [("source",)]
         if isinstance(listed, dict):
@@ -113,21 +115,26 @@ class _Reader:
         else:
             at = [("source", str(number)) for number in range(len(listed))]
         for path, table in zip(at, listed, strict=True):
-            found.append(self._table(path, table))
+            found.append(self._read_table(path, table))
         for name, table in named.items():
             path = ("sources", name)
-            made = self._table(path, table)
-            if made.value("name") is not None:
-                raise ConfigError(f"{self.where((*path, 'name'))}: [sources.{name}] already says the name")
-            found.append(made.added(Setting(("name",), name, self.where(path))))
+            made = self._read_table(path, table)
+            if made.get_value("name") is not None:
+                raise ConfigError(
+                    f"{self.location_of((*path, 'name'))}: [sources.{name}] already says the name"
+                )
+            found.append(made.with_settings(LocatedSetting(("name",), name, self.location_of(path))))
         return found
 
-    def _table(self, path: tuple[str, ...], table: Any) -> Table:
+    def _read_table(self, path: tuple[str, ...], table: Any) -> SourceTable:
         if not isinstance(table, dict):
-            raise ConfigError(f"{self.where(path)}: has to be a table with a url")
-        where = self.where(path).rpartition(", ")[0]
-        return Table(
-            where, tuple(Setting((key,), value, self.where((*path, key))) for key, value in table.items())
+            raise ConfigError(f"{self.location_of(path)}: has to be a table with a url")
+        where = self.location_of(path).rpartition(", ")[0]
+        return SourceTable(
+            where,
+            tuple(
+                LocatedSetting((key,), value, self.location_of((*path, key))) for key, value in table.items()
+            ),
         )
 
 
@@ -136,13 +143,13 @@ def _prefixes(path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         yield path[:length]
 
 
-def _key_lines(text: str) -> Iterator[tuple[tuple[str, ...], int]]:
+def _index_key_lines(text: str) -> Iterator[tuple[tuple[str, ...], int]]:
     """(path, line number from 1) of tables and keys; tables of an array are numbered from 0."""
     table: tuple[str, ...] = ()
     counts: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), 1):
-        if header := _HEADER.match(line):
-            table = _split(header[2])
+        if header := _TABLE_LINE.match(line):
+            table = _split_dotted(header[2])
             if header[1] == "[[":
                 index = counts.get(header[2], -1) + 1
                 counts[header[2]] = index
@@ -150,20 +157,20 @@ def _key_lines(text: str) -> Iterator[tuple[tuple[str, ...], int]]:
             elif table[0] in counts and len(table) > 1:
                 table = (table[0], str(counts[table[0]]), *table[1:])
             yield table, number
-        elif key := _KEY.match(line):
-            yield (*table, *_split(key[1] + key[2])), number
+        elif key := _KEY_LINE.match(line):
+            yield (*table, *_split_dotted(key[1] + key[2])), number
 
 
-def _split(dotted: str) -> tuple[str, ...]:
+def _split_dotted(dotted: str) -> tuple[str, ...]:
     return tuple(part.strip().strip("\"'") for part in dotted.split("."))
 
 
-def _malformed(file: Path, text: str, message: str) -> ConfigError:
+def _malformed_error(file: Path, text: str, message: str) -> ConfigError:
     lines = text.splitlines()
     position = _POSITION.search(message)
     number = int(position[1]) if position and position[1] else len(lines)
     # Only the key, never the line: what stands behind the '=' may be a secret.
-    key = _KEY.match(lines[number - 1]) if 0 < number <= len(lines) else None
+    key = _KEY_LINE.match(lines[number - 1]) if 0 < number <= len(lines) else None
     named = f", {key[1]}" if key else ""
     return ConfigError(f"{file}, line {number}{named}: malformed TOML: {_POSITION.sub('', message)}")
 

@@ -6,11 +6,11 @@ import re
 
 from fusecache.errors import ConfigError
 
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
+_POWER_BY_PREFIX = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgtp]?)(i?b)?)", re.IGNORECASE)
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|)", re.IGNORECASE)
-_SECONDS = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_SECONDS_BY_UNIT = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def parse_size(text: str | int) -> int:
@@ -24,7 +24,7 @@ def parse_size(text: str | int) -> int:
         raise ConfigError(f"{text!r} is not a size: write it like 500GiB, 64MiB or 4096")
     number, prefix, suffix = match.groups()
     base = 1000 if (suffix or "").lower() == "b" and prefix else 1024
-    factor = base ** _POWERS[prefix.lower()]
+    factor = base ** _POWER_BY_PREFIX[prefix.lower()]
     return int(number) * factor if number.isdigit() else int(float(number) * factor)
 
 
@@ -56,7 +56,7 @@ def parse_duration(text: str | float) -> float:
     match = _DURATION.fullmatch(str(text).strip())
     if not match or isinstance(text, bool):
         raise ConfigError(f"{text!r} is not a duration: write it like 30s, 5m, 1h or 250ms")
-    return float(match[1]) * _SECONDS[match[2].lower()]
+    return float(match[1]) * _SECONDS_BY_UNIT[match[2].lower()]
 
 
 def format_size(nbytes: int) -> str:

@@ -15,7 +15,7 @@ from fusecache.config.units import parse_amount, parse_duration, parse_size
 from fusecache.errors import ConfigError
 
 
-def _checked(parse: Any) -> BeforeValidator:
+def _validator_for(parse: Any) -> BeforeValidator:
     """A parser of ours as a pydantic validator, which wants ValueError."""
 
     def validate(value: Any) -> Any:
@@ -61,16 +61,16 @@ def _parse_path(value: Any) -> Any:
     return value
 
 
-Bytes = Annotated[int, _checked(parse_size)]
-Amount = Annotated[int | str, _checked(parse_amount)]
-Seconds = Annotated[float, _checked(parse_duration)]
-Mode = Annotated[int, _checked(_parse_mode), Field(ge=0, le=0o777)]
-Uid = Annotated[int, _checked(_parse_uid), Field(ge=0, lt=2**32 - 1)]
-Gid = Annotated[int, _checked(_parse_gid), Field(ge=0, lt=2**32 - 1)]
-AbsolutePath = Annotated[Path, _checked(_parse_path)]
+Bytes = Annotated[int, _validator_for(parse_size)]
+Amount = Annotated[int | str, _validator_for(parse_amount)]
+Seconds = Annotated[float, _validator_for(parse_duration)]
+Mode = Annotated[int, _validator_for(_parse_mode), Field(ge=0, le=0o777)]
+Uid = Annotated[int, _validator_for(_parse_uid), Field(ge=0, lt=2**32 - 1)]
+Gid = Annotated[int, _validator_for(_parse_gid), Field(ge=0, lt=2**32 - 1)]
+AbsolutePath = Annotated[Path, _validator_for(_parse_path)]
 
 
-class Model(BaseModel):
+class SettingsModel(BaseModel):
     """Base of all settings: frozen, and without unknown keys."""
 
     model_config = ConfigDict(

@@ -24,7 +24,7 @@ _HOP_BYTES = 1 << 20
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
-def call(
+def call_on_loop(
     loop: asyncio.AbstractEventLoop, function: Callable[..., Awaitable[Any]], *args: Any, timeout: float
 ) -> Any:
     """Run a coroutine function on the loop and wait; raises what it raises, or TimeoutError."""
@@ -34,7 +34,7 @@ def call(
         raise TimeoutError from None
 
 
-class Translated:
+class ErrorTranslator:
     """A with block that turns what aiohttp, asyncio and the operating system raise into errors of ours."""
 
     def __init__(self, where: str) -> None:
@@ -48,26 +48,26 @@ class Translated:
     ) -> None:
         if not isinstance(error, Exception) or isinstance(error, FusecacheError):
             return
-        raise (self.translate(error) or self._usual(error)) from None
+        raise (self.translate_error(error) or self._translate_common_error(error)) from None
 
-    def translate(self, error: Exception) -> OriginError | None:
+    def translate_error(self, error: Exception) -> OriginError | None:
         """What a library of its own means by `error`; None: nothing special."""
         return None
 
-    def _usual(self, error: Exception) -> OriginError:
+    def _translate_common_error(self, error: Exception) -> OriginError:
         if isinstance(error, asyncio.TimeoutError):
-            return failures.timed_out(self.where)
+            return failures.timeout_error(self.where)
         if isinstance(error, aiohttp.ClientPayloadError):
-            return failures.truncated(self.where)
+            return failures.truncated_error(self.where)
         if isinstance(error, aiohttp.InvalidURL):
             return OriginError(f"{self.where}: not a valid URL: check it")
         if isinstance(error, aiohttp.ClientError):
             # Its text may quote headers: only its kind is passed on.
-            return failures.broken(self.where, type(error).__name__)
-        return failures.from_os_error(self.where, error)
+            return failures.connection_error(self.where, type(error).__name__)
+        return failures.error_from_exception(self.where, error)
 
 
-def body_start(
+def bytes_to_skip(
     where: str, status: int, content_range: str | None, content_length: int | None, size: int, offset: int
 ) -> int:
     """How many bytes of the body to skip to get to `offset` of an object of `size` bytes.
@@ -78,32 +78,32 @@ def body_start(
     found = _CONTENT_RANGE.fullmatch(content_range or "")
     if found:
         if found[3] != "*" and int(found[3]) != size:
-            raise failures.changed(where)
+            raise failures.version_changed_error(where)
         if int(found[1]) > offset:
             raise TemporaryOriginError(f"{where}: the server answered another range than was asked for")
         return offset - int(found[1])
     if status == 200:
         if content_length is not None and content_length != size:
-            raise failures.changed(where)
+            raise failures.version_changed_error(where)
         return offset
     raise TemporaryOriginError(f"{where}: the server answered {status} without saying which range")
 
 
-def stream(
+def stream_body(
     loop: asyncio.AbstractEventLoop,
     where: str,
-    read: Callable[[int], Awaitable[bytes]],
+    read_chunk: Callable[[int], Awaitable[bytes]],
     skip: int,
     length: int,
     timeout: float,
-    translate: type[Translated] = Translated,
+    translator: type[ErrorTranslator] = ErrorTranslator,
 ) -> Iterator[bytes]:
     """The next `length` bytes after `skip` ones; raises TemporaryOriginError when the body ends before."""
 
     async def some(most: int) -> list[bytes]:
         parts: list[bytes] = []
         while most > 0:
-            part = await asyncio.wait_for(read(most), timeout)
+            part = await asyncio.wait_for(read_chunk(most), timeout)
             if not part:
                 break
             parts.append(part)
@@ -113,21 +113,21 @@ def stream(
     # The whole hop has longer than one wait: it is bounded by its waits.
     whole = 100 * timeout
     while skip > 0:
-        with translate(where):
-            parts = call(loop, some, min(skip, _HOP_BYTES), timeout=whole)
+        with translator(where):
+            parts = call_on_loop(loop, some, min(skip, _HOP_BYTES), timeout=whole)
         if not parts:
-            raise failures.truncated(where)
+            raise failures.truncated_error(where)
         skip -= sum(map(len, parts))
     while length > 0:
-        with translate(where):
-            parts = call(loop, some, min(length, _HOP_BYTES), timeout=whole)
+        with translator(where):
+            parts = call_on_loop(loop, some, min(length, _HOP_BYTES), timeout=whole)
         if not parts:
-            raise failures.truncated(where)
+            raise failures.truncated_error(where)
         for part in parts:
             length -= len(part)
             yield part
 
 
-def close_soon(loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession) -> None:
+def close_session_soon(loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession) -> None:
     """Close a session on its own loop, without waiting."""
     asyncio.run_coroutine_threadsafe(session.close(), loop)

@@ -21,12 +21,12 @@ PAGE_KEYS = 1000
 """Keys per LIST request: the most that S3 and GCS give."""
 
 
-def never() -> bool:
+def never_cancelled() -> bool:
     """Not cancelled."""
     return False
 
 
-def digest_of(text: object) -> bytes | None:
+def parse_metadata_sha256(text: object) -> bytes | None:
     """A sha256 that somebody wrote into metadata, in hex or base64; None for anything else."""
     if not isinstance(text, str):
         return None
@@ -93,30 +93,30 @@ class Origin(Protocol):
         """Counters."""
         ...
 
-    def list(self) -> Iterator[ObjectVersion]:
+    def list_objects(self) -> Iterator[ObjectVersion]:
         """Every object, keys relative to the prefix, as the server has them: catalogs filter.
 
         Raises NotFoundError (no bucket), AccessDeniedError, UnavailableError.
         """
         ...
 
-    def stat(self, key: str) -> ObjectVersion:
+    def stat_object(self, key: str) -> ObjectVersion:
         """The current version, from the origin itself. Raises as `list`; NotFoundError: no such object."""
         ...
 
-    def sha256(self, version: ObjectVersion) -> bytes | None:
+    def read_metadata_sha256(self, version: ObjectVersion) -> bytes | None:
         """The sha256 of all bytes of this version, if the origin's metadata has one: one request. Raises as `list`;
         NotFoundError, VersionChangedError."""
         ...
 
-    def read(
+    def read_range(
         self,
         version: ObjectVersion,
         offset: int,
         length: int,
         *,
         deadline: float | None = None,
-        cancelled: Callable[[], bool] = never,
+        cancelled: Callable[[], bool] = never_cancelled,
     ) -> Iterator[Buffer]:
         """Exactly the bytes [offset, offset + length) of this version, in order, in chunks.
 
@@ -132,39 +132,41 @@ class Origin(Protocol):
 
 
 @dataclass(frozen=True)
-class Page:
+class ListPage:
     """One page of a listing; `following` is the token of the next page, None after the last."""
 
     objects: list[ObjectVersion]
-    following: str | None = None
+    next_token: str | None = None
 
 
-class Backend(Protocol):
+class OriginBackend(Protocol):
     """Single attempts with one protocol. Thread-safe. Raises errors of fusecache.errors only."""
 
     engine: str
     identity: str
 
-    def page(self, token: str | None, timeout: float) -> Page:
+    def list_page(self, token: str | None, timeout: float) -> ListPage:
         """One LIST request; keys relative to the prefix."""
         ...
 
-    def head(self, key: str, timeout: float) -> ObjectVersion:
+    def stat_object(self, key: str, timeout: float) -> ObjectVersion:
         """The current version of an object."""
         ...
 
-    def sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
+    def read_metadata_sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
         """What the metadata of this version has as its sha256; None: nothing."""
         ...
 
-    def fetch(self, version: ObjectVersion, offset: int, length: int, timeout: float) -> Iterator[Buffer]:
+    def request_range(
+        self, version: ObjectVersion, offset: int, length: int, timeout: float
+    ) -> Iterator[Buffer]:
         """One range request for bytes of this version and no other; it may end early.
 
         `timeout` is the longest wait for a next byte, in seconds.
         """
         ...
 
-    def refresh(self) -> None:
+    def refresh_credentials(self) -> None:
         """Get credentials anew: the present ones were refused."""
         ...
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from fusecache.config.model import SourceConfig, Tuning
 from fusecache.errors import ConfigError
-from fusecache.origin.base import Backend, Origin
-from fusecache.origin.remote import RemoteOrigin
+from fusecache.origin.base import Origin, OriginBackend
+from fusecache.origin.remote import RetryingOrigin
 
 
 def open_origin(config: SourceConfig, tuning: Tuning) -> Origin:
     """The origin of a source. Makes no request yet; raises ConfigError for what can never work."""
-    return RemoteOrigin(_backend(config, tuning), tuning)
+    return RetryingOrigin(_make_backend(config, tuning), tuning)
 
 
-def _backend(config: SourceConfig, tuning: Tuning) -> Backend:
+def _make_backend(config: SourceConfig, tuning: Tuning) -> OriginBackend:
     # Each import costs 0.1-0.5 s, so that only what is needed is loaded.
     scheme = config.url.partition("://")[0].lower()
     if config.engine == "obstore" and scheme not in ("s3", "s3a", "gs", "gcs"):
@@ -22,17 +22,17 @@ def _backend(config: SourceConfig, tuning: Tuning) -> Backend:
         # A '?' or '#' is a part of the key here.
         bucket, _, prefix = config.url.partition("://")[2].partition("/")
         prefix = prefix.strip("/")
-        backend: Backend
+        backend: OriginBackend
         if scheme in ("s3", "s3a"):
             from fusecache.origin.s3 import S3Backend
 
             s3 = S3Backend(config, tuning, bucket, prefix)
-            if config.engine == "fsspec" or (config.engine == "auto" and not s3.plain()):
+            if config.engine == "fsspec" or (config.engine == "auto" and not s3.works_without_s3fs()):
                 return s3
             if config.engine == "auto":
-                from fusecache.origin.native import NativeBackend, suits
+                from fusecache.origin.native import NativeBackend, supports_endpoint
 
-                if suits(s3.endpoint):
+                if supports_endpoint(s3.endpoint):
                     return NativeBackend(s3, tuning)
             backend = s3
         else:

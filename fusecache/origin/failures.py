@@ -19,8 +19,8 @@ from fusecache.errors import (
     VersionChangedError,
 )
 
-_CODE = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,60}")
-_THROTTLED = {
+_ERROR_CODE = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,60}")
+_THROTTLE_CODES = {
     "SlowDown",
     "SlowDownRead",
     "Throttling",
@@ -32,20 +32,26 @@ _THROTTLED = {
     "rateLimitExceeded",
     "userRateLimitExceeded",
 }
-_TEMPORARY = {"RequestTimeout", "InternalError", "OperationAborted", "XAmzContentSHA256Mismatch"}
-_EXPIRED = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "RequestExpired", "ExpiredTokenException"}
-_SKEWED = {"RequestTimeTooSkewed", "RequestInTheFuture"}
-_NO_BUCKET = {"NoSuchBucket", "BucketNotFound"}
+_TEMPORARY_CODES = {"RequestTimeout", "InternalError", "OperationAborted", "XAmzContentSHA256Mismatch"}
+_EXPIRED_CODES = {
+    "ExpiredToken",
+    "InvalidToken",
+    "TokenRefreshRequired",
+    "RequestExpired",
+    "ExpiredTokenException",
+}
+_CLOCK_SKEW_CODES = {"RequestTimeTooSkewed", "RequestInTheFuture"}
+_NO_BUCKET_CODES = {"NoSuchBucket", "BucketNotFound"}
 
 CREDENTIALS_HINT = "check the credentials and what they may read"
 
 
 def is_temporary(error: BaseException) -> bool:
     """Whether the same request may succeed later."""
-    return isinstance(error, OriginError) and error.temporary
+    return isinstance(error, OriginError) and error.is_temporary
 
 
-def retry_after(value: str | None) -> float | None:
+def parse_retry_after(value: str | None) -> float | None:
     """Seconds from a Retry-After header, which holds seconds or a date; None if it holds neither."""
     if not value:
         return None
@@ -59,34 +65,34 @@ def retry_after(value: str | None) -> float | None:
         return None
 
 
-def from_status(where: str, status: int, code: str = "", after: str | None = None) -> OriginError:
+def error_from_status(where: str, status: int, code: str = "", after: str | None = None) -> OriginError:
     """The error for an HTTP status and the error code in its body, if any. `where` is the URL."""
-    code = code if _CODE.fullmatch(code) and not code.isdigit() else ""
+    code = code if _ERROR_CODE.fullmatch(code) and not code.isdigit() else ""
     said = f"{status} {code}".rstrip()
-    if code in _NO_BUCKET:
+    if code in _NO_BUCKET_CODES:
         return NotFoundError(f"{where}: the bucket does not exist ({said}): check its name and the endpoint")
-    if status in (429, 503) or code in _THROTTLED:
-        return ThrottledError(f"{where}: the server asks to slow down ({said})", retry_after(after))
-    if status in (408, 425) or (status >= 500 and status != 501) or code in _TEMPORARY:
+    if status in (429, 503) or code in _THROTTLE_CODES:
+        return ThrottledError(f"{where}: the server asks to slow down ({said})", parse_retry_after(after))
+    if status in (408, 425) or (status >= 500 and status != 501) or code in _TEMPORARY_CODES:
         return TemporaryOriginError(f"{where}: the server failed ({said})")
-    if code in _SKEWED:
+    if code in _CLOCK_SKEW_CODES:
         return AccessDeniedError(
             f"{where}: access denied ({said}): the clock of this machine is wrong, set it by NTP"
         )
-    if code in _EXPIRED:
+    if code in _EXPIRED_CODES:
         return AccessDeniedError(f"{where}: access denied ({said}): the credentials have expired, renew them")
     if status in (401, 403) or code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"):
         return AccessDeniedError(f"{where}: access denied ({said}): {CREDENTIALS_HINT}")
     if status in (404, 410):
         return NotFoundError(f"{where}: does not exist ({said})")
     if status in (412, 416):
-        return changed(where)
+        return version_changed_error(where)
     if status in (301, 302, 307, 308) or code in ("AuthorizationHeaderMalformed", "PermanentRedirect"):
         return OriginError(f"{where}: the server is for another region ({said}): set region or endpoint_url")
     return OriginError(f"{where}: the server refuses the request ({said}): check the URL and the endpoint")
 
 
-def from_os_error(where: str, error: BaseException) -> OriginError:
+def error_from_exception(where: str, error: BaseException) -> OriginError:
     """The error for what any file system or socket raises."""
     if isinstance(error, OriginError):
         return error
@@ -95,31 +101,31 @@ def from_os_error(where: str, error: BaseException) -> OriginError:
     if isinstance(error, PermissionError):
         return AccessDeniedError(f"{where}: access denied: {CREDENTIALS_HINT}")
     if isinstance(error, TimeoutError):
-        return timed_out(where)
+        return timeout_error(where)
     if isinstance(error, NotImplementedError | ValueError | TypeError | ImportError):
         return OriginError(
             f"{where}: can't be read like this ({type(error).__name__}): check the URL and options"
         )
-    return broken(where, type(error).__name__)
+    return connection_error(where, type(error).__name__)
 
 
-def timed_out(where: str) -> TemporaryOriginError:
+def timeout_error(where: str) -> TemporaryOriginError:
     """Nothing came for too long."""
     return TemporaryOriginError(f"{where}: no byte came in time: check the endpoint and the network")
 
 
-def broken(where: str, what: str) -> TemporaryOriginError:
+def connection_error(where: str, what: str) -> TemporaryOriginError:
     """The connection could not be made, or broke; `what` is the kind of it."""
     return TemporaryOriginError(
         f"{where}: the connection failed ({what}): check the endpoint and the network"
     )
 
 
-def truncated(where: str) -> TemporaryOriginError:
+def truncated_error(where: str) -> TemporaryOriginError:
     """Fewer bytes than promised."""
     return TemporaryOriginError(f"{where}: the answer ended early")
 
 
-def changed(where: str) -> VersionChangedError:
+def version_changed_error(where: str) -> VersionChangedError:
     """Another version is there now."""
     return VersionChangedError(f"{where}: was replaced while it was read: open it again")

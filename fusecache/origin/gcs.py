@@ -22,16 +22,16 @@ import google.auth.exceptions
 from fusecache.config.model import SourceConfig, Tuning
 from fusecache.errors import AccessDeniedError, ConfigError, NotFoundError, OriginError
 from fusecache.origin import aio, failures
-from fusecache.origin.base import PAGE_KEYS, Page, digest_of
+from fusecache.origin.base import PAGE_KEYS, ListPage, parse_metadata_sha256
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
-_FIELDS = "name,size,generation,timeCreated,updated"
-_TOKEN_LIFE = timedelta(minutes=5)
+_OBJECT_FIELDS = "name,size,generation,timeCreated,updated"
+_TOKEN_LIFETIME = timedelta(minutes=5)
 
 
 class GcsBackend:
@@ -46,14 +46,14 @@ class GcsBackend:
         self._tuning = tuning
         self.bucket = bucket
         self.prefix = prefix + "/" if prefix else ""
-        self._fs = self._connect()
+        self._fs = self._make_filesystem()
         self.endpoint = str(self._fs._location).rstrip("/")
-        self.custom = "googleapis.com" not in self.endpoint
+        self.is_custom_endpoint = "googleapis.com" not in self.endpoint
         self.identity = f"gs://{bucket}" + (f"/{prefix}" if prefix else "")
-        if self.custom:
+        if self.is_custom_endpoint:
             self.identity += "@" + self.endpoint.split("://")[-1].rpartition("@")[2]
 
-    def _connect(self) -> Any:
+    def _make_filesystem(self) -> Any:
         config = self._config
         options = dict(config.storage_options)
         if config.endpoint_url:
@@ -77,73 +77,79 @@ class GcsBackend:
                 "check credentials_file or GOOGLE_APPLICATION_CREDENTIALS"
             ) from None
 
-    def refresh(self) -> None:
+    def refresh_credentials(self) -> None:
         """See Backend."""
-        self._fs = self._connect()
+        self._fs = self._make_filesystem()
 
     def close(self) -> None:
         """See Backend."""
         session = self._fs._session
         if session is not None:
-            aio.close_soon(self._fs.loop, session)
+            aio.close_session_soon(self._fs.loop, session)
 
-    def where(self, key: str) -> str:
+    def object_url(self, key: str) -> str:
         """URL of an object, for messages."""
         return f"{self.identity}/{key}"
 
-    def page(self, token: str | None, timeout: float) -> Page:
+    def list_page(self, token: str | None, timeout: float) -> ListPage:
         """See Backend."""
         query = {
             "prefix": self.prefix,
             "maxResults": str(PAGE_KEYS),
-            "fields": f"nextPageToken,items({_FIELDS})",
+            "fields": f"nextPageToken,items({_OBJECT_FIELDS})",
         }
         if token:
             query["pageToken"] = token
-        answer = self._json(self.identity, "o", query, timeout)
-        objects = [self._version(item["name"][len(self.prefix) :], item) for item in answer.get("items", ())]
-        return Page(objects, answer.get("nextPageToken") or None)
+        answer = self._request_json(self.identity, "o", query, timeout)
+        objects = [
+            self._make_version(item["name"][len(self.prefix) :], item) for item in answer.get("items", ())
+        ]
+        return ListPage(objects, answer.get("nextPageToken") or None)
 
-    def head(self, key: str, timeout: float) -> ObjectVersion:
+    def stat_object(self, key: str, timeout: float) -> ObjectVersion:
         """See Backend."""
-        query = {"fields": _FIELDS}
-        return self._version(key, self._json(self.where(key), self._object(key), query, timeout))
+        query = {"fields": _OBJECT_FIELDS}
+        return self._make_version(
+            key, self._request_json(self.object_url(key), self._object_path(key), query, timeout)
+        )
 
-    def sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
+    def read_metadata_sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
         """See Backend: the metadata `sha256` that its uploader gave it; GCS has MD5 and CRC32C of its own only."""
-        where = self.where(version.key)
-        query = {"fields": f"{_FIELDS},metadata"}
+        where = self.object_url(version.key)
+        query = {"fields": f"{_OBJECT_FIELDS},metadata"}
         if version.etag:
             query["generation"] = version.etag
-        item = self._json(where, self._object(version.key), query, timeout)
-        if self._version(version.key, item) != version:
-            raise failures.changed(where)
+        item = self._request_json(where, self._object_path(version.key), query, timeout)
+        if self._make_version(version.key, item) != version:
+            raise failures.version_changed_error(where)
         metadata = item.get("metadata")
-        return digest_of(metadata.get("sha256")) if isinstance(metadata, dict) else None
+        return parse_metadata_sha256(metadata.get("sha256")) if isinstance(metadata, dict) else None
 
-    def missing(self, version: ObjectVersion, timeout: float) -> OriginError:
+    def missing_object_error(self, version: ObjectVersion, timeout: float) -> OriginError:
         """What a 404 for this generation means: the object is gone, or another generation is there."""
         try:
-            self.head(version.key, timeout)
+            self.stat_object(version.key, timeout)
         except NotFoundError as error:
             return error
         except OriginError as error:
             return error
-        return failures.changed(self.where(version.key))
+        return failures.version_changed_error(self.object_url(version.key))
 
-    def fetch(self, version: ObjectVersion, offset: int, length: int, timeout: float) -> Iterator[Buffer]:
+    def request_range(
+        self, version: ObjectVersion, offset: int, length: int, timeout: float
+    ) -> Iterator[Buffer]:
         """See Backend."""
-        where = self.where(version.key)
+        where = self.object_url(version.key)
         query = {"alt": "media"}
         if version.etag:
             query["generation"] = version.etag
         ranged = {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
         filesystem = self._fs
-        with _Translated(where):
-            answer = aio.call(
+        with _GcsErrorTranslator(where):
+            answer = aio.call_on_loop(
                 filesystem.loop,
-                self._open,
-                self._object(version.key),
+                self._send_request,
+                self._object_path(version.key),
                 query,
                 ranged,
                 timeout,
@@ -151,13 +157,13 @@ class GcsBackend:
             )
         try:
             if answer.status == 404:
-                raise self.missing(version, timeout)
+                raise self.missing_object_error(version, timeout)
             if answer.status >= 300:
-                raise failures.from_status(where, answer.status, "", answer.headers.get("Retry-After"))
+                raise failures.error_from_status(where, answer.status, "", answer.headers.get("Retry-After"))
             generation = answer.headers.get("x-goog-generation")
             if version.etag and generation not in (None, version.etag):
-                raise failures.changed(where)
-            skip = aio.body_start(
+                raise failures.version_changed_error(where)
+            skip = aio.bytes_to_skip(
                 where,
                 answer.status,
                 answer.headers.get("Content-Range"),
@@ -165,24 +171,26 @@ class GcsBackend:
                 version.size,
                 offset,
             )
-            parts = aio.stream(
-                filesystem.loop, where, answer.content.read, skip, length, timeout, _Translated
+            parts = aio.stream_body(
+                filesystem.loop, where, answer.content.read, skip, length, timeout, _GcsErrorTranslator
             )
             if generation is None and version.etag:
                 # An emulator that may not have looked at ours: look again before any byte is given out.
                 held = list(parts)
-                if self.head(version.key, timeout) != version:
-                    raise failures.changed(where)
+                if self.stat_object(version.key, timeout) != version:
+                    raise failures.version_changed_error(where)
                 yield from held
             else:
                 yield from parts
         finally:
             filesystem.loop.call_soon_threadsafe(answer.close)
 
-    def _object(self, key: str) -> str:
+    def _object_path(self, key: str) -> str:
         return f"o/{quote(self.prefix + key, safe='')}"
 
-    async def _open(self, path: str, query: dict[str, str], headers: dict[str, str], timeout: float) -> Any:
+    async def _send_request(
+        self, path: str, query: dict[str, str], headers: dict[str, str], timeout: float
+    ) -> Any:
         filesystem = self._fs
         await filesystem._set_session()
         if filesystem.credentials.credentials is not None:
@@ -198,20 +206,22 @@ class GcsBackend:
             ),
         )
 
-    def _json(self, where: str, path: str, query: dict[str, str], timeout: float) -> Any:
+    def _request_json(self, where: str, path: str, query: dict[str, str], timeout: float) -> Any:
         async def ask() -> tuple[int, str | None, bytes]:
-            async with await self._open(path, query, {}, timeout) as answer:
+            async with await self._send_request(path, query, {}, timeout) as answer:
                 return answer.status, answer.headers.get("Retry-After"), await answer.read()
 
-        with _Translated(where):
-            status, after, body = aio.call(self._fs.loop, ask, timeout=timeout + self._tuning.connect_timeout)
+        with _GcsErrorTranslator(where):
+            status, after, body = aio.call_on_loop(
+                self._fs.loop, ask, timeout=timeout + self._tuning.connect_timeout
+            )
             if status >= 300:
                 if status == 404 and path == "o":
-                    raise failures.from_status(where, status, "NoSuchBucket")
-                raise failures.from_status(where, status, _reason(body), after)
+                    raise failures.error_from_status(where, status, "NoSuchBucket")
+                raise failures.error_from_status(where, status, _error_reason(body), after)
             return json.loads(body)
 
-    def _version(self, key: str, item: Any) -> ObjectVersion:
+    def _make_version(self, key: str, item: Any) -> ObjectVersion:
         made = item.get("timeCreated") or item.get("updated")
         nanoseconds = int(datetime.fromisoformat(made).timestamp() * 1000) * 1_000_000 if made else 0
         return ObjectVersion(
@@ -220,19 +230,19 @@ class GcsBackend:
 
     # -- for the bulk engine
 
-    def signed(self) -> bool:
+    def signs_requests(self) -> bool:
         """Whether requests carry a token."""
         return self._fs.credentials.credentials is not None
 
-    def token(self) -> dict[str, Any]:
+    def get_token(self) -> dict[str, Any]:
         """The token that gcsfs uses at this time, in obstore's form. Raises AccessDeniedError."""
-        with _Translated(self.identity):
+        with _GcsErrorTranslator(self.identity):
             holder = self._fs.credentials
             holder.maybe_refresh()
-            return {"token": holder.credentials.token, "expires_at": datetime.now(UTC) + _TOKEN_LIFE}
+            return {"token": holder.credentials.token, "expires_at": datetime.now(UTC) + _TOKEN_LIFETIME}
 
 
-def _reason(body: bytes) -> str:
+def _error_reason(body: bytes) -> str:
     """The reason in an error answer of the JSON API, or nothing."""
     try:
         return str(json.loads(body)["error"]["errors"][0]["reason"])
@@ -240,8 +250,8 @@ def _reason(body: bytes) -> str:
         return ""
 
 
-class _Translated(aio.Translated):
-    def translate(self, error: Exception) -> OriginError | None:
+class _GcsErrorTranslator(aio.ErrorTranslator):
+    def translate_error(self, error: Exception) -> OriginError | None:
         if isinstance(error, google.auth.exceptions.GoogleAuthError | gcsfs.retry.HttpError):
             return AccessDeniedError(
                 f"{self.where}: the Google credentials can't be renewed ({type(error).__name__}): log in again"

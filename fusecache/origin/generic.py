@@ -18,16 +18,16 @@ import fsspec.asyn
 from fusecache.config.model import SourceConfig
 from fusecache.errors import ConfigError, NotFoundError, OriginError
 from fusecache.origin import aio, failures
-from fusecache.origin.base import Page, digest_of
+from fusecache.origin.base import ListPage, parse_metadata_sha256
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
-_PIECE = 4 << 20
-_TAGS = (
+_CHUNK_BYTES = 4 << 20
+_TAG_FIELDS = (
     "ETag",
     "etag",
     "e_tag",
@@ -40,7 +40,7 @@ _TAGS = (
     "md5",
     "checksum",
 )
-_TIMES = (
+_TIME_FIELDS = (
     "mtime",
     "modified",
     "LastModified",
@@ -60,7 +60,7 @@ class GenericBackend:
     def __init__(self, config: SourceConfig) -> None:
         """Raises ConfigError for a scheme without an installed file system, or options that it does not take."""
         scheme = config.url.partition("://")[0]
-        self.identity = identity(config.url)
+        self.identity = identity_from_url(config.url)
         options = dict(config.storage_options)
         if config.endpoint_url:
             options.setdefault("endpoint_url", config.endpoint_url)
@@ -77,75 +77,77 @@ class GenericBackend:
                 f"{self.identity}: {scheme}:// can't be opened ({type(error).__name__}): check storage_options"
             ) from None
 
-    def page(self, token: str | None, timeout: float) -> Page:
+    def list_page(self, token: str | None, timeout: float) -> ListPage:
         """See Backend: all in one page."""
         self._fs.invalidate_cache()
-        with aio.Translated(self.identity):
-            found = self._run("find", self._root, detail=True, withdirs=False)
-            if not found and not self._exists():
+        with aio.ErrorTranslator(self.identity):
+            found = self._call_filesystem("find", self._root, detail=True, withdirs=False)
+            if not found and not self._root_exists():
                 raise NotFoundError(f"{self.identity}: does not exist: check the URL")
         objects = []
         for path, info in found.items():
             name = str(path)
             if info.get("type", "file") != "file" or not name.startswith(self._root):
                 continue
-            objects.append(self._version(name[len(self._root) :].lstrip("/"), info))
-        return Page(objects)
+            objects.append(self._make_version(name[len(self._root) :].lstrip("/"), info))
+        return ListPage(objects)
 
-    def _exists(self) -> bool:
+    def _root_exists(self) -> bool:
         try:
-            return bool(self._run("exists", self._root)) or self._root in ("", "/")
+            return bool(self._call_filesystem("exists", self._root)) or self._root in ("", "/")
         except FileNotFoundError:
             return False
 
-    def head(self, key: str, timeout: float) -> ObjectVersion:
+    def stat_object(self, key: str, timeout: float) -> ObjectVersion:
         """See Backend."""
         where = f"{self.identity}/{key}"
-        with aio.Translated(where):
+        with aio.ErrorTranslator(where):
             self._fs.invalidate_cache()
-            info = self._run("info", self._path(key), timeout=timeout)
+            info = self._call_filesystem("info", self._full_path(key), timeout=timeout)
         if info.get("type", "file") != "file":
             raise NotFoundError(f"{where}: is not a file")
-        return self._version(key, info)
+        return self._make_version(key, info)
 
-    def sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
+    def read_metadata_sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
         """See Backend: where the file system tells one, as hf:// does of what is in LFS."""
         where = f"{self.identity}/{version.key}"
-        with aio.Translated(where):
+        with aio.ErrorTranslator(where):
             self._fs.invalidate_cache()
-            info = self._run("info", self._path(version.key), timeout=timeout)
-        if self._version(version.key, info) != version:
-            raise failures.changed(where)
+            info = self._call_filesystem("info", self._full_path(version.key), timeout=timeout)
+        if self._make_version(version.key, info) != version:
+            raise failures.version_changed_error(where)
         lfs = info.get("lfs")
-        return digest_of(info.get("sha256")) or digest_of(
+        return parse_metadata_sha256(info.get("sha256")) or parse_metadata_sha256(
             lfs.get("sha256") if isinstance(lfs, Mapping) else None
         )
 
-    def fetch(self, version: ObjectVersion, offset: int, length: int, timeout: float) -> Iterator[Buffer]:
+    def request_range(
+        self, version: ObjectVersion, offset: int, length: int, timeout: float
+    ) -> Iterator[Buffer]:
         """See Backend."""
         where = f"{self.identity}/{version.key}"
         while length > 0:
-            size = min(length, _PIECE)
-            with aio.Translated(where):
-                data = self._run(
-                    "cat_file", self._path(version.key), start=offset, end=offset + size, timeout=timeout
+            size = min(length, _CHUNK_BYTES)
+            with aio.ErrorTranslator(where):
+                data = self._call_filesystem(
+                    "cat_file", self._full_path(version.key), start=offset, end=offset + size, timeout=timeout
                 )
-            if self.head(version.key, timeout) != version:
-                raise failures.changed(where)
+            if self.stat_object(version.key, timeout) != version:
+                raise failures.version_changed_error(where)
             if not data:
-                raise failures.truncated(where)
+                raise failures.truncated_error(where)
             data = memoryview(data)[:size]
             offset += len(data)
             length -= len(data)
             yield data
 
-    def refresh(self) -> None:
+    def refresh_credentials(self) -> None:
         """See Backend: file systems renew their credentials by themselves."""
 
     def close(self) -> None:
         """See Backend."""
 
-    def _run(self, name: str, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
+    def _call_filesystem(self, name: str, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
         method = getattr(self._fs, name)
         if timeout is not None and isinstance(self._fs, fsspec.asyn.AsyncFileSystem):
             coroutine = getattr(self._fs, f"_{name}", None)
@@ -153,25 +155,25 @@ class GenericBackend:
                 return fsspec.asyn.sync(self._fs.loop, coroutine, *args, timeout=timeout, **kwargs)
         return method(*args, **kwargs)
 
-    def _path(self, key: str) -> str:
+    def _full_path(self, key: str) -> str:
         return f"{self._root}/{key}"
 
-    def _version(self, key: str, info: Mapping[str, Any]) -> ObjectVersion:
+    def _make_version(self, key: str, info: Mapping[str, Any]) -> ObjectVersion:
         size = info.get("size")
         if size is None:
             raise OriginError(
                 f"{self.identity}/{key}: its size is unknown: this file system can't be mounted"
             )
-        time = next((info[name] for name in _TIMES if info.get(name)), None)
-        tag = next((str(info[name]) for name in _TAGS if info.get(name)), "")
+        time = next((info[name] for name in _TIME_FIELDS if info.get(name)), None)
+        tag = next((str(info[name]) for name in _TAG_FIELDS if info.get(name)), "")
         lfs = info.get("lfs")
         if not tag and isinstance(lfs, Mapping):
             tag = str(lfs.get("sha256", ""))
-        mtime = _nanoseconds(time)
+        mtime = _to_nanoseconds(time)
         return ObjectVersion(self.identity, key, tag or (f"t{mtime}" if mtime else ""), int(size), mtime)
 
 
-def identity(url: str) -> str:
+def identity_from_url(url: str) -> str:
     """The URL without user, password, query and fragment."""
     scheme, _, rest = url.partition("://")
     rest = rest.partition("?")[0].partition("#")[0]
@@ -179,7 +181,7 @@ def identity(url: str) -> str:
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}".rstrip("/")
 
 
-def _nanoseconds(time: Any) -> int:
+def _to_nanoseconds(time: Any) -> int:
     if isinstance(time, datetime):
         aware = time if time.tzinfo else time.replace(tzinfo=UTC)
         return round(aware.timestamp() * 1_000_000) * 1000
@@ -187,8 +189,8 @@ def _nanoseconds(time: Any) -> int:
         return round(time * 1_000_000) * 1000  # as fine as a float and a datetime are
     if isinstance(time, str):
         try:
-            return _nanoseconds(datetime.fromisoformat(time))
+            return _to_nanoseconds(datetime.fromisoformat(time))
         except ValueError:
             return 0
     date = getattr(time, "date", None)
-    return _nanoseconds(date) if isinstance(date, datetime) else 0
+    return _to_nanoseconds(date) if isinstance(date, datetime) else 0

@@ -12,23 +12,23 @@ import time
 from collections.abc import Callable, Iterator
 
 from fusecache.errors import CancelledReadError, OriginError, UnavailableError
-from fusecache.origin.retry import give_up
-from fusecache.origin.slots import Slots
+from fusecache.origin.retry import raise_last_error
+from fusecache.origin.slots import ResizableSemaphore
 
-_LEAST = 4
+_MIN_SLOTS = 4
 """Never fewer slots: with one, a single request that stalls, or one key that is throttled for good, would stop all."""
 
 
-class Limiter:
+class AdaptiveLimiter:
     """Slots whose number adapts. Its lock is a leaf: nothing is called while it is held."""
 
     def __init__(self, most: int) -> None:
-        self._most = most
-        self._least = min(most, _LEAST)
+        self._max_limit = most
+        self._min_limit = min(most, _MIN_SLOTS)
         self._limit = float(most)
-        self._generation = 0  # counts halvings
+        self._halvings = 0  # counts halvings
         self._lock = threading.Lock()
-        self._slots = Slots(lambda: self.limit)
+        self._slots = ResizableSemaphore(lambda: self.limit)
 
     @property
     def limit(self) -> int:
@@ -36,40 +36,40 @@ class Limiter:
         return int(self._limit)
 
     @contextlib.contextmanager
-    def slot(
+    def hold_slot(
         self,
         where: str,
         deadline: float,
         cancelled: Callable[[], bool],
-        last: OriginError | None = None,
+        last_error: OriginError | None = None,
     ) -> Iterator[int]:
         """Hold a slot; gives the generation to tell `throttled`.
 
         Raises UnavailableError at the deadline, or what `give_up` does with `last`, the failure that this request is
         to mend; CancelledReadError.
         """
-        if not self._slots.take(time.monotonic, deadline, cancelled):
+        if not self._slots.take_slot(time.monotonic, deadline, cancelled):
             if cancelled():
                 raise CancelledReadError(f"{where}: the reader went away")
-            if last is not None:
-                give_up(last)
+            if last_error is not None:
+                raise_last_error(last_error)
             raise UnavailableError(
                 f"{where}: no request could be sent before the deadline: the origin is overloaded"
             )
         try:
-            yield self._generation
+            yield self._halvings
         finally:
-            self._slots.give_back()
+            self._slots.return_slot()
 
-    def throttled(self, generation: int) -> None:
+    def note_throttled(self, generation: int) -> None:
         """A request of this generation was told to slow down."""
         with self._lock:
-            if generation == self._generation:
-                self._generation += 1
-                self._limit = max(float(self._least), self._limit / 2)
+            if generation == self._halvings:
+                self._halvings += 1
+                self._limit = max(float(self._min_limit), self._limit / 2)
 
-    def succeeded(self) -> None:
+    def note_success(self) -> None:
         """A request was answered in full."""
         with self._lock:
-            if self._limit < self._most:
-                self._limit = min(float(self._most), self._limit + 1 / self._limit)
+            if self._limit < self._max_limit:
+                self._limit = min(float(self._max_limit), self._limit + 1 / self._limit)

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 from fusecache.errors import NotFoundError
 from fusecache.origin import failures
-from fusecache.origin.base import Page
+from fusecache.origin.base import ListPage
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-_CHUNK = 4 << 20
+_CHUNK_BYTES = 4 << 20
 
 
 class LocalBackend:
@@ -31,14 +31,14 @@ class LocalBackend:
         self._root = root.rstrip("/") or "/"
         self.identity = f"file://{self._root}"
 
-    def page(self, token: str | None, timeout: float) -> Page:
+    def list_page(self, token: str | None, timeout: float) -> ListPage:
         """See Backend: all in one page."""
-        with _translated(self.identity):
+        with _translated_os_errors(self.identity):
             if not stat.S_ISDIR(os.stat(self._root).st_mode):
                 raise NotFoundError(f"{self.identity}: is not a directory: give the directory of the file")
-            return Page(list(self._walk(self._root, "")))
+            return ListPage(list(self._walk_directory(self._root, "")))
 
-    def _walk(self, directory: str, prefix: str) -> Iterator[ObjectVersion]:
+    def _walk_directory(self, directory: str, prefix: str) -> Iterator[ObjectVersion]:
         below = []
         with os.scandir(directory) as entries:
             for entry in entries:
@@ -48,61 +48,63 @@ class LocalBackend:
                 with contextlib.suppress(OSError):  # it is gone by now, or a broken link
                     found = entry.stat()
                     if stat.S_ISREG(found.st_mode):
-                        yield self._version(prefix + entry.name, found)
+                        yield self._make_version(prefix + entry.name, found)
         for entry in below:
             with contextlib.suppress(FileNotFoundError):
-                yield from self._walk(entry.path, f"{prefix}{entry.name}/")
+                yield from self._walk_directory(entry.path, f"{prefix}{entry.name}/")
 
-    def head(self, key: str, timeout: float) -> ObjectVersion:
+    def stat_object(self, key: str, timeout: float) -> ObjectVersion:
         """See Backend."""
         where = f"{self.identity}/{key}"
-        with _translated(where):
-            found = os.stat(self._path(key))
+        with _translated_os_errors(where):
+            found = os.stat(self._full_path(key))
         if not stat.S_ISREG(found.st_mode):
             raise NotFoundError(f"{where}: is not a regular file")
-        return self._version(key, found)
+        return self._make_version(key, found)
 
-    def sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
+    def read_metadata_sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
         """See Backend: a file has none."""
         return None
 
-    def fetch(self, version: ObjectVersion, offset: int, length: int, timeout: float) -> Iterator[Buffer]:
+    def request_range(
+        self, version: ObjectVersion, offset: int, length: int, timeout: float
+    ) -> Iterator[Buffer]:
         """See Backend. What was read is given out only after a look at the file says it is the same still."""
         where = f"{self.identity}/{version.key}"
-        with _translated(where):
-            descriptor = os.open(self._path(version.key), os.O_RDONLY | os.O_CLOEXEC)
+        with _translated_os_errors(where):
+            descriptor = os.open(self._full_path(version.key), os.O_RDONLY | os.O_CLOEXEC)
         try:
             while length > 0:
-                with _translated(where):
-                    data = os.pread(descriptor, min(length, _CHUNK), offset)
-                    same = self._version(version.key, os.fstat(descriptor))
+                with _translated_os_errors(where):
+                    data = os.pread(descriptor, min(length, _CHUNK_BYTES), offset)
+                    same = self._make_version(version.key, os.fstat(descriptor))
                 if same != version:
-                    raise failures.changed(where)
+                    raise failures.version_changed_error(where)
                 if not data:
-                    raise failures.truncated(where)
+                    raise failures.truncated_error(where)
                 offset += len(data)
                 length -= len(data)
                 yield data
         finally:
             os.close(descriptor)
 
-    def refresh(self) -> None:
+    def refresh_credentials(self) -> None:
         """See Backend: there are no credentials."""
 
     def close(self) -> None:
         """See Backend: nothing is open."""
 
-    def _path(self, key: str) -> str:
+    def _full_path(self, key: str) -> str:
         return os.path.join(self._root, key)
 
-    def _version(self, key: str, found: os.stat_result) -> ObjectVersion:
+    def _make_version(self, key: str, found: os.stat_result) -> ObjectVersion:
         tag = f"{found.st_ino:x}-{found.st_mtime_ns:x}"
         return ObjectVersion(self.identity, key, tag, found.st_size, found.st_mtime_ns)
 
 
 @contextlib.contextmanager
-def _translated(where: str) -> Iterator[None]:
+def _translated_os_errors(where: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise failures.from_os_error(where, error) from None
+        raise failures.error_from_exception(where, error) from None

@@ -29,23 +29,23 @@ import botocore.credentials
 from fusecache.config.model import Tuning
 from fusecache.errors import OriginError
 from fusecache.origin import aio, failures
-from fusecache.origin.base import Page
-from fusecache.origin.s3 import KEY_LIFE, S3Backend, normal_etag
+from fusecache.origin.base import ListPage
+from fusecache.origin.s3 import CREDENTIALS_LIFETIME, S3Backend, normalize_etag
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-_CHUNK = 256 << 10
+_CHUNK_BYTES = 256 << 10
 """Blocks are passed on to other nodes as they land, so that a chunk should not be larger than a small block."""
-_IDLE = 15.0
+_MAX_IDLE_SECONDS = 15.0
 """Seconds that an unused connection is kept: servers and balancers close them after 20-60."""
 
-_ERROR_BODY = 64 * 1024
-_CODE = re.compile(rb"<Code>([A-Za-z0-9_.]+)</Code>")
+_MAX_ERROR_BODY = 64 * 1024
+_ERROR_CODE = re.compile(rb"<Code>([A-Za-z0-9_.]+)</Code>")
 
 
-def suits(endpoint: str) -> bool:
+def supports_endpoint(endpoint: str) -> bool:
     """Whether this engine can and should talk to the endpoint: plain HTTP, and no proxy on the way."""
     parts = urlsplit(endpoint)
     host = parts.hostname or ""
@@ -61,11 +61,11 @@ class _Connection:
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.http = http.client.HTTPConnection(host, port)
         self.http.sock = self.sock
-        self.buffer = memoryview(bytearray(_CHUNK))
-        self.used = False  # an answer came over it
-        self.since = time.monotonic()
+        self.buffer = memoryview(bytearray(_CHUNK_BYTES))
+        self.has_answered = False  # an answer came over it
+        self.idle_since = time.monotonic()
 
-    def limit(self, timeout: float) -> None:
+    def set_wait_limit(self, timeout: float) -> None:
         """Let every wait for bytes end after `timeout` seconds."""
         seconds = int(timeout)
         value = struct.pack("ll", seconds, max(1, int((timeout - seconds) * 1_000_000)))
@@ -91,53 +91,55 @@ class NativeBackend:
         parts = urlsplit(backend.endpoint)
         self._host = parts.hostname or ""
         self._port = parts.port or 80
-        self._netloc = parts.netloc.rpartition("@")[2]
-        self._base = parts.path.rstrip("/")
-        if backend.virtual_host():
-            self._netloc = f"{backend.bucket}.{self._netloc}"
+        self._host_header = parts.netloc.rpartition("@")[2]
+        self._base_path = parts.path.rstrip("/")
+        if backend.uses_virtual_host():
+            self._host_header = f"{backend.bucket}.{self._host_header}"
             self._host = f"{backend.bucket}.{self._host}"
         else:
-            self._base += f"/{quote(backend.bucket)}"
+            self._base_path += f"/{quote(backend.bucket)}"
         self._lock = threading.Lock()
-        self._idle: list[_Connection] = []
-        self._keys: Any = None
-        self._keys_until = 0.0
+        self._idle_connections: list[_Connection] = []
+        self._cached_credentials: Any = None
+        self._credentials_expiry = 0.0
         self._region: str | None = None
 
-    def page(self, token: str | None, timeout: float) -> Page:
+    def list_page(self, token: str | None, timeout: float) -> ListPage:
         """See Backend."""
-        return self._backend.page(token, timeout)
+        return self._backend.list_page(token, timeout)
 
-    def head(self, key: str, timeout: float) -> ObjectVersion:
+    def stat_object(self, key: str, timeout: float) -> ObjectVersion:
         """See Backend."""
-        return self._backend.head(key, timeout)
+        return self._backend.stat_object(key, timeout)
 
-    def sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
+    def read_metadata_sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
         """See Backend."""
-        return self._backend.sha256(version, timeout)
+        return self._backend.read_metadata_sha256(version, timeout)
 
-    def fetch(self, version: ObjectVersion, offset: int, length: int, timeout: float) -> Iterator[Buffer]:
+    def request_range(
+        self, version: ObjectVersion, offset: int, length: int, timeout: float
+    ) -> Iterator[Buffer]:
         """See Backend. A chunk is valid until the next is asked for."""
-        where = self._backend.where(version.key)
-        watch = _Translated(where)
+        where = self._backend.object_url(version.key)
+        watch = _NativeErrorTranslator(where)
         with watch:
-            connection, answer = self._send(version, offset, length, timeout)
+            connection, answer = self._send_request(version, offset, length, timeout)
         whole = False
         try:
             with watch:
                 if answer.status >= 300:
-                    body = answer.read(_ERROR_BODY)
+                    body = answer.read(_MAX_ERROR_BODY)
                     whole = answer.isclosed()
-                    code = _CODE.search(body)
-                    raise failures.from_status(
+                    code = _ERROR_CODE.search(body)
+                    raise failures.error_from_status(
                         where,
                         answer.status,
                         code[1].decode() if code else "",
                         answer.getheader("Retry-After"),
                     )
-            if version.etag and normal_etag(answer.getheader("ETag")) != version.etag:
-                raise failures.changed(where)
-            skip = aio.body_start(
+            if version.etag and normalize_etag(answer.getheader("ETag")) != version.etag:
+                raise failures.version_changed_error(where)
+            skip = aio.bytes_to_skip(
                 where,
                 answer.status,
                 answer.getheader("Content-Range"),
@@ -147,12 +149,12 @@ class NativeBackend:
             )
             left = answer.length
             with watch:
-                receive = _receiver(connection, answer)
+                receive = _make_receiver(connection, answer)
             while length > 0:
                 with watch:
-                    got = receive(min(_CHUNK, skip + length))
+                    got = receive(min(_CHUNK_BYTES, skip + length))
                 if not got:
-                    raise failures.truncated(where)
+                    raise failures.truncated_error(where)
                 if left is not None:
                     left -= got
                 used = min(skip, got)
@@ -164,22 +166,22 @@ class NativeBackend:
         finally:
             keep = whole and not answer.will_close
             answer.close()
-            self._put_back(connection, keep)
+            self._return_connection(connection, keep)
 
-    def _send(
+    def _send_request(
         self, version: ObjectVersion, offset: int, length: int, timeout: float
     ) -> tuple[_Connection, http.client.HTTPResponse]:
-        path = f"{self._base}/{quote(self._backend.prefix + version.key, safe='/~')}"
+        path = f"{self._base_path}/{quote(self._backend.prefix + version.key, safe='/~')}"
         headers = {"Range": f"bytes={offset}-{offset + length - 1}", **self._backend.request_headers()}
         if version.etag:
             headers["If-Match"] = version.etag
-        signed = self._signed(path, headers)
+        signed = self._sign_headers(path, headers)
         while True:
-            connection = self._take()
-            reused = connection.used
+            connection = self._take_connection()
+            reused = connection.has_answered
             began = time.monotonic()
             try:
-                connection.limit(timeout)
+                connection.set_wait_limit(timeout)
                 connection.http.putrequest("GET", path, skip_host=True, skip_accept_encoding=True)
                 for name, value in signed.items():
                     connection.http.putheader(name, value)
@@ -196,45 +198,45 @@ class NativeBackend:
             except BaseException:
                 connection.close()
                 raise
-            connection.used = True
+            connection.has_answered = True
             return connection, answer
 
-    def _signed(self, path: str, headers: dict[str, str]) -> dict[str, str]:
-        headers = {"Host": self._netloc, **headers}
-        if not self._backend.signed():
+    def _sign_headers(self, path: str, headers: dict[str, str]) -> dict[str, str]:
+        headers = {"Host": self._host_header, **headers}
+        if not self._backend.signs_requests():
             return headers
         request = botocore.awsrequest.AWSRequest(
             "GET",
-            f"http://{self._netloc}{path}",
+            f"http://{self._host_header}{path}",
             headers={**headers, "X-Amz-Content-SHA256": "UNSIGNED-PAYLOAD"},
         )
-        keys = self._credentials()
+        keys = self._get_credentials()
         botocore.auth.S3SigV4Auth(keys, "s3", self._region).add_auth(request)
         return dict(request.headers.items())
 
-    def _credentials(self) -> Any:
+    def _get_credentials(self) -> Any:
         with self._lock:
-            if self._keys is not None and time.monotonic() < self._keys_until:
-                return self._keys
+            if self._cached_credentials is not None and time.monotonic() < self._credentials_expiry:
+                return self._cached_credentials
         # Two threads may both ask: that is harmless, and the lock is not held while botocore waits.
-        found = self._backend.keys()
-        region = self._region or self._backend.region()
+        found = self._backend.get_credentials()
+        region = self._region or self._backend.find_region()
         keys = botocore.credentials.Credentials(
             found["access_key_id"], found["secret_access_key"], found["token"]
         )
         with self._lock:
-            self._keys, self._region = keys, region
-            self._keys_until = time.monotonic() + KEY_LIFE.total_seconds()
+            self._cached_credentials, self._region = keys, region
+            self._credentials_expiry = time.monotonic() + CREDENTIALS_LIFETIME.total_seconds()
         return keys
 
-    def _take(self) -> _Connection:
+    def _take_connection(self) -> _Connection:
         now = time.monotonic()
         stale = []
         found = None
         with self._lock:
-            while self._idle and found is None:
-                connection = self._idle.pop()
-                if now - connection.since < _IDLE:
+            while self._idle_connections and found is None:
+                connection = self._idle_connections.pop()
+                if now - connection.idle_since < _MAX_IDLE_SECONDS:
                     found = connection
                 else:
                     stale.append(connection)
@@ -242,31 +244,31 @@ class NativeBackend:
             connection.close()
         return found or _Connection(self._host, self._port, self._tuning.connect_timeout)
 
-    def _put_back(self, connection: _Connection, keep: bool) -> None:
+    def _return_connection(self, connection: _Connection, keep: bool) -> None:
         if keep:
-            connection.since = time.monotonic()
+            connection.idle_since = time.monotonic()
             with self._lock:
-                if len(self._idle) < self._tuning.concurrency:
-                    self._idle.append(connection)
+                if len(self._idle_connections) < self._tuning.concurrency:
+                    self._idle_connections.append(connection)
                     return
         connection.close()
 
-    def refresh(self) -> None:
+    def refresh_credentials(self) -> None:
         """See Backend."""
-        self._backend.refresh()
+        self._backend.refresh_credentials()
         with self._lock:
-            self._keys = None
+            self._cached_credentials = None
 
     def close(self) -> None:
         """See Backend."""
         with self._lock:
-            idle, self._idle = self._idle, []
+            idle, self._idle_connections = self._idle_connections, []
         for connection in idle:
             connection.close()
         self._backend.close()
 
 
-def _receiver(connection: _Connection, answer: http.client.HTTPResponse) -> Any:
+def _make_receiver(connection: _Connection, answer: http.client.HTTPResponse) -> Any:
     """A function that fills the connection's buffer with up to n bytes of the body; 0 at its end."""
     if answer.length is None or answer.chunked:
 
@@ -294,10 +296,10 @@ def _receiver(connection: _Connection, answer: http.client.HTTPResponse) -> Any:
     return direct
 
 
-class _Translated(aio.Translated):
-    def translate(self, error: Exception) -> OriginError | None:
+class _NativeErrorTranslator(aio.ErrorTranslator):
+    def translate_error(self, error: Exception) -> OriginError | None:
         if isinstance(error, BlockingIOError):  # SO_RCVTIMEO
-            return failures.timed_out(self.where)
+            return failures.timeout_error(self.where)
         if isinstance(error, http.client.HTTPException):
-            return failures.broken(self.where, type(error).__name__)
+            return failures.connection_error(self.where, type(error).__name__)
         return None

@@ -23,7 +23,7 @@ import obstore.store
 from fusecache.config.model import Tuning
 from fusecache.errors import NotFoundError, OriginError
 from fusecache.origin import failures
-from fusecache.origin.base import Page
+from fusecache.origin.base import ListPage
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
     from fusecache.origin.gcs import GcsBackend
     from fusecache.origin.s3 import S3Backend
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
-_CHUNK = 1 << 20
-_STATUS = re.compile(r"status code: (\d{3})\b")
-_CODE = re.compile(r"<Code>([A-Za-z0-9_.]+)</Code>")
-_KIND = re.compile(r"\bkind: (\w+)")
-_ODD = re.compile(r"(^|/)(/|\.{1,2}(/|$)|$)|[\x00-\x1f\x7f]")
+_CHUNK_BYTES = 1 << 20
+_STATUS_CODE = re.compile(r"status code: (\d{3})\b")
+_ERROR_CODE = re.compile(r"<Code>([A-Za-z0-9_.]+)</Code>")
+_ERROR_KIND = re.compile(r"\bkind: (\w+)")
+_UNSUPPORTED_KEY = re.compile(r"(^|/)(/|\.{1,2}(/|$)|$)|[\x00-\x1f\x7f]")
 """Keys that object_store's Path changes or refuses: empty, '.' and '..' parts, a slash at an end, control bytes."""
 
-_GIVE_UP = 3
+_MAX_UNREADABLE_ANSWERS = 3
 """After so many answers that obstore can't read, the backend moves the bytes for good."""
 
 
@@ -56,96 +56,105 @@ class ObstoreBackend:
         self._backend = backend
         self._tuning = tuning
         self._lock = threading.Lock()
-        self._store: Any = None
-        self._unread = 0  # answers that obstore could not read
+        self._client: Any = None
+        self._unreadable_answers = 0  # answers that obstore could not read
         self.identity = backend.identity
 
-    def page(self, token: str | None, timeout: float) -> Page:
+    def list_page(self, token: str | None, timeout: float) -> ListPage:
         """See Backend."""
-        return self._backend.page(token, timeout)
+        return self._backend.list_page(token, timeout)
 
-    def head(self, key: str, timeout: float) -> ObjectVersion:
+    def stat_object(self, key: str, timeout: float) -> ObjectVersion:
         """See Backend."""
-        return self._backend.head(key, timeout)
+        return self._backend.stat_object(key, timeout)
 
-    def sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
+    def read_metadata_sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
         """See Backend."""
-        return self._backend.sha256(version, timeout)
+        return self._backend.read_metadata_sha256(version, timeout)
 
-    def fetch(self, version: ObjectVersion, offset: int, length: int, timeout: float) -> Iterator[Buffer]:
+    def request_range(
+        self, version: ObjectVersion, offset: int, length: int, timeout: float
+    ) -> Iterator[Buffer]:
         """See Backend. The longest wait is the configured one: `timeout` can't be set per request."""
         path = self._backend.prefix + version.key
-        if self._unread >= _GIVE_UP or _ODD.search(path):
-            yield from self._backend.fetch(version, offset, length, timeout)
+        if self._unreadable_answers >= _MAX_UNREADABLE_ANSWERS or _UNSUPPORTED_KEY.search(path):
+            yield from self._backend.request_range(version, offset, length, timeout)
             return
-        where = self._backend.where(version.key)
+        where = self._backend.object_url(version.key)
         options: dict[str, Any] = {"range": (offset, offset + length)}
         if version.etag:
             options["version" if self._backend.scheme == "gs" else "if_match"] = version.etag
         try:
-            result = obstore.get(self._connected(), path, options=cast("GetOptions", options))
+            result = obstore.get(self._get_client(), path, options=cast("GetOptions", options))
         except Exception as error:
             if "non-partial response" in str(error) or "status code: 501" in str(error):
-                self._note_unread(where)
-                yield from self._backend.fetch(version, offset, length, timeout)
+                self._count_unreadable_answer(where)
+                yield from self._backend.request_range(version, offset, length, timeout)
                 return
-            raise self._judged(where, error, version, timeout) from None
-        self._check(where, version, result.meta, result.range, (offset, offset + length))
-        chunks = iter(result.stream(min_chunk_size=_CHUNK))
+            raise self._translate_error(where, error, version, timeout) from None
+        self._check_answer(where, version, result.meta, result.range, (offset, offset + length))
+        chunks = iter(result.stream(min_chunk_size=_CHUNK_BYTES))
         while True:
             try:
                 chunk = next(chunks, None)
             except Exception as error:
-                raise translated(where, error) from None
+                raise translate_obstore_error(where, error) from None
             if chunk is None:
                 return
             yield chunk
 
-    def _check(
-        self, where: str, version: ObjectVersion, meta: Any, got: tuple[int, int], wanted: tuple[int, int]
+    def _check_answer(
+        self,
+        where: str,
+        version: ObjectVersion,
+        meta: Any,
+        answered_range: tuple[int, int],
+        requested_range: tuple[int, int],
     ) -> None:
         """Trust no server to honour the condition."""
         if meta["size"] != version.size:
-            raise failures.changed(where)
+            raise failures.version_changed_error(where)
         gcs = self._backend.scheme == "gs"
         tag = (meta["version"] or version.etag) if gcs else meta["e_tag"]
         if version.etag and tag != version.etag:
-            raise failures.changed(where)
-        if tuple(got) != wanted:
-            raise failures.truncated(where)
+            raise failures.version_changed_error(where)
+        if tuple(answered_range) != requested_range:
+            raise failures.truncated_error(where)
 
-    def _judged(self, where: str, error: Exception, version: ObjectVersion, timeout: float) -> OriginError:
-        found = translated(where, error)
+    def _translate_error(
+        self, where: str, error: Exception, version: ObjectVersion, timeout: float
+    ) -> OriginError:
+        found = translate_obstore_error(where, error)
         if isinstance(found, NotFoundError) and self._backend.scheme == "gs":
-            return self._backend.missing(version, timeout)
+            return self._backend.missing_object_error(version, timeout)
         return found
 
-    def _note_unread(self, where: str) -> None:
+    def _count_unreadable_answer(self, where: str) -> None:
         with self._lock:
-            self._unread += 1
-            if self._unread == 1:
-                log.warning("%s: not an answer that obstore can read: reading through fsspec, slower", where)
+            self._unreadable_answers += 1
+            if self._unreadable_answers == 1:
+                _log.warning("%s: not an answer that obstore can read: reading through fsspec, slower", where)
 
-    def refresh(self) -> None:
+    def refresh_credentials(self) -> None:
         """See Backend."""
-        self._backend.refresh()
+        self._backend.refresh_credentials()
         with self._lock:
-            self._store = None
+            self._client = None
 
     def close(self) -> None:
         """See Backend."""
         with self._lock:
-            self._store = None
+            self._client = None
         self._backend.close()
 
-    def _connected(self) -> Any:
-        store = self._store
+    def _get_client(self) -> Any:
+        store = self._client
         if store is None:
             with self._lock:
-                store = self._store = self._store or self._connect()
+                store = self._client = self._client or self._make_client()
         return store
 
-    def _connect(self) -> Any:
+    def _make_client(self) -> Any:
         backend, tuning = self._backend, self._tuning
         client: dict[str, Any] = {
             "allow_http": True,
@@ -166,58 +175,58 @@ class ObstoreBackend:
             },
         }
         if backend.scheme == "gs":
-            google: dict[str, Any] = {"skip_signature": not backend.signed()}
-            if backend.custom:
+            google: dict[str, Any] = {"skip_signature": not backend.signs_requests()}
+            if backend.is_custom_endpoint:
                 google["base_url"] = backend.endpoint
-            if backend.signed():
-                google["credential_provider"] = backend.token
+            if backend.signs_requests():
+                google["credential_provider"] = backend.get_token
             return obstore.store.GCSStore(
                 backend.bucket, client_options=cast("Any", client), retry_config=retry, **google
             )
         bundle = os.environ.get("AWS_CA_BUNDLE")
         if bundle:
             client["root_certificate"] = Path(bundle).read_bytes()
-        virtual = backend.virtual_host()
+        virtual = backend.uses_virtual_host()
         amazon: dict[str, Any] = {
-            "region": backend.region(),
-            "skip_signature": not backend.signed(),
+            "region": backend.find_region(),
+            "skip_signature": not backend.signs_requests(),
             "virtual_hosted_style_request": virtual,
             "request_payer": bool(backend.request_headers()),
         }
-        if backend.custom:
+        if backend.is_custom_endpoint:
             endpoint = backend.endpoint
             if virtual:
                 scheme, _, host = endpoint.partition("://")
                 endpoint = f"{scheme}://{backend.bucket}.{host}"
             # The variable AWS_ENDPOINT_URL_S3 would win over `endpoint`.
             amazon["aws_endpoint_url_s3" if "AWS_ENDPOINT_URL_S3" in os.environ else "endpoint"] = endpoint
-        if backend.signed():
-            amazon["credential_provider"] = backend.keys
+        if backend.signs_requests():
+            amazon["credential_provider"] = backend.get_credentials
         return obstore.store.S3Store(
             backend.bucket, client_options=cast("Any", client), retry_config=retry, **amazon
         )
 
 
-def translated(where: str, error: Exception) -> OriginError:
+def translate_obstore_error(where: str, error: Exception) -> OriginError:
     """What obstore raises as an error of ours: by status and error code, else by kind."""
     if isinstance(error, OriginError):
         return error
     text = str(error)
-    status = _STATUS.search(text)
+    status = _STATUS_CODE.search(text)
     if status:
-        code = _CODE.search(text)
-        return failures.from_status(where, int(status[1]), code[1] if code else "")
+        code = _ERROR_CODE.search(text)
+        return failures.error_from_status(where, int(status[1]), code[1] if code else "")
     if "Received redirect" in text:
-        return failures.from_status(where, 301)
+        return failures.error_from_status(where, 301)
     if isinstance(error, obstore.exceptions.PreconditionError):
-        return failures.changed(where)
+        return failures.version_changed_error(where)
     if isinstance(error, obstore.exceptions.PermissionDeniedError | obstore.exceptions.UnauthenticatedError):
-        return failures.from_status(where, 403)
+        return failures.error_from_status(where, 403)
     if not isinstance(error, obstore.exceptions.BaseError):
-        return failures.from_os_error(where, error)
-    kinds = _KIND.findall(text)
+        return failures.error_from_exception(where, error)
+    kinds = _ERROR_KIND.findall(text)
     if "Timeout" in kinds or "TimedOut" in text:
-        return failures.timed_out(where)
+        return failures.timeout_error(where)
     if "UnexpectedEof" in kinds:
-        return failures.truncated(where)
-    return failures.broken(where, kinds[0] if kinds else type(error).__name__)
+        return failures.truncated_error(where)
+    return failures.connection_error(where, kinds[0] if kinds else type(error).__name__)

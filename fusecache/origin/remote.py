@@ -23,33 +23,33 @@ from fusecache.errors import (
     ThrottledError,
     UnavailableError,
 )
-from fusecache.origin.base import Backend, OriginStats, never
-from fusecache.origin.failures import truncated
-from fusecache.origin.limiter import Limiter
-from fusecache.origin.retry import Backoff, give_up
+from fusecache.origin.base import OriginBackend, OriginStats, never_cancelled
+from fusecache.origin.failures import truncated_error
+from fusecache.origin.limiter import AdaptiveLimiter
+from fusecache.origin.retry import Backoff, raise_last_error
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_LEAST_WAIT = 0.05
+_MIN_WAIT = 0.05
 """Seconds that a last attempt gets, however close the deadline."""
 
 
-class RemoteOrigin:
+class RetryingOrigin:
     """See fusecache.origin.base.Origin."""
 
-    def __init__(self, backend: Backend, tuning: Tuning) -> None:
+    def __init__(self, backend: OriginBackend, tuning: Tuning) -> None:
         self._backend = backend
         self._tuning = tuning
-        self._limiter = Limiter(tuning.concurrency)
+        self._limiter = AdaptiveLimiter(tuning.concurrency)
         self._refresh_lock = threading.Lock()
-        self._refreshed = 0  # how often
-        self._closed = False
+        self._refresh_count = 0  # how often
+        self._is_closed = False
         self.stats = OriginStats()
         self.stats.concurrency = self._limiter.limit
 
@@ -63,79 +63,81 @@ class RemoteOrigin:
         """See Origin."""
         return self._backend.engine
 
-    def list(self) -> Iterator[ObjectVersion]:
+    def list_objects(self) -> Iterator[ObjectVersion]:
         """See Origin."""
         token: str | None = None
         while True:
-            page = self._retried(self.identity, partial(self._backend.page, token), lists=1)
+            page = self._call_with_retries(self.identity, partial(self._backend.list_page, token), lists=1)
             yield from page.objects
-            if page.following is None:
+            if page.next_token is None:
                 return
-            token = page.following
+            token = page.next_token
 
-    def stat(self, key: str) -> ObjectVersion:
+    def stat_object(self, key: str) -> ObjectVersion:
         """See Origin."""
         where = f"{self.identity}/{key}"
-        return self._retried(where, partial(self._backend.head, key))
+        return self._call_with_retries(where, partial(self._backend.stat_object, key))
 
-    def sha256(self, version: ObjectVersion) -> bytes | None:
+    def read_metadata_sha256(self, version: ObjectVersion) -> bytes | None:
         """See Origin."""
         where = f"{self.identity}/{version.key}"
-        return self._retried(where, partial(self._backend.sha256, version))
+        return self._call_with_retries(where, partial(self._backend.read_metadata_sha256, version))
 
     def close(self) -> None:
         """See Origin."""
-        self._closed = True
+        self._is_closed = True
         self._backend.close()
 
-    def _retried(self, where: str, attempt: Callable[[float], T], lists: int = 0) -> T:
+    def _call_with_retries(self, where: str, attempt: Callable[[float], T], lists: int = 0) -> T:
         deadline = time.monotonic() + self._tuning.deadline
         backoff = Backoff(self._tuning.retry_initial, self._tuning.retry_max)
         may_refresh = True
         last: OriginError | None = None
         while True:
-            seen = self._refreshed
+            seen = self._refresh_count
             try:
-                with self._request(where, deadline, never, last, lists) as timeout:
+                with self._counted_request(where, deadline, never_cancelled, last, lists) as timeout:
                     return attempt(timeout)
             except OriginError as error:
                 last = error
-                may_refresh = self._next(error, seen, may_refresh, backoff, deadline, never)
+                may_refresh = self._prepare_retry(
+                    error, seen, may_refresh, backoff, deadline, never_cancelled
+                )
 
-    def read(
+    def read_range(
         self,
         version: ObjectVersion,
         offset: int,
         length: int,
         *,
         deadline: float | None = None,
-        cancelled: Callable[[], bool] = never,
+        cancelled: Callable[[], bool] = never_cancelled,
     ) -> Iterator[Buffer]:
         """See Origin."""
         if offset < 0 or length < 0 or offset + length > version.size:
             raise ValueError(f"[{offset}, {offset + length}) is not in an object of {version.size} bytes")
-        return self._read(version, offset, offset + length, deadline, cancelled)
+        return self._read_with_retries(version, offset, offset + length, deadline, cancelled)
 
-    def _read(
+    def _read_with_retries(
         self,
         version: ObjectVersion,
         position: int,
         end: int,
-        fixed: float | None,
+        fixed_deadline: float | None,
         cancelled: Callable[[], bool],
     ) -> Iterator[Buffer]:
         where = f"{version.origin}/{version.key}"
         patience = self._tuning.deadline
-        deadline = time.monotonic() + patience if fixed is None else fixed
+        deadline = time.monotonic() + patience if fixed_deadline is None else fixed_deadline
         backoff = Backoff(self._tuning.retry_initial, self._tuning.retry_max)
         may_refresh = True
         last: OriginError | None = None
         while position < end:
-            seen = self._refreshed
+            seen = self._refresh_count
             try:
-                with self._request(where, deadline, cancelled, last) as timeout:
-                    chunks = self._backend.fetch(version, position, end - position, timeout)
-                    with contextlib.closing(_closable(chunks)):
+                with self._counted_request(where, deadline, cancelled, last) as timeout:
+                    chunks = self._backend.request_range(version, position, end - position, timeout)
+                    with contextlib.closing(_MaybeClosable(chunks)):
                         for chunk in chunks:
                             size = memoryview(chunk).nbytes
                             if size > end - position:
@@ -144,9 +146,9 @@ class RemoteOrigin:
                             position += size
                             self.stats.add(bytes=size)
                             yield chunk
-                            backoff.reset()
+                            backoff.reset_pauses()
                             now = time.monotonic()
-                            if fixed is None:
+                            if fixed_deadline is None:
                                 deadline = now + patience
                             if position >= end:
                                 break
@@ -155,51 +157,51 @@ class RemoteOrigin:
                             if cancelled():
                                 raise CancelledReadError(f"{where}: the reader went away")
                     if position < end:
-                        raise truncated(where)
+                        raise truncated_error(where)
             except OriginError as error:
                 last = error
-                may_refresh = self._next(error, seen, may_refresh, backoff, deadline, cancelled)
+                may_refresh = self._prepare_retry(error, seen, may_refresh, backoff, deadline, cancelled)
 
     @contextlib.contextmanager
-    def _request(
+    def _counted_request(
         self,
         where: str,
         deadline: float,
         cancelled: Callable[[], bool],
-        last: OriginError | None,
+        last_error: OriginError | None,
         lists: int = 0,
     ) -> Iterator[float]:
         """Hold a slot for one request, count it and learn from it; gives the longest wait for a byte.
 
         `last` is the failure that this request is to mend.
         """
-        if self._closed:
+        if self._is_closed:
             raise UnavailableError(f"{where}: the origin is closed")
         if cancelled():
             raise CancelledReadError(f"{where}: the reader went away")
-        with self._limiter.slot(where, deadline, cancelled, last) as generation:
+        with self._limiter.hold_slot(where, deadline, cancelled, last_error) as generation:
             left = deadline - time.monotonic()
             if left <= 0:
-                if last is not None:
-                    give_up(last)
+                if last_error is not None:
+                    raise_last_error(last_error)
                 raise UnavailableError(f"{where}: not all bytes came before the deadline")
             self.stats.add(requests=1, lists=lists)
             try:
-                yield max(_LEAST_WAIT, min(self._tuning.stall_timeout, left))
+                yield max(_MIN_WAIT, min(self._tuning.stall_timeout, left))
             except OriginError as error:
                 throttled = isinstance(error, ThrottledError)
                 self.stats.add(errors=1, throttled=int(throttled))
                 if throttled:
-                    self._limiter.throttled(generation)
+                    self._limiter.note_throttled(generation)
                     self.stats.concurrency = self._limiter.limit
                 raise
-            self._limiter.succeeded()
+            self._limiter.note_success()
             self.stats.concurrency = self._limiter.limit
 
-    def _next(
+    def _prepare_retry(
         self,
         error: OriginError,
-        seen: int,
+        seen_refresh_count: int,
         may_refresh: bool,
         backoff: Backoff,
         deadline: float,
@@ -207,28 +209,28 @@ class RemoteOrigin:
     ) -> bool:
         """Prepare the next attempt after `error`, or raise it; returns whether a refresh is still allowed."""
         if isinstance(error, AccessDeniedError) and may_refresh:
-            self._refresh(seen)
+            self._refresh_credentials(seen_refresh_count)
             self.stats.add(retries=1)
             return False
-        if not error.temporary:
+        if not error.is_temporary:
             raise error
         if time.monotonic() >= deadline:
-            give_up(error)
-        log.debug("%s: trying again", error)
-        backoff.pause(error, deadline, cancelled)
+            raise_last_error(error)
+        _log.debug("%s: trying again", error)
+        backoff.wait_before_retry(error, deadline, cancelled)
         self.stats.add(retries=1)
         return may_refresh
 
-    def _refresh(self, seen: int) -> None:
+    def _refresh_credentials(self, seen_refresh_count: int) -> None:
         """Refresh the credentials, unless another thread did since the request was made."""
         with self._refresh_lock:
-            if self._refreshed == seen:
-                log.info("%s: access denied: getting the credentials anew", self.identity)
-                self._backend.refresh()
-                self._refreshed += 1
+            if self._refresh_count == seen_refresh_count:
+                _log.info("%s: access denied: getting the credentials anew", self.identity)
+                self._backend.refresh_credentials()
+                self._refresh_count += 1
 
 
-class _closable:
+class _MaybeClosable:
     """close() of an iterator that may have none."""
 
     def __init__(self, iterator: object) -> None:

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from fusecache.errors import CancelledReadError, OriginError, ThrottledError, UnavailableError
 
-_POLL = 0.1
+_POLL_SECONDS = 0.1
 _never_set = threading.Event()
 
 
@@ -18,20 +18,20 @@ class Backoff:
     """The pauses between the attempts at one thing. Not shared between threads."""
 
     def __init__(self, initial: float, longest: float) -> None:
-        self._initial = initial
-        self._longest = longest
+        self._first_pause = initial
+        self._longest_pause = longest
         self._attempts = 0
 
-    def reset(self) -> None:
+    def reset_pauses(self) -> None:
         """Bytes came: begin with short pauses again."""
         self._attempts = 0
 
-    def pause(self, error: OriginError, deadline: float, cancelled: Callable[[], bool]) -> None:
+    def wait_before_retry(self, error: OriginError, deadline: float, cancelled: Callable[[], bool]) -> None:
         """Wait before the next attempt.
 
         Raises what `give_up` does, if that would be after the deadline, and CancelledReadError.
         """
-        bound = min(self._longest, self._initial * 2 ** min(self._attempts, 30))
+        bound = min(self._longest_pause, self._first_pause * 2 ** min(self._attempts, 30))
         self._attempts += 1
         # Not from zero: a storm of clients would be back at once.
         delay = random.uniform(bound / 2, bound)  # noqa: S311
@@ -39,18 +39,18 @@ class Backoff:
             delay = max(delay, error.retry_after)
         until = time.monotonic() + delay
         if until >= deadline:
-            give_up(error)
+            raise_last_error(error)
         while (left := until - time.monotonic()) > 0:
             if cancelled():
                 raise CancelledReadError("the reader went away")
-            _never_set.wait(min(left, _POLL))
+            _never_set.wait(min(left, _POLL_SECONDS))
 
 
-def give_up(error: OriginError) -> NoReturn:
+def raise_last_error(error: OriginError) -> NoReturn:
     """The deadline has come, and `error` was the last failure: the reason, or the answer where it is one.
 
     Raises UnavailableError from `error`; `error` itself if no later attempt would mend it (access denied).
     """
-    if not error.temporary:
+    if not error.is_temporary:
         raise error
     raise UnavailableError(f"{error}; tried until the deadline") from error

@@ -19,17 +19,17 @@ from yarl import URL
 from fusecache.config.model import SourceConfig, Tuning
 from fusecache.errors import OriginError
 from fusecache.origin import aio, failures
-from fusecache.origin.base import Page
-from fusecache.origin.generic import identity
+from fusecache.origin.base import ListPage
+from fusecache.origin.generic import identity_from_url
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-_AT_ONCE = 16
+_MAX_HEAD_REQUESTS = 16
 """HEAD requests in flight during a listing: index pages tell neither size nor version."""
 
-_PLAIN = {"Accept-Encoding": "identity"}
+_UNCOMPRESSED = {"Accept-Encoding": "identity"}
 
 
 class WebBackend:
@@ -39,50 +39,53 @@ class WebBackend:
 
     def __init__(self, config: SourceConfig, tuning: Tuning) -> None:
         self._tuning = tuning
-        self.identity = identity(config.url)
-        self._root = config.url.rstrip("/")
+        self.identity = identity_from_url(config.url)
+        self._root_url = config.url.rstrip("/")
         self._fs = HTTPFileSystem(
             skip_instance_cache=True, use_listings_cache=False, encoded=True, **config.storage_options
         )
 
-    def page(self, token: str | None, timeout: float) -> Page:
+    def list_page(self, token: str | None, timeout: float) -> ListPage:
         """See Backend: all in one page, with a HEAD request per object."""
 
         async def everything() -> list[ObjectVersion]:
             session = await self._fs.set_session()
             async with session.get(
-                URL(self._root + "/", encoded=True), timeout=self._times(timeout)
+                URL(self._root_url + "/", encoded=True), timeout=self._client_timeout(timeout)
             ) as answer:
                 if answer.status >= 300:
-                    raise failures.from_status(self.identity, answer.status)
-            found = await self._fs._find(self._root + "/", withdirs=False)
-            slots = asyncio.Semaphore(_AT_ONCE)
+                    raise failures.error_from_status(self.identity, answer.status)
+            found = await self._fs._find(self._root_url + "/", withdirs=False)
+            slots = asyncio.Semaphore(_MAX_HEAD_REQUESTS)
 
             async def one(url: str) -> ObjectVersion:
                 async with slots:
-                    return await self._head(unquote(url[len(self._root) + 1 :]), timeout)
+                    return await self._stat_object(unquote(url[len(self._root_url) + 1 :]), timeout)
 
             return list(await asyncio.gather(*map(one, found)))
 
-        with aio.Translated(self.identity):
-            return Page(aio.call(self._fs.loop, everything, timeout=self._tuning.deadline))
+        with aio.ErrorTranslator(self.identity):
+            return ListPage(aio.call_on_loop(self._fs.loop, everything, timeout=self._tuning.deadline))
 
-    def head(self, key: str, timeout: float) -> ObjectVersion:
+    def stat_object(self, key: str, timeout: float) -> ObjectVersion:
         """See Backend."""
-        with aio.Translated(f"{self.identity}/{key}"):
-            version: ObjectVersion = aio.call(
-                self._fs.loop, self._head, key, timeout, timeout=timeout + self._tuning.connect_timeout
+        with aio.ErrorTranslator(f"{self.identity}/{key}"):
+            version: ObjectVersion = aio.call_on_loop(
+                self._fs.loop, self._stat_object, key, timeout, timeout=timeout + self._tuning.connect_timeout
             )
             return version
 
-    async def _head(self, key: str, timeout: float) -> ObjectVersion:
+    async def _stat_object(self, key: str, timeout: float) -> ObjectVersion:
         where = f"{self.identity}/{key}"
         session = await self._fs.set_session()
         async with session.head(
-            self._url(key), headers=_PLAIN, allow_redirects=True, timeout=self._times(timeout)
+            self._object_url(key),
+            headers=_UNCOMPRESSED,
+            allow_redirects=True,
+            timeout=self._client_timeout(timeout),
         ) as answer:
             if answer.status >= 300:
-                raise failures.from_status(where, answer.status, "", answer.headers.get("Retry-After"))
+                raise failures.error_from_status(where, answer.status, "", answer.headers.get("Retry-After"))
             length = answer.headers.get("Content-Length")
             if length is None:
                 raise OriginError(f"{where}: the server does not tell its size: it can't be mounted")
@@ -92,34 +95,39 @@ class WebBackend:
             except (ValueError, TypeError):
                 seconds = 0
             return ObjectVersion(
-                self.identity, key, _tag(answer.headers), int(length), seconds * 1_000_000_000
+                self.identity, key, _version_tag(answer.headers), int(length), seconds * 1_000_000_000
             )
 
-    def sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
+    def read_metadata_sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
         """See Backend: HTTP has none that servers commonly tell."""
         return None
 
-    def fetch(self, version: ObjectVersion, offset: int, length: int, timeout: float) -> Iterator[Buffer]:
+    def request_range(
+        self, version: ObjectVersion, offset: int, length: int, timeout: float
+    ) -> Iterator[Buffer]:
         """See Backend."""
         where = f"{self.identity}/{version.key}"
-        headers = {**_PLAIN, "Range": f"bytes={offset}-{offset + length - 1}"}
+        headers = {**_UNCOMPRESSED, "Range": f"bytes={offset}-{offset + length - 1}"}
         if version.etag.startswith('"'):
             headers["If-Match"] = version.etag
 
         async def begin() -> Any:
             session = await self._fs.set_session()
             return await session.get(
-                self._url(version.key), headers=headers, allow_redirects=True, timeout=self._times(timeout)
+                self._object_url(version.key),
+                headers=headers,
+                allow_redirects=True,
+                timeout=self._client_timeout(timeout),
             )
 
-        with aio.Translated(where):
-            answer = aio.call(self._fs.loop, begin, timeout=timeout + self._tuning.connect_timeout)
+        with aio.ErrorTranslator(where):
+            answer = aio.call_on_loop(self._fs.loop, begin, timeout=timeout + self._tuning.connect_timeout)
         try:
             if answer.status >= 300:
-                raise failures.from_status(where, answer.status, "", answer.headers.get("Retry-After"))
-            if version.etag and _tag(answer.headers) != version.etag:
-                raise failures.changed(where)
-            skip = aio.body_start(
+                raise failures.error_from_status(where, answer.status, "", answer.headers.get("Retry-After"))
+            if version.etag and _version_tag(answer.headers) != version.etag:
+                raise failures.version_changed_error(where)
+            skip = aio.bytes_to_skip(
                 where,
                 answer.status,
                 answer.headers.get("Content-Range"),
@@ -127,25 +135,25 @@ class WebBackend:
                 version.size,
                 offset,
             )
-            yield from aio.stream(self._fs.loop, where, answer.content.read, skip, length, timeout)
+            yield from aio.stream_body(self._fs.loop, where, answer.content.read, skip, length, timeout)
         finally:
             self._fs.loop.call_soon_threadsafe(answer.close)
 
-    def refresh(self) -> None:
+    def refresh_credentials(self) -> None:
         """See Backend: there is nothing to renew."""
 
     def close(self) -> None:
         """See Backend."""
         session = self._fs._session
         if session is not None:
-            aio.close_soon(self._fs.loop, session)
+            aio.close_session_soon(self._fs.loop, session)
 
-    def _url(self, key: str) -> URL:
-        return URL(f"{self._root}/{quote(key)}", encoded=True)
+    def _object_url(self, key: str) -> URL:
+        return URL(f"{self._root_url}/{quote(key)}", encoded=True)
 
-    def _times(self, timeout: float) -> aiohttp.ClientTimeout:
+    def _client_timeout(self, timeout: float) -> aiohttp.ClientTimeout:
         return aiohttp.ClientTimeout(total=None, sock_connect=self._tuning.connect_timeout, sock_read=timeout)
 
 
-def _tag(headers: Any) -> str:
+def _version_tag(headers: Any) -> str:
     return str(headers.get("ETag") or headers.get("Last-Modified") or "")

@@ -9,7 +9,7 @@ class PeerError(FusecacheError):
     """A request to another node failed: it does not answer, breaks off, or breaks the protocol."""
 
 
-class PeerSilentError(PeerError):
+class PeerConnectTimeoutError(PeerError):
     """No connection came about in time: the node is gone, or so much is sent to it that its answers are lost."""
 
 
@@ -21,7 +21,7 @@ class PeerMissError(PeerError):
     """The node has not got these blocks, and is not the one to fetch them."""
 
 
-class PeerGoneError(PeerError):
+class PeerVersionGoneError(PeerError):
     """The node found that the origin has another version now, or none."""
 
 
@@ -33,7 +33,7 @@ class PeerBusyError(PeerError):
         self.retry_after = retry_after
 
 
-class PeerElsewhereError(PeerError):
+class PeerRedirectError(PeerError):
     """Another node, at `url`, has the blocks too, and less to do."""
 
     def __init__(self, message: str, url: str = "") -> None:

@@ -11,7 +11,7 @@ PROTOCOL = 1
 """Version of the exchange's protocol (docs/PROTOCOL.md): nodes of another one are left out."""
 
 
-def seed_of(name: str) -> int:
+def hash_seed(name: str) -> int:
     """What stands for a node in hashes: the same for all nodes that know its name."""
     return xxhash.xxh3_64_intdigest(name.encode())
 
@@ -28,11 +28,11 @@ class Member:
     @cached_property
     def seed(self) -> int:
         """Of the hashes that say which stripes are its own."""
-        return seed_of(self.name)
+        return hash_seed(self.name)
 
 
 @dataclass(frozen=True)
-class Health:
+class NodeInfo:
     """What a node says of itself (GET /v1/health). `instance` is drawn at random at its start, `time` is in seconds
     since the epoch."""
 

@@ -44,7 +44,7 @@ class S3Fifo:
     def __len__(self) -> int:
         return len(self._small) + len(self._main)
 
-    def add(self, object_id: ObjectId, size: int, *, uses: int = 0, main: bool = False) -> None:
+    def add(self, object_id: ObjectId, size: int, *, uses: int = 0, is_in_main: bool = False) -> None:
         """Put an object at the end of its queue; one that is known already is only resized."""
         if object_id in self:
             self.resize(object_id, size)
@@ -52,7 +52,7 @@ class S3Fifo:
         ghost = self._ghost.pop(object_id, None)
         if ghost is not None:
             self._ghost_bytes -= ghost
-        self._push(object_id, _Entry(size, min(uses, MAX_USES)), main or ghost is not None)
+        self._push_entry(object_id, _Entry(size, min(uses, MAX_USES)), is_in_main or ghost is not None)
 
     def resize(self, object_id: ObjectId, size: int) -> None:
         """Tell that an object takes `size` bytes now. Unknown ones are ignored."""
@@ -64,30 +64,30 @@ class S3Fifo:
             return
         entry.size = size
 
-    def use(self, object_id: ObjectId) -> None:
+    def count_use(self, object_id: ObjectId) -> None:
         """Count a use. Unknown objects are ignored."""
         entry = self._small.get(object_id) or self._main.get(object_id)
         if entry is not None:
             entry.uses = min(entry.uses + 1, MAX_USES)
 
-    def uses(self, object_id: ObjectId) -> int:
+    def use_count(self, object_id: ObjectId) -> int:
         """Uses that still count in the object's favour, 0-3."""
         entry = self._small.get(object_id) or self._main.get(object_id)
         return entry.uses if entry else 0
 
-    def in_main(self, object_id: ObjectId) -> bool:
+    def is_in_main(self, object_id: ObjectId) -> bool:
         """Whether the object has proved its worth."""
         return object_id in self._main
 
-    def remove(self, object_id: ObjectId, *, evicted: bool = False) -> None:
+    def remove(self, object_id: ObjectId, *, was_evicted: bool = False) -> None:
         """Forget an object; one that was `evicted` is remembered in the ghost queue."""
         if object_id not in self:
             return
-        entry = self._pop(object_id)
-        if evicted:
-            self.remember(object_id, entry.size)
+        entry = self._pop_entry(object_id)
+        if was_evicted:
+            self.add_ghost(object_id, entry.size)
 
-    def remember(self, object_id: ObjectId, size: int) -> None:
+    def add_ghost(self, object_id: ObjectId, size: int) -> None:
         """Put an id into the ghost queue, which spans as many bytes as the store holds."""
         self._ghost[object_id] = size
         self._ghost_bytes += size
@@ -99,12 +99,12 @@ class S3Fifo:
         """Ids and sizes of the ghost queue, oldest first."""
         return self._ghost.items()
 
-    def order(self) -> Iterator[ObjectId]:
+    def eviction_order(self) -> Iterator[ObjectId]:
         """All objects, `small` first, each queue from its head."""
         yield from self._small
         yield from self._main
 
-    def victims(self, evictable: Callable[[ObjectId], bool]) -> Iterator[ObjectId]:
+    def victims(self, is_evictable: Callable[[ObjectId], bool]) -> Iterator[ObjectId]:
         """Objects to evict, in order; ends when nothing evictable is left.
 
         The caller evicts each before it asks for the next, and tells so with `remove`; one that it could not
@@ -114,7 +114,7 @@ class S3Fifo:
         small, main = deque(self._small), deque(self._main)
         while True:
             for queue in (small, main):
-                while queue and not evictable(queue[0]):
+                while queue and not is_evictable(queue[0]):
                     queue.popleft()
             if not small and not main:
                 return
@@ -123,16 +123,16 @@ class S3Fifo:
             object_id = (small if from_small else main).popleft()
             if object_id not in self:
                 continue
-            entry = self._pop(object_id)
+            entry = self._pop_entry(object_id)
             if entry.uses == 0:
-                self._push(object_id, entry, main=not from_small)
+                self._push_entry(object_id, entry, is_in_main=not from_small)
                 yield object_id
                 continue
             entry.uses = 0 if from_small else entry.uses - 1
-            self._push(object_id, entry, main=True)
+            self._push_entry(object_id, entry, is_in_main=True)
             main.append(object_id)
 
-    def _pop(self, object_id: ObjectId) -> _Entry:
+    def _pop_entry(self, object_id: ObjectId) -> _Entry:
         if (entry := self._small.pop(object_id, None)) is not None:
             self._small_bytes -= entry.size
             return entry
@@ -140,8 +140,8 @@ class S3Fifo:
         self._main_bytes -= entry.size
         return entry
 
-    def _push(self, object_id: ObjectId, entry: _Entry, main: bool) -> None:
-        if main:
+    def _push_entry(self, object_id: ObjectId, entry: _Entry, is_in_main: bool) -> None:
+        if is_in_main:
             self._main[object_id] = entry
             self._main_bytes += entry.size
         else:

@@ -20,7 +20,7 @@ PROBE_INTERVAL = 5.0
 """Seconds between two probes of a sick disk."""
 _PROBE_BYTES = 1 << 20  # a block: a few bytes would still fit on a full disk
 
-_SICK = frozenset(
+_SICK_ERRNOS = frozenset(
     (
         errno.EIO,
         errno.EROFS,
@@ -36,30 +36,30 @@ _SICK = frozenset(
 )
 
 
-class Health:
+class DiskHealth:
     """State of the disk that holds `directory`. Thread-safe. `clock` is in seconds, monotonic."""
 
     def __init__(self, directory: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        self._path = directory / f".probe.{os.getpid()}"
+        self._probe_path = directory / f".probe.{os.getpid()}"
         self._directory = directory
         self._clock = clock
         self._lock = threading.Lock()
-        self._probe_at = 0.0
-        self._logged: set[int | None] = set()
-        self.sick = False
+        self._next_probe_at = 0.0
+        self._logged_errnos: set[int | None] = set()
+        self.is_sick = False
 
-    def failed(self, error: OSError) -> None:
+    def report_failure(self, error: OSError) -> None:
         """Tell of a failed call; errors that say nothing about the disk (EMFILE) don't count."""
-        if error.errno not in _SICK:
+        if error.errno not in _SICK_ERRNOS:
             with self._lock:
-                first = error.errno not in self._logged
-                self._logged.add(error.errno)
+                first = error.errno not in self._logged_errnos
+                self._logged_errnos.add(error.errno)
             if first:
                 _log.warning("cache directory %s: %s", self._directory, error.strerror)
             return
         with self._lock:
-            self._probe_at = self._clock() + PROBE_INTERVAL
-            was, self.sick = self.sick, True
+            self._next_probe_at = self._clock() + PROBE_INTERVAL
+            was, self.is_sick = self.is_sick, True
         if not was:
             _log.warning(
                 "cache directory %s is bypassed: %s; reads go on without it and it is tried again every %g s",
@@ -68,30 +68,30 @@ class Health:
                 PROBE_INTERVAL,
             )
 
-    def usable(self) -> bool:
+    def ensure_usable(self) -> bool:
         """Whether to use the disk; probes a sick one when that is due."""
-        if not self.sick:
+        if not self.is_sick:
             return True
         with self._lock:
-            if self._clock() < self._probe_at:
+            if self._clock() < self._next_probe_at:
                 return False
             # the others go on without the disk while this caller probes
-            self._probe_at = self._clock() + PROBE_INTERVAL
+            self._next_probe_at = self._clock() + PROBE_INTERVAL
         try:
-            self._probe()
+            self._probe_disk()
         except OSError:
             return False
         with self._lock:
-            self.sick = False
+            self.is_sick = False
         _log.info("cache directory %s works again", self._directory)
         return True
 
-    def _probe(self) -> None:
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    def _probe_disk(self) -> None:
+        fd = os.open(self._probe_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             os.pwrite(fd, bytes(_PROBE_BYTES), 0)
             os.fdatasync(fd)
         finally:
             os.close(fd)
             with contextlib.suppress(OSError):
-                os.unlink(self._path)
+                os.unlink(self._probe_path)

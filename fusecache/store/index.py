@@ -17,12 +17,12 @@ from typing import Any
 
 import diskcache
 
-from fusecache.store.records import Record
+from fusecache.store.records import ObjectRecord
 from fusecache.types import ObjectId, ObjectVersion
 
 _log = logging.getLogger(__name__)
 
-_ORDER = "#order"
+_ORDER_KEY = "#order"
 _MODE_RAW = 1
 _ERRORS = (diskcache.Timeout, sqlite3.Error, OSError, ValueError)
 
@@ -54,16 +54,16 @@ class JsonDisk(diskcache.Disk):  # type: ignore[misc]
         return json.loads(value)
 
 
-def to_json(record: Record) -> dict[str, Any]:
+def record_to_json(record: ObjectRecord) -> dict[str, Any]:
     """The index's value of an object id."""
     return asdict(record)
 
 
-def from_json(value: Any) -> Record | None:
+def record_from_json(value: Any) -> ObjectRecord | None:
     """Reverse of `to_json`; None for anything else."""
     try:
         version = ObjectVersion(**value["version"])
-        record = Record(**{**value, "version": version})
+        record = ObjectRecord(**{**value, "version": version})
     except (TypeError, KeyError):
         return None
     texts = (version.origin, version.key, version.etag)
@@ -75,33 +75,33 @@ def from_json(value: Any) -> Record | None:
         record.stored_bytes,
         record.last_use_ns,
         record.accesses,
-        record.mark,
+        record.attestation_state,
     )
-    flags = (record.complete, record.pinned, record.main)
+    flags = (record.is_complete, record.is_pinned, record.is_in_main)
     typed = ((str, texts), (int, numbers), (bool, flags))
     return record if all(type(x) is kind for kind, values in typed for x in values) else None
 
 
-class Index:
+class ObjectIndex:
     """The index below `directory`; soft: whatever fails is logged once and passed over."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._cache: Any = None
-        self._failed = False
+        self._has_failed = False
         for attempt in range(2):
             try:
-                self._cache = self._open()
+                self._cache = self._open_cache()
                 return
             except _ERRORS as error:
                 if attempt == 0 and isinstance(error, sqlite3.DatabaseError | ValueError):
                     _log.warning("cache index %s is broken and made anew from the files", directory)
                     shutil.rmtree(directory, ignore_errors=True)
                 else:
-                    self._fail(error)
+                    self._report_failure(error)
                     return
 
-    def _open(self) -> Any:
+    def _open_cache(self) -> Any:
         # no culling: eviction is the store's; no memory map and a small page cache: one thread, seldom
         cache = diskcache.Cache(
             str(self._directory),
@@ -116,20 +116,20 @@ class Index:
         cache.get("")  # a damaged file shows at the first query
         return cache
 
-    def _fail(self, error: BaseException) -> None:
-        if not self._failed:
-            self._failed = True
+    def _report_failure(self, error: BaseException) -> None:
+        if not self._has_failed:
+            self._has_failed = True
             _log.warning("cache index %s: %s; the store goes on without it", self._directory, error)
 
-    def load(self) -> tuple[list[tuple[ObjectId, Record]], list[tuple[ObjectId, int]]]:
+    def load_records(self) -> tuple[list[tuple[ObjectId, ObjectRecord]], list[tuple[ObjectId, int]]]:
         """All records in their order of eviction, and the ghosts."""
-        records: dict[ObjectId, Record] = {}
+        records: dict[ObjectId, ObjectRecord] = {}
         try:
             if self._cache is None:
                 return [], []
-            order = self._cache.get(_ORDER) or {}
+            order = self._cache.get(_ORDER_KEY) or {}
             for key in list(self._cache):
-                record = from_json(self._cache.get(key)) if key != _ORDER else None
+                record = record_from_json(self._cache.get(key)) if key != _ORDER_KEY else None
                 if record is not None and record.version.id == key:
                     records[ObjectId(key)] = record
             known = [ObjectId(x) for x in order.get("ids", ()) if x in records]
@@ -138,29 +138,31 @@ class Index:
             ghosts = [(ObjectId(str(x)), int(size)) for x, size in order.get("ghosts", ())]
             return listed, ghosts
         except (*_ERRORS, AttributeError, TypeError) as error:
-            self._fail(error)
+            self._report_failure(error)
             return list(records.items()), []
 
-    def save(self, changed: Iterable[tuple[ObjectId, Record]], dropped: Iterable[ObjectId]) -> None:
+    def save_changes(
+        self, changed: Iterable[tuple[ObjectId, ObjectRecord]], dropped_ids: Iterable[ObjectId]
+    ) -> None:
         """Record changes, in one transaction."""
         try:
             if self._cache is None:
                 return
             with self._cache.transact():
                 for object_id, record in changed:
-                    self._cache.set(object_id, to_json(record))
-                for object_id in dropped:
+                    self._cache.set(object_id, record_to_json(record))
+                for object_id in dropped_ids:
                     self._cache.delete(object_id)
         except _ERRORS as error:
-            self._fail(error)
+            self._report_failure(error)
 
     def save_order(self, ids: list[ObjectId], ghosts: list[tuple[ObjectId, int]]) -> None:
         """Record the order of eviction."""
         try:
             if self._cache is not None:
-                self._cache.set(_ORDER, {"ids": ids, "ghosts": ghosts})
+                self._cache.set(_ORDER_KEY, {"ids": ids, "ghosts": ghosts})
         except _ERRORS as error:
-            self._fail(error)
+            self._report_failure(error)
 
     def close(self) -> None:
         """Close this thread's connection."""

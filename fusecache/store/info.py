@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fusecache.store.format import Mark
+from fusecache.store.disk.format import AttestationState
 from fusecache.types import ObjectId, ObjectVersion
 
 
@@ -45,9 +45,9 @@ class ObjectInfo:
     id: ObjectId
     version: ObjectVersion
     present_bytes: int
-    complete: bool
-    pinned: bool
+    is_complete: bool
+    is_pinned: bool
     last_use: float
     open_count: int
-    mark: Mark = Mark.NONE
-    in_memory: bool = False
+    attestation_state: AttestationState = AttestationState.NONE
+    is_in_memory: bool = False

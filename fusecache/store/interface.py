@@ -9,7 +9,7 @@ from typing import Protocol
 
 from fusecache.store.info import ObjectInfo, StoreUsage
 from fusecache.store.object import StoredObject
-from fusecache.store.paths import Paces
+from fusecache.store.tier_placement import MeasuredRates
 from fusecache.types import ObjectId, ObjectVersion
 
 
@@ -17,7 +17,7 @@ class BlockStore(Protocol):
     """A Store, or several that look like one (tiers.py). Thread-safe; for what the methods do, see Store."""
 
     is_spare: Callable[[ObjectId], bool] | None
-    elsewhere: Callable[[ObjectVersion], float | None] | None
+    estimate_peer_throughput: Callable[[ObjectVersion], float | None] | None
     """How fast other nodes would give all of a version, in bytes per second; None: they can't."""
 
     @property
@@ -38,11 +38,11 @@ class BlockStore(Protocol):
         """Whether all of a version is here, as far as can be told without opening it."""
         ...
 
-    def in_place(self, version: ObjectVersion) -> AbstractContextManager[object]:
+    def open_in_place(self, version: ObjectVersion) -> AbstractContextManager[object]:
         """While this is entered, the version is opened where most of it is now, however slow. Raises StoreError."""
         ...
 
-    def paces(self, *, wait: bool = False) -> Paces:
+    def measured_rates(self, *, wait_for_measurement: bool = False) -> MeasuredRates:
         """What was measured, where that decides something. With `wait` a measurement that is under way is waited for,
         some seconds at most."""
         ...
@@ -63,6 +63,6 @@ class BlockStore(Protocol):
         """Evict one object; returns the bytes freed. Raises StoreError."""
         ...
 
-    def pin(self, object_id: ObjectId, pinned: bool) -> None:
+    def set_pinned(self, object_id: ObjectId, is_pinned: bool) -> None:
         """Keep it from eviction, or let it go again. Raises StoreError."""
         ...

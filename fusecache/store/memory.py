@@ -21,12 +21,12 @@ from pathlib import Path
 import xxhash
 
 from fusecache.errors import StoreError
-from fusecache.store import format, locks
+from fusecache.store.disk import format, locks
 
 _log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"fusecache-[0-9a-f]{16}")
-_WAIT = 10.0
+_LOCK_TIMEOUT = 10.0
 """Seconds to wait for an earlier daemon of the same mount, which is ending."""
 
 
@@ -35,18 +35,18 @@ class MemoryDirectory:
     in it stays, if it can be used; otherwise it is empty. Raises StoreError, in one line that names the way out."""
 
     def __init__(
-        self, base: Path, *, runtime_dir: Path, mountpoint: Path, block_size: int, keep: bool
+        self, base: Path, *, runtime_dir: Path, mountpoint: Path, block_size: int, keep_objects: bool
     ) -> None:
         # the namespace: containers may share the tmpfs, and have mounts of the same path
         namespace = os.stat("/proc/self/ns/mnt").st_ino
         mount = os.fsencode(f"{namespace}\0{runtime_dir}\0{mountpoint}")
         self.path = base / f"fusecache-{xxhash.xxh3_64_hexdigest(mount)}"
         try:
-            _sweep(base, self.path.name)
-            self._fd = self._take()
+            _remove_leftovers(base, self.path.name)
+            self._fd = self._create_and_lock_directory()
             try:
-                if not (keep and _block_size(self.path) == block_size):
-                    _empty(self.path)
+                if not (keep_objects and _read_block_size(self.path) == block_size):
+                    _clear_directory(self.path)
             except BaseException:
                 os.close(self._fd)
                 raise
@@ -55,9 +55,9 @@ class MemoryDirectory:
                 f"memory_dir {base} can't be used: {error.strerror}: set it to a tmpfs that may be written to"
             ) from error
 
-    def _take(self) -> int:
+    def _create_and_lock_directory(self) -> int:
         """Make it if need be, and own it; the descriptor that does."""
-        until = time.monotonic() + _WAIT
+        until = time.monotonic() + _LOCK_TIMEOUT
         while True:
             with contextlib.suppress(FileExistsError):
                 self.path.mkdir(mode=0o700)
@@ -81,20 +81,20 @@ class MemoryDirectory:
                 if not taken:
                     os.close(fd)
 
-    def remove(self) -> None:
+    def remove_directory(self) -> None:
         """Remove it with all that is in it, and own it no more."""
         shutil.rmtree(self.path, ignore_errors=True)
-        self.close()
+        self.release_ownership()
 
-    def close(self) -> None:
+    def release_ownership(self) -> None:
         """Own it no more, as when the daemon is killed."""
         os.close(self._fd)
 
 
-def _sweep(base: Path, mine: str) -> None:
+def _remove_leftovers(base: Path, own_name: str) -> None:
     """Remove what mounts left behind that are gone."""
     with os.scandir(base) as entries:
-        found = [entry.name for entry in entries if _NAME.fullmatch(entry.name) and entry.name != mine]
+        found = [entry.name for entry in entries if _NAME.fullmatch(entry.name) and entry.name != own_name]
     for name in found:
         path = base / name
         try:
@@ -109,7 +109,7 @@ def _sweep(base: Path, mine: str) -> None:
             os.close(fd)
 
 
-def _block_size(directory: Path) -> int | None:
+def _read_block_size(directory: Path) -> int | None:
     """That of the store in there, if this version of the program can use it."""
     try:
         return format.parse_format((directory / "format").read_bytes())
@@ -117,7 +117,7 @@ def _block_size(directory: Path) -> int | None:
         return None
 
 
-def _empty(directory: Path) -> None:
+def _clear_directory(directory: Path) -> None:
     for path in directory.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

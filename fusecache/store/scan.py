@@ -18,12 +18,12 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from fusecache.store import files as fs
-from fusecache.store.files import Layout
-from fusecache.store.health import Health
-from fusecache.store.index import Index
-from fusecache.store.ledger import Ledger
-from fusecache.store.records import Records, from_summary
+from fusecache.store.disk import files as fs
+from fusecache.store.disk.files import CacheDirectory
+from fusecache.store.disk.ledger import Ledger
+from fusecache.store.health import DiskHealth
+from fusecache.store.index import ObjectIndex
+from fusecache.store.records import ObjectTable, record_from_summary
 from fusecache.types import ObjectId
 
 _log = logging.getLogger(__name__)
@@ -46,26 +46,26 @@ class Scanner:
 
     def __init__(
         self,
-        layout: Layout,
+        cache_directory: CacheDirectory,
         ledger: Ledger,
-        health: Health,
-        records: Records,
-        busy: Callable[[ObjectId], bool],
-        keep: Callable[[], None],
+        health: DiskHealth,
+        object_table: ObjectTable,
+        is_open: Callable[[ObjectId], bool],
+        enforce_limits: Callable[[], None],
     ) -> None:
-        self.loaded = threading.Event()
-        self.scanned = threading.Event()
-        self._layout = layout
+        self.index_loaded = threading.Event()
+        self.scan_finished = threading.Event()
+        self._cache_directory = cache_directory
         self._ledger = ledger
         self._health = health
-        self._records = records
-        self._busy = busy
-        self._keep = keep
-        self._mtimes: dict[str, int] = {}
-        self._refreshing = threading.Lock()
-        self._stop = threading.Event()
-        self._order_dirty = False
-        self._order_saved = 0.0
+        self._object_table = object_table
+        self._is_open = is_open
+        self._enforce_limits = enforce_limits
+        self._folder_mtimes: dict[str, int] = {}
+        self._refresh_lock = threading.Lock()
+        self._stop_requested = threading.Event()
+        self._is_order_unsaved = False
+        self._order_saved_at = 0.0
         self._thread = threading.Thread(target=self._run, name="fusecache-store", daemon=True)
 
     def start(self) -> None:
@@ -74,153 +74,161 @@ class Scanner:
 
     def stop(self, timeout: float) -> None:
         """Flush the index and end; waits at most `timeout` seconds."""
-        self._stop.set()
+        self._stop_requested.set()
         if self._thread.is_alive():
             self._thread.join(timeout)
 
     def _run(self) -> None:
-        index = Index(self._layout.index)
+        index = ObjectIndex(self._cache_directory.index_path)
         try:
-            self._records.load(*index.load())
-            self.loaded.set()
+            self._object_table.load_records(*index.load_records())
+            self.index_loaded.set()
             try:
-                self._recount()
+                self._recount_ledger()
             finally:
-                self.scanned.set()
-            self._keep()
-            while not self._stop.wait(FLUSH_INTERVAL):
-                self._flush(index)
+                self.scan_finished.set()
+            self._enforce_limits()
+            while not self._stop_requested.wait(FLUSH_INTERVAL):
+                self._flush_index(index)
                 # what a process that died was writing is found by a walk over everything only
-                if self._ledger.counted and not self._somebody_died():
-                    self.refresh()
+                if self._ledger.is_counted and not self._void_dead_reservations():
+                    self.scan_folders()
                 else:
-                    self._recount()
-                self._keep()
-            self._flush(index, order=True)
+                    self._recount_ledger()
+                self._enforce_limits()
+            self._flush_index(index, with_order=True)
         except Exception:
-            _log.exception("cache directory %s: the background scan ended", self._layout.directory)
+            _log.exception("cache directory %s: the background scan ended", self._cache_directory.path)
         finally:
-            self.loaded.set()
+            self.index_loaded.set()
             index.close()
 
-    def _somebody_died(self) -> bool:
+    def _void_dead_reservations(self) -> bool:
         try:
-            return self._ledger.drop_dead()
+            return self._ledger.void_dead_reservations()
         except OSError as error:
-            self._health.failed(error)
+            self._health.report_failure(error)
             return False
 
-    def _flush(self, index: Index, *, order: bool = False) -> None:
-        changed, dropped = self._records.take_dirty()
+    def _flush_index(self, index: ObjectIndex, *, with_order: bool = False) -> None:
+        changed, dropped = self._object_table.pop_changes()
         if changed or dropped:
             placed = []
             for object_id, record in changed:
-                uses, main = self._records.place(object_id)
-                placed.append((object_id, replace(record, accesses=uses, main=main)))
-            index.save(placed, dropped)
-            self._order_dirty = True
+                uses, main = self._object_table.eviction_place(object_id)
+                placed.append((object_id, replace(record, accesses=uses, is_in_main=main)))
+            index.save_changes(placed, dropped)
+            self._is_order_unsaved = True
         now = time.monotonic()
-        if self._order_dirty and (order or now >= self._order_saved + _ORDER_INTERVAL):
-            index.save_order(*self._records.order())
-            self._order_dirty, self._order_saved = False, now
+        if self._is_order_unsaved and (with_order or now >= self._order_saved_at + _ORDER_INTERVAL):
+            index.save_order(*self._object_table.eviction_order())
+            self._is_order_unsaved, self._order_saved_at = False, now
 
-    def _recount(self) -> None:
+    def _recount_ledger(self) -> None:
         try:
-            with self._layout.exclusive() as locked:
+            with self._cache_directory.exclusive_lock() as locked:
                 before = self._ledger.start_recount() if locked else None
             counted: int | None = None
             try:
-                counted = self.refresh(everything=True)
+                counted = self.scan_folders(everything=True)
             finally:
                 if before is not None:
-                    with self._layout.exclusive() as locked:
+                    with self._cache_directory.exclusive_lock() as locked:
                         change = self._ledger.finish_recount(before, counted if locked else None)
                     if change:
                         _log.info(
-                            "cache directory %s: recounted, off by %d bytes", self._layout.directory, change
+                            "cache directory %s: recounted, off by %d bytes",
+                            self._cache_directory.path,
+                            change,
                         )
         except OSError as error:
-            self._health.failed(error)
+            self._health.report_failure(error)
 
-    def refresh(self, *, everything: bool = False) -> int | None:
+    def scan_folders(self, *, everything: bool = False) -> int | None:
         """Look at what is new in the directories that changed, or at everything; returns the bytes stored in what was
         looked at, None if it was cut short."""
         total = 0
-        with self._refreshing:
+        with self._refresh_lock:
             seen: set[str] = set()
             known: dict[str, set[ObjectId]] = {}
-            for object_id, _ in self._records.snapshot():
+            for object_id, _ in self._object_table.snapshot():
                 known.setdefault(object_id[:2], set()).add(object_id)
             try:
-                with os.scandir(self._layout.data) as entries:
+                with os.scandir(self._cache_directory.data_root) as entries:
                     folders = [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
                 for entry in folders:
                     seen.add(entry.name)
                     mtime = os.stat(entry.path).st_mtime_ns
-                    if everything or self._mtimes.get(entry.name) != mtime:
-                        part = self._folder(entry.name, known.get(entry.name, set()), trim=everything)
+                    if everything or self._folder_mtimes.get(entry.name) != mtime:
+                        part = self._scan_folder(
+                            entry.name, known.get(entry.name, set()), free_uncommitted=everything
+                        )
                         if part is None:
                             return None
-                        self._mtimes[entry.name] = mtime
+                        self._folder_mtimes[entry.name] = mtime
                         total += part
             except OSError as error:
-                self._health.failed(error)
+                self._health.report_failure(error)
                 return None
             for name in known.keys() - seen:
-                self._drop(known[name])
+                self._forget_objects(known[name])
         return total
 
-    def _folder(self, name: str, known: set[ObjectId], *, trim: bool) -> int | None:
-        names = set(os.listdir(self._layout.data / name))
+    def _scan_folder(self, name: str, known: set[ObjectId], *, free_uncommitted: bool) -> int | None:
+        names = set(os.listdir(self._cache_directory.data_root / name))
         ids = {x.partition(".")[0] for x in names}
         total = 0
         for text in sorted(ids):
-            if self._stop.is_set():
+            if self._stop_requested.is_set():
                 return None
             if _OBJECT_ID.fullmatch(text):
                 whole = f"{text}.data" in names and f"{text}.blocks" in names and f"{text}.new" not in names
-                record = None if trim or not whole else self._records.get(ObjectId(text))
-                if record is not None and record.complete:
+                record = None if free_uncommitted or not whole else self._object_table.get(ObjectId(text))
+                if record is not None and record.is_complete:
                     continue
-                total += self._look(ObjectId(text), whole, trim)
-        self._drop(known - ids)
+                total += self._scan_object(ObjectId(text), whole, free_uncommitted)
+        self._forget_objects(known - ids)
         return total
 
-    def _look(self, object_id: ObjectId, whole: bool, trim: bool) -> int:
+    def _scan_object(self, object_id: ObjectId, has_both_files: bool, free_uncommitted: bool) -> int:
         """Take over what the files say; returns the bytes stored."""
-        self._records.watch(object_id)
+        self._object_table.watch_object(object_id)
         try:
-            summary = fs.summarize(self._layout, object_id) if whole else None
+            summary = fs.read_summary(self._cache_directory, object_id) if has_both_files else None
             if summary is None:
-                self._clean(object_id)
-                summary = fs.summarize(self._layout, object_id)
-            if trim and summary is not None and fs.may_trim(self._layout, summary):
-                fs.trim(self._layout, object_id)
+                self._remove_crash_leftovers(object_id)
+                summary = fs.read_summary(self._cache_directory, object_id)
+            if (
+                free_uncommitted
+                and summary is not None
+                and fs.may_have_uncommitted_space(self._cache_directory, summary)
+            ):
+                fs.free_uncommitted_space(self._cache_directory, object_id)
         except FileNotFoundError:
             return 0  # evicted meanwhile
         except OSError as error:
-            self._health.failed(error)
+            self._health.report_failure(error)
             return 0
         if summary is None:
-            self._drop((object_id,))
+            self._forget_objects((object_id,))
             return 0
-        if not self._busy(object_id):
-            self._records.put_watched(object_id, from_summary(summary))
+        if not self._is_open(object_id):
+            self._object_table.put_if_unchanged(object_id, record_from_summary(summary))
         return summary.stored_bytes
 
-    def _drop(self, gone: Iterable[ObjectId]) -> None:
-        for object_id in gone:
-            if not self._busy(object_id):
-                self._records.drop(object_id)
+    def _forget_objects(self, object_ids: Iterable[ObjectId]) -> None:
+        for object_id in object_ids:
+            if not self._is_open(object_id):
+                self._object_table.forget_object(object_id)
 
-    def _clean(self, object_id: str) -> None:
+    def _remove_crash_leftovers(self, object_id: str) -> None:
         """Remove what a crash left: half a pair, or a file that is broken. Creation holds the same lock."""
-        with self._layout.exclusive() as locked:
+        with self._cache_directory.exclusive_lock() as locked:
             if not locked:
                 return
-            self._layout.blocks_path(object_id).with_suffix(".new").unlink(missing_ok=True)
+            self._cache_directory.blocks_path(object_id).with_suffix(".new").unlink(missing_ok=True)
             if (
-                fs.summarize(self._layout, object_id) is None
-                or not self._layout.data_path(object_id).exists()
+                fs.read_summary(self._cache_directory, object_id) is None
+                or not self._cache_directory.data_path(object_id).exists()
             ):
-                fs.discard_unused(self._layout, object_id)
+                fs.unlink_object_if_unused(self._cache_directory, object_id)

@@ -18,78 +18,78 @@ from dataclasses import fields
 from pathlib import Path
 
 from fusecache.errors import StoreError
-from fusecache.store import paths, probe
+from fusecache.store import probe, tier_placement
 from fusecache.store.info import ObjectInfo, StoreUsage
 from fusecache.store.object import StoredObject
-from fusecache.store.pace import LASTING, Best, Busy
-from fusecache.store.paths import Found, Paces
 from fusecache.store.store import Store
+from fusecache.store.throughput import MEASUREMENT_LIFETIME, BusyThroughput, PeakThroughput
+from fusecache.store.tier_placement import MeasuredRates, TierCandidate
 from fusecache.types import ObjectId, ObjectVersion
 
 _log = logging.getLogger(__name__)
 
-_PROBE = 10.0
+_MEASURE_TIMEOUT = 10.0
 """Seconds to wait for a measurement."""
 
 
-class Meter:
+class ThroughputMeter:
     """Measures what `store=auto` goes by: the disk below `directory`, now and then, in a thread of its own; and what is
     written to both stores. Thread-safe. `floor`: bytes that a measurement leaves free there."""
 
     def __init__(
         self,
         directory: Path,
-        floor: int,
-        measure: Callable[[Path], tuple[float, float] | None] = probe.measure,
+        free_floor: int,
+        measure_rates: Callable[[Path], tuple[float, float] | None] = probe.measure_disk_rates,
     ) -> None:
         self._directory = directory
-        self._floor = floor
-        self._measure = measure
+        self._free_floor = free_floor
+        self._measure_rates = measure_rates
         self._lock = threading.Lock()
-        self._arriving = Best()
-        self._disk = Busy()
-        self._measured: tuple[float, float] | None = None
-        self._due = 0.0
+        self._network_peak = PeakThroughput()
+        self._disk_writes = BusyThroughput()
+        self._disk_rates: tuple[float, float] | None = None
+        self._measure_at = 0.0
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def to_disk(self, length: int) -> Iterator[None]:
+    def observe_disk_write(self, length: int) -> Iterator[None]:
         """So many bytes are written to the disk while this is entered."""
         with self._lock:
-            self._disk.begin(time.monotonic())
+            self._disk_writes.begin_call(time.monotonic())
         try:
             yield
         finally:
             now = time.monotonic()
             with self._lock:
-                self._disk.end(now, length)
-                self._arriving.add(now, length)
+                self._disk_writes.end_call(now, length)
+                self._network_peak.add_arrival(now, length)
 
     @contextmanager
-    def to_memory(self, length: int) -> Iterator[None]:
+    def observe_memory_write(self, length: int) -> Iterator[None]:
         """So many bytes are written to memory."""
         yield
         with self._lock:
-            self._arriving.add(time.monotonic(), length)
+            self._network_peak.add_arrival(time.monotonic(), length)
 
-    def paces(self) -> Paces:
+    def measured_rates(self) -> MeasuredRates:
         """What is known now."""
         now = time.monotonic()
         with self._lock:
-            if now >= self._due and (self._thread is None or not self._thread.is_alive()):
-                self._due = now + LASTING
-                self._thread = threading.Thread(target=self._look, name="disk-pace", daemon=True)
+            if now >= self._measure_at and (self._thread is None or not self._thread.is_alive()):
+                self._measure_at = now + MEASUREMENT_LIFETIME
+                self._thread = threading.Thread(target=self._measure_disk, name="disk-pace", daemon=True)
                 self._thread.start()
-            write, read = self._measured or (None, None)
-            known = [pace for pace in (write, self._disk.per_second(now)) if pace is not None]
-            return Paces(min(known, default=None), read, self._arriving.per_second(now))
+            write, read = self._disk_rates or (None, None)
+            known = [pace for pace in (write, self._disk_writes.bytes_per_second(now)) if pace is not None]
+            return MeasuredRates(min(known, default=None), read, self._network_peak.bytes_per_second(now))
 
-    def _look(self) -> None:
+    def _measure_disk(self) -> None:
         try:
             found = os.statvfs(self._directory)
             measured = None
-            if found.f_bavail * found.f_frsize > self._floor + probe.MOST:
-                measured = self._measure(self._directory)
+            if found.f_bavail * found.f_frsize > self._free_floor + probe.MAX_WRITTEN_BYTES:
+                measured = self._measure_rates(self._directory)
         except OSError as error:
             _log.info("the pace of %s is not known: %s", self._directory, error.strerror)
             return
@@ -97,133 +97,136 @@ class Meter:
             write, read = (pace / 2**20 for pace in measured)
             _log.info("%s: writes %.0f MiB/s, reads %.0f MiB/s", self._directory, write, read)
         with self._lock:
-            self._measured = measured
+            self._disk_rates = measured
 
-    def wait(self) -> None:
+    def wait_for_measurement(self) -> None:
         """Wait for a measurement that is under way, some seconds at most."""
         thread = self._thread
         if thread is not None:
-            thread.join(_PROBE)
+            thread.join(_MEASURE_TIMEOUT)
 
     def close(self) -> None:
         """Leave no measurement under way."""
-        self.wait()
+        self.wait_for_measurement()
 
 
-class Tiers:
+class TieredStore:
     """See BlockStore. `small_size` (bytes): larger objects are kept in memory; or with a `meter`: what the disk is too
     slow for. Who made the stores and the meter closes them."""
 
     def __init__(
-        self, disk: Store, memory: Store, *, small_size: int = 0, meter: Meter | None = None
+        self, disk: Store, memory: Store, *, small_size: int = 0, meter: ThroughputMeter | None = None
     ) -> None:
-        self.elsewhere: Callable[[ObjectVersion], float | None] | None = None
+        self.estimate_peer_throughput: Callable[[ObjectVersion], float | None] | None = None
         """See BlockStore."""
-        self._disk = disk
-        self._memory = memory
-        self._both = (memory, disk)
+        self._disk_store = disk
+        self._memory_store = memory
+        self._stores = (memory, disk)
         self._small_size = small_size
         self._meter = meter
         self._lock = threading.Lock()
         if meter is not None:
-            disk.watch(meter.to_disk)
-            memory.watch(meter.to_memory)
-            meter.paces()  # begins to measure
+            disk.observe_writes(meter.observe_disk_write)
+            memory.observe_writes(meter.observe_memory_write)
+            meter.measured_rates()  # begins to measure
 
     @property
     def directories(self) -> Sequence[Path]:
         """See BlockStore."""
-        return (self._disk.directory, self._memory.directory)
+        return (self._disk_store.directory, self._memory_store.directory)
 
     @property
     def block_size(self) -> int:
         """See BlockStore."""
-        return self._disk.block_size
+        return self._disk_store.block_size
 
     @property
     def is_spare(self) -> Callable[[ObjectId], bool] | None:
         """See Store."""
-        return self._disk.is_spare
+        return self._disk_store.is_spare
 
     @is_spare.setter
     def is_spare(self, spare: Callable[[ObjectId], bool] | None) -> None:
-        self._disk.is_spare = self._memory.is_spare = spare
+        self._disk_store.is_spare = self._memory_store.is_spare = spare
 
     # -- opening
 
     def open(self, version: ObjectVersion) -> StoredObject:
         """See BlockStore."""
         with self._lock:
-            return self._place(version).open(version)
+            return self._choose_store_locked(version).open(version)
 
     def has_whole(self, version: ObjectVersion) -> bool:
         """See BlockStore."""
-        return any(store.has_whole(version) for store in self._both)
+        return any(store.has_whole(version) for store in self._stores)
 
-    def in_place(self, version: ObjectVersion) -> AbstractContextManager[StoredObject]:
+    def open_in_place(self, version: ObjectVersion) -> AbstractContextManager[StoredObject]:
         """See BlockStore."""
         with self._lock:
-            return self._place(version, moves=False).in_place(version)
+            return self._choose_store_locked(version, may_move=False).open_in_place(version)
 
-    def _place(self, version: ObjectVersion, *, moves: bool = True) -> Store:
+    def _choose_store_locked(self, version: ObjectVersion, *, may_move: bool = True) -> Store:
         """Where to open it: where it is open; or by the rules, unless something is there and it does not move."""
-        for store in self._both:
+        for store in self._stores:
             if store.is_open(version.id):
                 return store
-        found = self._found(version)
-        if not moves and (found.on_disk or found.in_memory):
-            in_memory = found.in_memory >= found.on_disk
+        found = self._describe_candidate(version)
+        if not may_move and (found.disk_bytes or found.memory_bytes):
+            in_memory = found.memory_bytes >= found.disk_bytes
         else:
-            in_memory = self._in_memory(found)
-        return self._memory if in_memory else self._disk
+            in_memory = self._belongs_in_memory(found)
+        return self._memory_store if in_memory else self._disk_store
 
-    def paces(self, *, wait: bool = False) -> Paces:
+    def measured_rates(self, *, wait_for_measurement: bool = False) -> MeasuredRates:
         """See BlockStore."""
         if self._meter is None:
-            return Paces()
-        found = self._meter.paces()
-        if wait:
-            self._meter.wait()
-            found = self._meter.paces()
+            return MeasuredRates()
+        found = self._meter.measured_rates()
+        if wait_for_measurement:
+            self._meter.wait_for_measurement()
+            found = self._meter.measured_rates()
         return found
 
-    def _found(self, version: ObjectVersion) -> Found:
+    def _describe_candidate(self, version: ObjectVersion) -> TierCandidate:
         def elsewhere() -> float | None:
-            return None if self.elsewhere is None else self.elsewhere(version)
+            return None if self.estimate_peer_throughput is None else self.estimate_peer_throughput(version)
 
-        return Found(
+        return TierCandidate(
             version.size,
-            self._disk.present_bytes(version.id),
-            self._memory.present_bytes(version.id),
-            fits=lambda: self._memory.taken(time.time() - LASTING) + version.size <= self._memory.limit,
-            elsewhere=elsewhere,
-            resident=lambda: self._is_resident(version),
+            self._disk_store.present_bytes(version.id),
+            self._memory_store.present_bytes(version.id),
+            fits_in_memory=lambda: (
+                self._memory_store.recently_used_bytes(time.time() - MEASUREMENT_LIFETIME) + version.size
+                <= self._memory_store.limit
+            ),
+            estimate_peer_throughput=elsewhere,
+            is_in_page_cache=lambda: self._is_in_page_cache(version),
         )
 
-    def _is_resident(self, version: ObjectVersion) -> bool:
+    def _is_in_page_cache(self, version: ObjectVersion) -> bool:
         try:
-            with self._disk.in_place(version) as stored:
-                return probe.is_resident(stored.fileno(), version.size)
+            with self._disk_store.open_in_place(version) as stored:
+                return probe.is_in_page_cache(stored.fileno(), version.size)
         except (StoreError, OSError):
             return True
 
-    def _in_memory(self, found: Found) -> bool:
+    def _belongs_in_memory(self, candidate: TierCandidate) -> bool:
         if self._meter is None:
-            return paths.small_in_memory(found, self._small_size)
-        return paths.auto_in_memory(found, self._meter.paces())
+            return tier_placement.small_belongs_in_memory(candidate, self._small_size)
+        return tier_placement.auto_belongs_in_memory(candidate, self._meter.measured_rates())
 
     # -- both of them
 
     def usage(self) -> StoreUsage:
         """See BlockStore."""
-        memory, disk = (store.usage() for store in self._both)
+        memory, disk = (store.usage() for store in self._stores)
         both = {field.name: getattr(memory, field.name) + getattr(disk, field.name) for field in fields(disk)}
         return StoreUsage(**{**both, "sick": memory.sick or disk.sick})
 
     def objects(self) -> list[ObjectInfo]:
         """See BlockStore."""
         found: dict[ObjectId, ObjectInfo] = {}
-        for store in self._both:
+        for store in self._stores:
             for info in store.objects():
                 known = found.get(info.id)
                 if known is None or known.present_bytes < info.present_bytes:
@@ -232,16 +235,16 @@ class Tiers:
 
     def version_of(self, object_id: ObjectId) -> ObjectVersion | None:
         """See BlockStore."""
-        return self._memory.version_of(object_id) or self._disk.version_of(object_id)
+        return self._memory_store.version_of(object_id) or self._disk_store.version_of(object_id)
 
     def evict(self, object_id: ObjectId) -> int:
         """See BlockStore."""
-        return sum(store.evict(object_id) for store in self._both)
+        return sum(store.evict(object_id) for store in self._stores)
 
-    def pin(self, object_id: ObjectId, pinned: bool) -> None:
+    def set_pinned(self, object_id: ObjectId, is_pinned: bool) -> None:
         """See BlockStore."""
-        for store in self._both:
+        for store in self._stores:
             if store.present_bytes(object_id):
-                store.pin(object_id, pinned)
+                store.set_pinned(object_id, is_pinned)
                 return
-        self._disk.pin(object_id, pinned)
+        self._disk_store.set_pinned(object_id, is_pinned)

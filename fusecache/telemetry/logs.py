@@ -29,16 +29,16 @@ from fusecache.errors import ConfigError
 
 REDACTED = "[secret]"
 HANDLER_NAME = "fusecache"
-BURST = 5
-WINDOW = 60.0
+BURST_EVENTS = 5
+BURST_WINDOW_SECONDS = 60.0
 """At most BURST equal events (same logger, level and message text before its arguments) in WINDOW seconds."""
-_MOST_KEYS = 1024
-_OURS = ("fusecache", "__main__")
+_MAX_EVENT_KINDS = 1024
+_OWN_LOGGERS = ("fusecache", "__main__")
 
 
 def configure_logging(
     level: Literal["debug", "info", "warning", "error"] = "info",
-    format: Literal["text", "json"] = "text",
+    log_format: Literal["text", "json"] = "text",
     *,
     file: Path | None = None,
     stream: TextIO | None = None,
@@ -55,7 +55,7 @@ def configure_logging(
             handler = _PrivateFileHandler(file, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise ConfigError(f"log_file {file}: {error.strerror}") from error
-    handler.setFormatter(make_formatter(format, secrets))
+    handler.setFormatter(make_formatter(log_format, secrets))
     handler.addFilter(RepeatFilter())
     handler.set_name(HANDLER_NAME)
     root = logging.getLogger()
@@ -65,7 +65,7 @@ def configure_logging(
             old.close()
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
-    for name in _OURS:
+    for name in _OWN_LOGGERS:
         logging.getLogger(name).setLevel(level.upper())
     # A full disk below the log must not print tracebacks into whatever stderr is.
     logging.raiseExceptions = False
@@ -79,7 +79,7 @@ class _PrivateFileHandler(logging.handlers.WatchedFileHandler):
         return TextIOWrapper(open(descriptor, "ab"), encoding=self.encoding, errors=self.errors)
 
 
-def make_formatter(format: Literal["text", "json"], secrets: Iterable[str]) -> logging.Formatter:
+def make_formatter(log_format: Literal["text", "json"], secrets: Iterable[str]) -> logging.Formatter:
     """A formatter for any handler of the standard library."""
     shared: list[Processor] = [
         structlog.stdlib.add_log_level,
@@ -88,17 +88,17 @@ def make_formatter(format: Literal["text", "json"], secrets: Iterable[str]) -> l
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _one_line_exception,
     ]
-    render = _render_json if format == "json" else _render_text
+    render = _render_json if log_format == "json" else _render_text
     inner = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared,
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, render],
         keep_exc_info=False,
         use_get_message=True,
     )
-    return _Redacting(inner, secrets)
+    return _RedactingFormatter(inner, secrets)
 
 
-class _Redacting(logging.Formatter):
+class _RedactingFormatter(logging.Formatter):
     def __init__(self, inner: logging.Formatter, secrets: Iterable[str]) -> None:
         super().__init__()
         self._inner = inner
@@ -107,11 +107,11 @@ class _Redacting(logging.Formatter):
             if len(secret) >= 4:  # shorter ones would black out ordinary words
                 forms |= {secret, quote(secret, safe=""), quote_plus(secret), json.dumps(secret)[1:-1]}
                 forms.add(repr(secret)[1:-1])
-        self._forms = sorted(forms, key=len, reverse=True)
+        self._secret_forms = sorted(forms, key=len, reverse=True)
 
     def format(self, record: logging.LogRecord) -> str:
         line = self._inner.format(record)
-        for form in self._forms:
+        for form in self._secret_forms:
             line = line.replace(form, REDACTED)
         return line
 
@@ -136,19 +136,18 @@ def _render_json(logger: WrappedLogger, name: str, event: EventDict) -> str:
 
 
 def _render_text(logger: WrappedLogger, name: str, event: EventDict) -> str:
-    head = (
-        f"{event.pop('timestamp')} {event.pop('level'):<7} {event.pop('logger')}: {_flat(event.pop('event'))}"
-    )
-    return head + "".join(f" {key}={_value(value)}" for key, value in event.items())
+    origin = f"{event.pop('timestamp')} {event.pop('level'):<7} {event.pop('logger')}"
+    head = f"{origin}: {_escape_control(event.pop('event'))}"
+    return head + "".join(f" {key}={_quote_value(value)}" for key, value in event.items())
 
 
-def _flat(value: object) -> str:
+def _escape_control(value: object) -> str:
     """Control characters escaped: a file name with a newline must not forge a line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
-def _value(value: object) -> str:
-    text = _flat(value)
+def _quote_value(value: object) -> str:
+    text = _escape_control(value)
     return json.dumps(text, ensure_ascii=False) if not text or any(c in text for c in " =\"'") else text
 
 
@@ -160,7 +159,7 @@ class RepeatFilter(logging.Filter):
         super().__init__()
         self._clock = clock
         self._lock = threading.Lock()
-        self._seen: OrderedDict[tuple[str, int, str], list[float]] = (
+        self._windows: OrderedDict[tuple[str, int, str], list[float]] = (
             OrderedDict()
         )  # window start, passed, held
 
@@ -171,19 +170,19 @@ class RepeatFilter(logging.Filter):
         key = (record.name, record.levelno, str(record.msg))
         now = self._clock()
         with self._lock:
-            entry = self._seen.pop(key, None)
+            entry = self._windows.pop(key, None)
             if entry is None:
                 entry = [now, 0, 0]
-            self._seen[key] = entry
-            if len(self._seen) > _MOST_KEYS:
-                self._seen.popitem(last=False)
-            if now - entry[0] >= WINDOW:
+            self._windows[key] = entry
+            if len(self._windows) > _MAX_EVENT_KINDS:
+                self._windows.popitem(last=False)
+            if now - entry[0] >= BURST_WINDOW_SECONDS:
                 held = int(entry[2])
                 entry[:] = [now, 0, 0]
                 if held:
                     record.repeats_held_back = held
             entry[1] += 1
-            if entry[1] <= BURST:
+            if entry[1] <= BURST_EVENTS:
                 return True
             entry[2] += 1
             return False

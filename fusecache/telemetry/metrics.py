@@ -17,21 +17,21 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Definition:
+class MetricDefinition:
     """One metric. `name` ends in its unit (and `_total` for a counter, which only grows while the daemon
     runs). `path` leads to it in the status; with a `label`, to an object whose keys `values` (all keys, if
     empty) are the label's values."""
 
     name: str
     kind: Literal["counter", "gauge"]
-    path: str
+    status_path: str
     meaning: str
     label: str = ""
-    values: Mapping[str, str] | None = None
+    label_values: Mapping[str, str] | None = None
 
 
-METRICS: tuple[Definition, ...] = (
-    Definition(
+METRICS: tuple[MetricDefinition, ...] = (
+    MetricDefinition(
         "fusecache_served_bytes_total",
         "counter",
         "bytes",
@@ -39,7 +39,7 @@ METRICS: tuple[Definition, ...] = (
         "tier",
         {"store": "store", "peer": "peer", "origin": "origin"},
     ),
-    Definition(
+    MetricDefinition(
         "fusecache_opens_total",
         "counter",
         "opens",
@@ -47,11 +47,17 @@ METRICS: tuple[Definition, ...] = (
         "by",
         {"passthrough": "passthrough", "daemon": "daemon"},
     ),
-    Definition("fusecache_cache_used_bytes", "gauge", "cache.used", "Bytes in the cache, disk and memory."),
-    Definition("fusecache_cache_limit_bytes", "gauge", "cache.limit", "Most bytes to keep there."),
-    Definition("fusecache_cache_memory_used_bytes", "gauge", "cache.memory_used", "Bytes of it in memory."),
-    Definition("fusecache_cache_memory_limit_bytes", "gauge", "cache.memory_limit", "Most bytes in memory."),
-    Definition(
+    MetricDefinition(
+        "fusecache_cache_used_bytes", "gauge", "cache.used", "Bytes in the cache, disk and memory."
+    ),
+    MetricDefinition("fusecache_cache_limit_bytes", "gauge", "cache.limit", "Most bytes to keep there."),
+    MetricDefinition(
+        "fusecache_cache_memory_used_bytes", "gauge", "cache.memory_used", "Bytes of it in memory."
+    ),
+    MetricDefinition(
+        "fusecache_cache_memory_limit_bytes", "gauge", "cache.memory_limit", "Most bytes in memory."
+    ),
+    MetricDefinition(
         "fusecache_cache_objects",
         "gauge",
         "cache",
@@ -59,84 +65,94 @@ METRICS: tuple[Definition, ...] = (
         "state",
         {"objects_complete": "complete", "objects_partial": "partial"},
     ),
-    Definition("fusecache_cache_evictions_total", "counter", "cache.evictions", "Object versions evicted."),
-    Definition(
+    MetricDefinition(
+        "fusecache_cache_evictions_total", "counter", "cache.evictions", "Object versions evicted."
+    ),
+    MetricDefinition(
         "fusecache_cache_corrupt_blocks_total",
         "counter",
         "cache.corrupt_blocks",
         "Blocks whose checksum was wrong; they were fetched again.",
     ),
-    Definition("fusecache_cache_sick", "gauge", "cache.sick", "1 while the cache disk is bypassed."),
-    Definition("fusecache_origin_requests_total", "counter", "origin.requests", "Requests to the sources."),
-    Definition("fusecache_origin_errors_total", "counter", "origin.errors", "Requests that failed."),
-    Definition(
+    MetricDefinition("fusecache_cache_sick", "gauge", "cache.sick", "1 while the cache disk is bypassed."),
+    MetricDefinition(
+        "fusecache_origin_requests_total", "counter", "origin.requests", "Requests to the sources."
+    ),
+    MetricDefinition("fusecache_origin_errors_total", "counter", "origin.errors", "Requests that failed."),
+    MetricDefinition(
         "fusecache_origin_throttled_total",
         "counter",
         "origin.throttled",
         "Requests answered with 429 or 503.",
     ),
-    Definition("fusecache_origin_retries_total", "counter", "origin.retries", "Requests made again."),
-    Definition("fusecache_origin_lists_total", "counter", "origin.lists", "LIST requests."),
-    Definition("fusecache_origin_received_bytes_total", "counter", "origin.bytes", "Bytes received."),
-    Definition(
+    MetricDefinition("fusecache_origin_retries_total", "counter", "origin.retries", "Requests made again."),
+    MetricDefinition("fusecache_origin_lists_total", "counter", "origin.lists", "LIST requests."),
+    MetricDefinition("fusecache_origin_received_bytes_total", "counter", "origin.bytes", "Bytes received."),
+    MetricDefinition(
         "fusecache_origin_concurrency", "gauge", "origin.concurrency", "Most requests in flight, as adapted."
     ),
-    Definition(
+    MetricDefinition(
         "fusecache_peers_received_bytes_total", "counter", "peers.bytes_in", "Bytes from other nodes."
     ),
-    Definition("fusecache_peers_sent_bytes_total", "counter", "peers.bytes_out", "Bytes to other nodes."),
-    Definition("fusecache_peers_nodes", "gauge", "peers.nodes", "Nodes of the cluster that are alive."),
-    Definition(
+    MetricDefinition(
+        "fusecache_peers_sent_bytes_total", "counter", "peers.bytes_out", "Bytes to other nodes."
+    ),
+    MetricDefinition("fusecache_peers_nodes", "gauge", "peers.nodes", "Nodes of the cluster that are alive."),
+    MetricDefinition(
         "fusecache_peers_errors_total", "counter", "peers.errors", "Requests to other nodes that failed."
     ),
-    Definition(
+    MetricDefinition(
         "fusecache_peers_bad_blocks_total",
         "counter",
         "peers.bad_blocks",
         "Blocks from other nodes whose checksum was wrong; they were fetched elsewhere.",
     ),
-    Definition(
+    MetricDefinition(
         "fusecache_peers_fallbacks_total",
         "counter",
         "peers.fallbacks",
         "Flights that went to the origin because the nodes before this one did not answer.",
     ),
-    Definition(
+    MetricDefinition(
         "fusecache_peers_refused_total", "counter", "peers.refused", "Requests that found no turn in time."
     ),
-    Definition("fusecache_peers_sending", "gauge", "peers.sending", "Answers to other nodes under way."),
-    Definition(
+    MetricDefinition(
+        "fusecache_peers_sending", "gauge", "peers.sending", "Answers to other nodes under way."
+    ),
+    MetricDefinition(
         "fusecache_loader_waiting_reads", "gauge", "loader.waiting_reads", "Reads that wait for a block."
     ),
-    Definition(
+    MetricDefinition(
         "fusecache_loader_fetching_bytes", "gauge", "loader.bytes_to_fetch", "Bytes still to fetch ahead."
     ),
-    Definition("fusecache_orders_stored", "gauge", "orders.stored", "Recordings of how models are read."),
-    Definition("fusecache_orders_recorded_total", "counter", "orders.recorded", "Recordings made."),
-    Definition(
+    MetricDefinition(
+        "fusecache_orders_stored", "gauge", "orders.stored", "Recordings of how models are read."
+    ),
+    MetricDefinition("fusecache_orders_recorded_total", "counter", "orders.recorded", "Recordings made."),
+    MetricDefinition(
         "fusecache_orders_replayed_total", "counter", "orders.replayed", "Cold loads that followed one."
     ),
-    Definition(
+    MetricDefinition(
         "fusecache_orders_wrong_total", "counter", "orders.wrong", "Loads that read otherwise than recorded."
     ),
-    Definition(
+    MetricDefinition(
         "fusecache_orders_received_total",
         "counter",
         "orders.from_nodes",
         "Recordings that came from other nodes.",
     ),
-    Definition("fusecache_catalog_files", "gauge", "catalog.files", "Files in the tree."),
-    Definition("fusecache_catalog_bytes", "gauge", "catalog.bytes", "Sum of their sizes."),
-    Definition("fusecache_catalog_age_seconds", "gauge", "catalog.age", "Age of the listing."),
-    Definition(
+    MetricDefinition("fusecache_catalog_files", "gauge", "catalog.files", "Files in the tree."),
+    MetricDefinition("fusecache_catalog_bytes", "gauge", "catalog.bytes", "Sum of their sizes."),
+    MetricDefinition("fusecache_catalog_age_seconds", "gauge", "catalog.age", "Age of the listing."),
+    MetricDefinition(
         "fusecache_errors_total", "counter", "errors", "Errors that readers got, by kind.", label="kind"
     ),
-    Definition("fusecache_process_resident_bytes", "gauge", "process.rss", "Memory of the daemon."),
-    Definition(
+    MetricDefinition("fusecache_process_resident_bytes", "gauge", "process.rss", "Memory of the daemon."),
+    MetricDefinition(
         "fusecache_process_cpu_seconds_total", "counter", "process.cpu_seconds", "CPU time of the daemon."
     ),
-    Definition("fusecache_process_uptime_seconds", "gauge", "process.uptime", "Age of the daemon."),
-    Definition(
+    MetricDefinition("fusecache_process_uptime_seconds", "gauge", "process.uptime", "Age of the daemon."),
+    MetricDefinition(
         "fusecache_process_restarts_total", "counter", "process.restarts", "Times the daemon was restarted."
     ),
 )
@@ -162,15 +178,15 @@ class StatusCollector(Collector):
         up.add_metric([], 1)
         yield up
         mode = GaugeMetricFamily("fusecache_passthrough", "1 when the kernel reads complete files by itself.")
-        mode.add_metric([], 1 if _at(status, "mode.now") == "passthrough" else 0)
+        mode.add_metric([], 1 if _status_value(status, "mode.now") == "passthrough" else 0)
         yield mode
         for definition in METRICS:
-            family = _family(definition, _at(status, definition.path))
+            family = _make_family(definition, _status_value(status, definition.status_path))
             if family.samples:
                 yield family
 
 
-def _family(definition: Definition, found: Any) -> Metric:
+def _make_family(definition: MetricDefinition, found: Any) -> Metric:
     labels = [definition.label] if definition.label else []
     kind = CounterMetricFamily if definition.kind == "counter" else GaugeMetricFamily
     family: CounterMetricFamily | GaugeMetricFamily = kind(
@@ -181,7 +197,7 @@ def _family(definition: Definition, found: Any) -> Metric:
             family.add_metric([], float(found))
     elif isinstance(found, Mapping):
         for key, value in found.items():
-            name = key if definition.values is None else definition.values.get(key)
+            name = key if definition.label_values is None else definition.label_values.get(key)
             if name is not None and _is_number(value):
                 family.add_metric([name], float(value))
     return family
@@ -191,7 +207,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
-def _at(status: Any, path: str) -> Any:
+def _status_value(status: Any, path: str) -> Any:
     for key in path.split("."):
         if not isinstance(status, Mapping) or key not in status:
             return None

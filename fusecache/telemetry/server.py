@@ -28,7 +28,7 @@ class MetricsServer:
         self._thread.join()
 
 
-def metrics_page(collector: Collector) -> str:
+def render_metrics(collector: Collector) -> str:
     """The same page as text."""
     registry = CollectorRegistry()
     registry.register(collector)

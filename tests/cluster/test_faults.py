@@ -160,9 +160,14 @@ def test_two_nodes_with_one_name_say_so_and_read_on(start_cluster: Start, keys: 
 def test_a_node_of_another_protocol_is_left_out(start_cluster: Start, keys: list[str]) -> None:
     nodes = start_cluster("faults", "a", "new")
     health = {
-        "name": "new", "instance": "1", "weight": 1 << 40, "tenant": "", "protocol": 99,
-        "version": "9", "time": 0.0,
-    }  # fmt: skip
+        "name": "new",
+        "instance": "1",
+        "weight": 1 << 40,
+        "tenant": "",
+        "protocol": 99,
+        "version": "9",
+        "time": 0.0,
+    }
     with answering(nodes.ports["new"], {"/v1/health": health}):
         nodes.mount("a")
         read_all(nodes, "a", keys)

@@ -177,8 +177,10 @@ def gguf(folder: str) -> Digests:
     from gguf import GGUFReader
 
     reader = GGUFReader(Path(folder) / "model.gguf")
-    fields = {f"field {name}": np.frombuffer(repr(field.contents()).encode(), np.uint8)
-              for name, field in reader.fields.items()}  # fmt: skip
+    fields = {
+        f"field {name}": np.frombuffer(repr(field.contents()).encode(), np.uint8)
+        for name, field in reader.fields.items()
+    }
     return digest([*fields.items(), *((tensor.name, tensor.data) for tensor in reader.tensors)])
 
 
@@ -286,11 +288,23 @@ def hub(cache: str, repository: str) -> dict[str, Any]:
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
-        safetensors_mmap, safetensors_pread, safetensors_file, safetensors_eager, safetensors_ranks,
-        sglang, gguf, llama_cpp_mmap, llama_cpp_read, llama_cpp_direct,
-        tokenizers, sentencepiece, onnx, files, hub,
+        safetensors_mmap,
+        safetensors_pread,
+        safetensors_file,
+        safetensors_eager,
+        safetensors_ranks,
+        sglang,
+        gguf,
+        llama_cpp_mmap,
+        llama_cpp_read,
+        llama_cpp_direct,
+        tokenizers,
+        sentencepiece,
+        onnx,
+        files,
+        hub,
     )
-}  # fmt: skip
+}
 
 if __name__ == "__main__":
     answer(FUNCTIONS)

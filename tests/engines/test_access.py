@@ -235,9 +235,14 @@ def test_64_asynchronous_reads_in_flight_while_it_is_fetched(engine: str, tmp_pa
     assert wrote.returncode == 0, wrote.stderr
     with mounted(f"file://{origin}", tmp_path, range_size="1MiB") as mount:
         read = fio(
-            f"--filename={mount.path / 'data'}", "--rw=randread", "--verify_only", "--readonly",
-            f"--ioengine={engine}", "--direct=1", "--iodepth=64",
-        )  # fmt: skip
+            f"--filename={mount.path / 'data'}",
+            "--rw=randread",
+            "--verify_only",
+            "--readonly",
+            f"--ioengine={engine}",
+            "--direct=1",
+            "--iodepth=64",
+        )
         if "engine" in read.stderr and "not" in read.stderr:
             pytest.skip(f"this fio or kernel has no {engine}")
         assert read.returncode == 0, read.stdout + read.stderr

@@ -115,9 +115,14 @@ def test_broken_models(plain: Library, engine: Engine, llama: Path, tmp_path: Pa
     lost = models.llama(tmp_path / "lost")
     (lost / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": 7}}))
     for loader, local in [
-        ("torch_load", bins), ("transformers", missing), ("transformers", cut), ("transformers", lost),
-        ("fastsafetensors", cut), ("runai", cut), ("safetensors_pread", cut),
-    ]:  # fmt: skip
+        ("torch_load", bins),
+        ("transformers", missing),
+        ("transformers", cut),
+        ("transformers", lost),
+        ("fastsafetensors", cut),
+        ("runai", cut),
+        ("safetensors_pread", cut),
+    ]:
         more = {"mmap": True} if loader == "torch_load" else {}
         told = []
         for folder in (local, plain.serve(f"broken-{loader}-{local.name}", local)):

@@ -104,9 +104,15 @@ def runai(folder: str) -> Digests:
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
-        safetensors_mmap, safetensors_pread, safetensors_file, torch_load, transformers, fastsafetensors, runai,
+        safetensors_mmap,
+        safetensors_pread,
+        safetensors_file,
+        torch_load,
+        transformers,
+        fastsafetensors,
+        runai,
     )
-}  # fmt: skip
+}
 
 if __name__ == "__main__":
     answer(FUNCTIONS)

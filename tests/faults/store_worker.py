@@ -26,8 +26,8 @@ from typing import Any
 import xxhash
 
 from fusecache.errors import StoreError
-from fusecache.store import files
-from fusecache.store.files import Layout
+from fusecache.store.disk import files
+from fusecache.store.disk.files import CacheDirectory
 from fusecache.store.object import StoredObject
 from fusecache.store.store import Store
 from fusecache.types import ObjectVersion
@@ -51,30 +51,30 @@ def content(v: ObjectVersion, block: int, block_size: int = BLOCK) -> bytes:
 def fetch(stored: StoredObject, blocks: range) -> bool:
     """Fill what is missing of `blocks` as the loader does; False: no room."""
     size = stored.block_size
-    with stored.claim(blocks) as mine:
+    with stored.claim_blocks(blocks) as mine:
         for block in mine:
-            if stored.present(block) or (stored.unverified(block) and stored.verify(block)):
+            if stored.is_present(block) or (stored.is_unverified(block) and stored.verify_block(block)):
                 continue
             data = content(stored.version, block, size)
-            if not stored.reserve(len(data)):
+            if not stored.reserve_bytes(len(data)):
                 return False
             stored.write(block * size, data)
-            stored.commit(block, xxhash.xxh3_64_intdigest(data))
+            stored.commit_block(block, xxhash.xxh3_64_intdigest(data))
     return True
 
 
 def scenario(directory: Path, verify: Any) -> None:
     """Everything that changes files: creation, filling, eviction, pins, a repair, a second start."""
     store = Store(directory, limit=LIMIT, free_floor=0, block_size=BLOCK, verify=verify)
-    store.wait_scanned(30)
+    store.wait_for_scan(30)
     for key in ("a", "b", "c", "d", "e"):
         stored = store.open(version(key))
         fetch(stored, range(2))
-        stored.touch()
+        stored.count_access()
         fetch(stored, range(4))
         stored.close()
         if key == "b":
-            store.pin(stored.version.id, True)
+            store.set_pinned(stored.version.id, True)
     store.evict(version("d").id)
     store.close()
     # "boot" is the promise to trust a clean stop
@@ -141,7 +141,7 @@ def check(directory: Path, verify: Any) -> None:
     """What has to hold whatever happened: right bytes, exact accounting, and a store that goes on."""
     damaged = Store(directory, limit=LIMIT, free_floor=0, block_size=BLOCK, verify=verify)
     with damaged as store:
-        assert store.wait_scanned(30)
+        assert store.wait_for_scan(30)
         # the process that was killed may have been between counting and marking: never too low
         assert store.usage().used >= disk_usage(directory), "the store holds more than it thinks"
         assert store.usage().used <= LIMIT, "the limit is exceeded"
@@ -149,16 +149,16 @@ def check(directory: Path, verify: Any) -> None:
             stored = store.open(version(key))
             known = stored.cached_bytes()
             for block in range(4):
-                if not stored.present(block) and stored.unverified(block):
-                    stored.verify(block)
-                if stored.present(block):
+                if not stored.is_present(block) and stored.is_unverified(block):
+                    stored.verify_block(block)
+                if stored.is_present(block):
                     view = stored.view()
                     assert view is not None
                     got = bytes(view[block * BLOCK : (block + 1) * BLOCK])
                     assert got == content(stored.version, block), f"wrong bytes in {key} {block}"
             assert known <= stored.version.size
             assert fetch(stored, range(4)), "no room for a small object"
-            assert stored.complete
+            assert stored.is_complete
             view = stored.view()
             assert view is not None
             assert bytes(view) == b"".join(content(stored.version, b) for b in range(4))
@@ -207,7 +207,7 @@ def churn(directory: Path, limit: int, floor: int, seed: int, rounds: int) -> No
             except StoreError as error:
                 print(f"error {error}", flush=True)
             for block in range(stored.block_count):
-                if stored.present(block):
+                if stored.is_present(block):
                     view = stored.view()
                     assert view is not None
                     got = view[block * size : (block + 1) * size]
@@ -222,7 +222,7 @@ def churn(directory: Path, limit: int, floor: int, seed: int, rounds: int) -> No
 
 def hold(directory: Path, key: str) -> None:
     """Hold what an object's first four blocks are in."""
-    held = files.attach(Layout(directory), version(key).id, version(key).size, BLOCK)
+    held = files.open_object_files(CacheDirectory(directory), version(key).id, version(key).size, BLOCK)
     print("held" if held else "nothing", flush=True)
     threading.Event().wait()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fusecache.errors import ConfigError, FusecacheError, MountError
-from fusecache.mount import keeper, launch, mounting, unmount
+from fusecache_mount.lifecycle import keeper, launch, mounting, unmount
 from tests.support.kept import Kept, ended, is_keeper, kept
 from tests.support.mounting import command, needs_fuse
 
@@ -74,7 +74,7 @@ def test_a_link_to_a_directory(mount: Kept) -> None:
     link.symlink_to(mount.mountpoint)
     mount.launch(mount.config(mountpoint=link))
     assert (link / "file").exists()
-    unmount.unmount(str(link), lazy=False, timeout=10)
+    unmount.unmount_and_wait(str(link), lazy=False, timeout=10)
     assert mount.connection is None
 
 
@@ -82,7 +82,7 @@ def test_stale(mount: Kept) -> None:
     mount.kill(mount.launch())
     assert ended(mount.told[0]["pid"])
     refused(mount, "is a stale mount, its daemon is gone: fusecache umount .*, then mount again")
-    unmount.unmount(str(mount.mountpoint), lazy=False, timeout=10)
+    unmount.unmount_and_wait(str(mount.mountpoint), lazy=False, timeout=10)
     mount.launch()
     assert (mount.mountpoint / "file").exists()
 
@@ -92,7 +92,7 @@ def test_a_name_with_spaces_and_more(mount: Kept) -> None:
     path.mkdir()
     mount.launch()
     assert (path / "file").exists()
-    unmount.unmount(str(path), lazy=False, timeout=10)
+    unmount.unmount_and_wait(str(path), lazy=False, timeout=10)
     assert mount.connection is None
 
 
@@ -129,9 +129,9 @@ def test_over_another_file_system(mount: Kept) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", mount.mountpoint], check=True)
     try:
         mount.launch()
-        unmount.unmount(str(mount.mountpoint), lazy=False, timeout=10)
+        unmount.unmount_and_wait(str(mount.mountpoint), lazy=False, timeout=10)
         with pytest.raises(MountError, match="is a mount of type tmpfs, not of fusecache"):
-            unmount.unmount(str(mount.mountpoint), lazy=False, timeout=10)
+            unmount.unmount_and_wait(str(mount.mountpoint), lazy=False, timeout=10)
     finally:
         subprocess.run(["umount", mount.mountpoint], check=True)
 
@@ -141,24 +141,24 @@ def test_over_another_file_system(mount: Kept) -> None:
 
 def test_not_mounted(mount: Kept) -> None:
     with pytest.raises(MountError, match=r"mnt is not mounted$"):
-        unmount.unmount(str(mount.mountpoint), lazy=False, timeout=10)
+        unmount.unmount_and_wait(str(mount.mountpoint), lazy=False, timeout=10)
     with pytest.raises(MountError, match="does not exist"):
-        unmount.unmount(str(mount.work / "nothing"), lazy=False, timeout=10)
+        unmount.unmount_and_wait(str(mount.work / "nothing"), lazy=False, timeout=10)
 
 
 def test_unmounting_below_a_mount(mount: Kept) -> None:
     mount.launch()
     with pytest.raises(MountError, match="is not mounted: it lies in the mount"):
-        unmount.unmount(str(mount.mountpoint / "file"), lazy=False, timeout=10)
+        unmount.unmount_and_wait(str(mount.mountpoint / "file"), lazy=False, timeout=10)
 
 
 def test_unmounting_twice(mount: Kept) -> None:
     pid = mount.launch()
-    unmount.unmount(str(mount.mountpoint), lazy=False, timeout=10)
-    assert keeper.keeper_of(mount.directory) is None
+    unmount.unmount_and_wait(str(mount.mountpoint), lazy=False, timeout=10)
+    assert keeper.find_keeper_by_directory(mount.directory) is None
     assert not is_keeper(pid)
     with pytest.raises(MountError, match="is not mounted"):
-        unmount.unmount(str(mount.mountpoint), lazy=False, timeout=10)
+        unmount.unmount_and_wait(str(mount.mountpoint), lazy=False, timeout=10)
 
 
 @pytest.mark.parametrize(
@@ -175,10 +175,10 @@ def test_busy_names_who_it_is(mount: Kept, script: str) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == b"there\n"
         with pytest.raises(MountError, match=rf"is busy: in use by python3 \({process.pid}\): .*--lazy"):
-            unmount.unmount(str(mount.mountpoint), lazy=False, timeout=0)
+            unmount.unmount_and_wait(str(mount.mountpoint), lazy=False, timeout=0)
         assert (mount.mountpoint / "file").exists()
         process.communicate(b"\n")
-    unmount.unmount(str(mount.mountpoint), lazy=False, timeout=10)
+    unmount.unmount_and_wait(str(mount.mountpoint), lazy=False, timeout=10)
 
 
 def test_lazy_goes_on_for_open_files(mount: Kept) -> None:
@@ -192,7 +192,7 @@ def test_lazy_goes_on_for_open_files(mount: Kept) -> None:
     with process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"there\n"
-        unmount.unmount(str(mount.mountpoint), lazy=True, timeout=10)
+        unmount.unmount_and_wait(str(mount.mountpoint), lazy=True, timeout=10)
         assert mount.connection is None
         out, _ = process.communicate(b"\n")
     assert out == b"b'hello\\n'\n"
@@ -209,7 +209,7 @@ def test_stale_and_busy(mount: Kept) -> None:
         assert done.returncode == 1
         assert f"({os.getpid()})" in done.stderr
         assert done.stderr.count("\n") == 1
-        unmount.unmount(str(mount.mountpoint), lazy=True, timeout=10)
+        unmount.unmount_and_wait(str(mount.mountpoint), lazy=True, timeout=10)
         assert mount.connection is None
     finally:
         with pytest.raises(OSError, match="not connected"):
@@ -219,13 +219,13 @@ def test_stale_and_busy(mount: Kept) -> None:
 def test_a_daemon_that_hangs_does_not_keep_umount(mount: Kept) -> None:
     pid = mount.launch(stop_deadline=0.1)
     os.kill(mount.told[0]["pid"], signal.SIGSTOP)
-    unmount.unmount(str(mount.mountpoint), lazy=False, timeout=0.2)
+    unmount.unmount_and_wait(str(mount.mountpoint), lazy=False, timeout=0.2)
     assert ended(pid)
     assert ended(mount.told[0]["pid"])
 
 
 def test_source_names(mount: Kept) -> None:
     one = mount.config()
-    assert launch.source_name(one) == "s3://bucket/prefix"
+    assert launch.mount_table_source(one) == "s3://bucket/prefix"
     two = mount.config(sources=[{"name": "a", "url": "s3://a"}, {"name": "b", "url": "s3://b"}])
-    assert launch.source_name(two) == "fusecache"
+    assert launch.mount_table_source(two) == "fusecache"

@@ -64,13 +64,13 @@ def shaky(request: pytest.FixtureRequest) -> Iterator[Shaky]:
         config = s3_config(bucket, prefix, engine=engine, endpoint_url=faulty.url)
     put("a", data)
     with opened(config) as origin:
-        version = origin.stat("a")
+        version = origin.stat_object("a")
         faulty.reset_counts()
         yield Shaky(origin, faulty, version, put, delete)
 
 
 def collect(shaky: Shaky, got: bytearray) -> None:
-    for chunk in shaky.origin.read(shaky.version, 0, SIZE):
+    for chunk in shaky.origin.read_range(shaky.version, 0, SIZE):
         got += chunk
 
 
@@ -151,7 +151,7 @@ def test_an_object_that_is_deleted_in_the_middle(shaky: Shaky) -> None:
         collect(shaky, got)
     check(got, "a", 1)
     with pytest.raises(NotFoundError):
-        shaky.origin.stat("a")
+        shaky.origin.stat_object("a")
 
 
 def test_an_outage_ends_at_the_deadline(shaky: Shaky) -> None:
@@ -188,12 +188,12 @@ def test_a_stopped_listing_goes_on_at_its_page(
     for number in range(7):
         bucket.put(f"p/{number}", b"x" * number)
     with opened(s3_config(bucket, "p", endpoint_url=faulty_s3.url)) as origin:
-        whole = list(origin.list())
+        whole = list(origin.list_objects())
         assert [version.key for version in whole] == [str(number) for number in range(7)]
         assert origin.stats.lists == faulty_s3.count("LIST") == 4
         faulty_s3.add("status", status=503, match=lists)
         faulty_s3.add("status", status=500, match=lists)
-        assert list(origin.list()) == whole
+        assert list(origin.list_objects()) == whole
         assert origin.stats.lists == 4 + 4 + 2
 
 
@@ -202,7 +202,7 @@ def test_a_missing_bucket_is_said_to_be_missing(s3_server: S3Server, engine: str
     bucket = S3Bucket(s3_server, "no-such-bucket", None)
     with opened(s3_config(bucket, engine=engine)) as origin:
         with pytest.raises(NotFoundError, match="bucket does not exist"):
-            list(origin.list())
+            list(origin.list_objects())
         version = ObjectVersion(origin.identity, "a", '"x"', 10, 0)
         with pytest.raises(NotFoundError):
             read(origin, version)
@@ -223,8 +223,8 @@ def test_wrong_credentials_are_an_error_that_keeps_them_secret(
         with opened(config) as origin:
             version = ObjectVersion(origin.identity, "a", '"x"', 5, 0)
             for attempt in (
-                lambda origin=origin: list(origin.list()),
-                lambda origin=origin: origin.stat("a"),
+                lambda origin=origin: list(origin.list_objects()),
+                lambda origin=origin: origin.stat_object("a"),
                 lambda origin=origin, version=version: read(origin, version),
             ):
                 with pytest.raises(AccessDeniedError, match="check the credentials") as caught:
@@ -246,8 +246,8 @@ def test_an_endpoint_where_nobody_listens(s3_server: S3Server, engine: str) -> N
     tuning = Tuning.model_validate({**QUICK.model_dump(), "deadline": 0.3})
     with opened(config, tuning) as origin:
         with pytest.raises(UnavailableError, match="check the endpoint"):
-            list(origin.list())
+            list(origin.list_objects())
         with pytest.raises(UnavailableError, match="check the endpoint"):
-            origin.stat("a")
+            origin.stat_object("a")
         with pytest.raises(UnavailableError, match="check the endpoint"):
             read(origin, ObjectVersion(origin.identity, "a", '"x"', 5, 0))

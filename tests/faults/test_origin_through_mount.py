@@ -37,9 +37,16 @@ pytestmark = needs_fuse
 
 _SIZE = 6 * MIB + 777
 _OPTIONS = {
-    "deadline": 12, "stall_timeout": 1, "connect_timeout": 2, "retry_initial": "10ms", "retry_max": "100ms",
-    "range_size": "2MiB", "concurrency": 4, "metadata_ttl": 0, "negative_ttl": 0,
-}  # fmt: skip
+    "deadline": 12,
+    "stall_timeout": 1,
+    "connect_timeout": 2,
+    "retry_initial": "10ms",
+    "retry_max": "100ms",
+    "range_size": "2MiB",
+    "concurrency": 4,
+    "metadata_ttl": 0,
+    "negative_ttl": 0,
+}
 
 
 class Place:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fusecache.errors import StoreError
-from fusecache.store.files import Layout
+from fusecache.store.disk.files import CacheDirectory
 from fusecache.store.store import Store
 from tests.faults import store_worker as worker
 from tests.faults.store_worker import BLOCK, content, fetch, version
@@ -57,14 +57,14 @@ def test_killed_at_random_times_under_load(tmp_path: Path) -> None:
             process.kill()
     size = 64 << 10
     with Store(tmp_path, limit=limit, free_floor=0, block_size=size) as store:
-        assert store.wait_scanned(30)
+        assert store.wait_for_scan(30)
         assert worker.disk_usage(tmp_path) <= store.usage().used <= limit
         checked = 0
         for info in store.objects():
             stored = store.open(info.version)
             for block in range(stored.block_count):
-                if stored.unverified(block):
-                    assert stored.verify(block)
+                if stored.is_unverified(block):
+                    assert stored.verify_block(block)
                     view = stored.view()
                     assert view is not None
                     got = bytes(view[block * size : (block + 1) * size])
@@ -94,7 +94,7 @@ def test_two_processes_keep_the_limit_and_the_floor_at_all_times(small_disk: Pat
             ends += 1
         assert ends > 100
     with Store(cache, limit=limit, free_floor=floor, block_size=64 << 10) as store:
-        assert store.wait_scanned(30)
+        assert store.wait_for_scan(30)
         assert store.usage().used == worker.disk_usage(cache)
         assert store.usage().used > limit // 2 if bound == "limit" else store.usage().used > 4 << 20
 
@@ -109,7 +109,7 @@ def test_what_another_process_reads_is_not_evicted_until_it_dies(tmp_path: Path)
             with pytest.raises(StoreError, match="in use"):
                 store.evict(version("a").id)
             big = store.open(version("big", 98))
-            assert not big.reserve(97 * BLOCK)
+            assert not big.reserve_bytes(97 * BLOCK)
         # the kernel dropped its locks
         big.close()
         assert store.evict(version("a").id) > 0
@@ -124,19 +124,19 @@ def test_after_a_reboot_that_lost_data_nothing_wrong_is_served(
         stored = store.open(version("a", 9))
         assert fetch(stored, range(9))
         stored.close()
-    layout = Layout(tmp_path)
+    layout = CacheDirectory(tmp_path)
     with layout.data_path(stored.version.id).open("r+b") as file:
         for block in (0, 4, 8):
             file.seek(block * BLOCK)
             file.write(bytes(BLOCK // 2))
     layout.close()
-    monkeypatch.setattr("fusecache.store.store._boot_id", lambda: b"another boot id!")
+    monkeypatch.setattr("fusecache.store.store._read_boot_id", lambda: b"another boot id!")
     with Store(tmp_path, limit=100 * BLOCK, free_floor=0, block_size=BLOCK, verify=verify) as store:  # type: ignore[arg-type]
         again = store.open(version("a", 9))
-        assert not any(again.present(b) for b in range(9))
-        assert all(again.unverified(b) for b in range(9))
-        assert [b for b in range(9) if not again.verify(b)] == [0, 4, 8]
+        assert not any(again.is_present(b) for b in range(9))
+        assert all(again.is_unverified(b) for b in range(9))
+        assert [b for b in range(9) if not again.verify_block(b)] == [0, 4, 8]
         assert fetch(again, range(9))
-        assert again.complete
+        assert again.is_complete
         again.close()
         assert store.usage().corrupt_blocks == 3

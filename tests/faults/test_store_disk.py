@@ -27,16 +27,16 @@ MB = 1 << 20
 @pytest.fixture
 def store(small_disk: Path) -> Iterator[Store]:
     with Store(small_disk / "cache", limit=1 << 40, free_floor=0) as made:
-        assert made.wait_scanned(30)
+        assert made.wait_for_scan(30)
         yield made
 
 
 def fill(stored: StoredObject, blocks: range) -> None:
     for block in blocks:
         data = content(stored.version, block, MB)
-        assert stored.reserve(len(data))
+        assert stored.reserve_bytes(len(data))
         stored.write(block * MB, data)
-        stored.commit(block, xxhash.xxh3_64_intdigest(data))
+        stored.commit_block(block, xxhash.xxh3_64_intdigest(data))
 
 
 def whole(stored: StoredObject) -> bool:
@@ -69,7 +69,7 @@ def test_a_full_disk_is_told_by_reserve_and_eviction_makes_room(store: Store) ->
     assert store.usage().evictions > 0
     assert not store.usage().sick
     too_big = store.open(big("huge", 100))
-    assert not too_big.reserve(80 * MB)
+    assert not too_big.reserve_bytes(80 * MB)
     too_big.close()
 
 
@@ -78,12 +78,12 @@ def test_enospc_after_the_reservation_evicts_and_goes_on(store: Store, small_dis
     fill(old, range(16))
     old.close()
     new = store.open(big("new", 4))
-    assert new.reserve(4 * MB)
+    assert new.reserve_bytes(4 * MB)
     eat(small_disk, 0)
     for block in range(4):
         data = content(new.version, block, MB)
         new.write(block * MB, data)  # the first meets ENOSPC
-        new.commit(block, xxhash.xxh3_64_intdigest(data))
+        new.commit_block(block, xxhash.xxh3_64_intdigest(data))
     assert whole(new)
     assert store.usage().evictions == 1
     assert not store.usage().sick
@@ -95,18 +95,18 @@ def test_enospc_with_nothing_to_evict_is_one_error_and_corrupts_nothing(
 ) -> None:
     stored = store.open(big("k", 8))
     fill(stored, range(3))
-    assert stored.reserve(5 * MB)
+    assert stored.reserve_bytes(5 * MB)
     foreign = eat(small_disk, MB // 2)
     data = content(stored.version, 3, MB)
     with pytest.raises(StoreFullError, match="No space left"):
         stored.write(3 * MB, data)
     assert store.usage().sick
-    assert not stored.reserve(MB)
-    assert [stored.present(b) for b in range(8)] == [True] * 3 + [False] * 5
+    assert not stored.reserve_bytes(MB)
+    assert [stored.is_present(b) for b in range(8)] == [True] * 3 + [False] * 5
     view = stored.view()
     assert view is not None
     assert bytes(view[: 3 * MB]) == b"".join(content(stored.version, b, MB) for b in range(3))
-    stored.unreserve(5 * MB)
+    stored.unreserve_bytes(5 * MB)
     foreign.unlink()
     monkeypatch.setattr(store._health, "_clock", lambda: 1e18)
     fill(stored, range(3, 8))
@@ -120,7 +120,7 @@ def test_a_store_on_a_disk_that_is_full_from_the_start_stores_nothing(small_disk
     eat(small_disk, 128 << 10)
     with Store(small_disk / "cache", limit=1 << 40, free_floor=0) as store:
         stored = store.open(big("k", 2))
-        assert not stored.reserve(2 * MB)
+        assert not stored.reserve_bytes(2 * MB)
         stored.close()
 
 
@@ -162,29 +162,29 @@ def test_a_sick_disk_is_bypassed_probed_and_readmitted(
     disk = Disk(tmp_path, monkeypatch)
     now = [100.0]
     with Store(tmp_path, limit=64 * MB, free_floor=0) as store:
-        assert store.wait_scanned(30)
+        assert store.wait_for_scan(30)
         store._health._clock = lambda: now[0]
         stored = store.open(big("k", 4))
         fill(stored, range(2))
-        assert stored.reserve(2 * MB)
+        assert stored.reserve_bytes(2 * MB)
         disk.error = code
         with pytest.raises(StoreError, match=os.strerror(code)):
             stored.write(2 * MB, b"x" * MB)
         assert store.usage().sick
         assert "is bypassed" in caplog.text
-        assert stored.present(0)  # and goes on being served
+        assert stored.is_present(0)  # and goes on being served
 
         calls = disk.calls
-        assert not stored.reserve(MB)
+        assert not stored.reserve_bytes(MB)
         assert disk.calls == calls  # not touched before the next probe
         now[0] += health.PROBE_INTERVAL
-        assert not stored.reserve(MB)
+        assert not stored.reserve_bytes(MB)
         assert disk.calls > calls
 
         disk.error = 0
-        assert not stored.reserve(MB)  # a failed probe has to be PROBE_INTERVAL ago
+        assert not stored.reserve_bytes(MB)  # a failed probe has to be PROBE_INTERVAL ago
         now[0] += health.PROBE_INTERVAL
-        stored.unreserve(2 * MB)
+        stored.unreserve_bytes(2 * MB)
         fill(stored, range(2, 4))
         assert whole(stored)
         assert not store.usage().sick
@@ -200,12 +200,12 @@ def test_a_block_that_cannot_be_read_is_missing_and_not_an_error(
         fill(stored, range(2))
         stored.close()
     with Store(tmp_path, limit=64 * MB, free_floor=0) as store:
-        assert store.wait_scanned(30)
+        assert store.wait_for_scan(30)
         stored = store.open(big("k", 2))
         disk = Disk(tmp_path, monkeypatch)
         disk.error = errno.EIO
-        assert not stored.verify(0)
-        assert not stored.present(0)
+        assert not stored.verify_block(0)
+        assert not stored.is_present(0)
         assert store.usage().sick
         disk.error = 0
         stored.close()
@@ -215,18 +215,18 @@ def test_a_commit_that_cannot_be_recorded_leaves_the_block_absent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Store(tmp_path, limit=64 * MB, free_floor=0) as store:
-        assert store.wait_scanned(30)
+        assert store.wait_for_scan(30)
         stored = store.open(big("k", 2))
         fill(stored, range(1))
-        assert stored.reserve(MB)
+        assert stored.reserve_bytes(MB)
         data = content(stored.version, 1, MB)
         stored.write(MB, data)
         disk = Disk(tmp_path, monkeypatch)
         disk.error = errno.EIO
         with pytest.raises(StoreError):
-            stored.commit(1, xxhash.xxh3_64_intdigest(data))
-        assert not stored.present(1)
-        assert not stored.complete
+            stored.commit_block(1, xxhash.xxh3_64_intdigest(data))
+        assert not stored.is_present(1)
+        assert not stored.is_complete
         disk.error = 0
         stored.close()
 
@@ -262,12 +262,12 @@ def test_a_disk_that_turns_read_only_leaves_what_is_there_readable(small_disk: P
 
 def test_a_directory_that_is_removed_while_in_use_is_passed_over(tmp_path: Path) -> None:
     with Store(tmp_path / "cache", limit=64 * MB, free_floor=0) as store:
-        assert store.wait_scanned(30)
+        assert store.wait_for_scan(30)
         stored = store.open(big("k", 2))
         fill(stored, range(2))
         shutil.rmtree(tmp_path / "cache")
         assert whole(stored)  # open files stay
         other = store.open(big("other", 2))
-        assert not other.reserve(MB)
+        assert not other.reserve_bytes(MB)
         other.close()
         stored.close()

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from fusecache.errors import MountError
-from fusecache.mount import keeper, mounting
+from fusecache_mount.lifecycle import keeper, mounting
 from tests.support.kept import Kept, ended, kept
 from tests.support.mounting import needs_fuse
 from tests.support.servers import wait_until
@@ -39,7 +39,7 @@ def test_a_mount_answers_when_launch_returns(mount: Kept) -> None:
     assert mount.told[0]["init"] is None
     assert mount.told[0]["runtime_dir"] == str(mount.work / "run")
     assert mount.directory.name == mount.told[0]["mount_id"]
-    assert keeper.keeper_of(mount.directory) == pid
+    assert keeper.find_keeper_by_directory(mount.directory) == pid
     lines = [line for line in Path("/proc/self/mounts").read_text().splitlines() if str(mount.work) in line]
     assert [line.split()[:3] for line in lines] == [
         ["s3://bucket/prefix", str(mount.mountpoint), "fuse.fusecache"]
@@ -82,7 +82,7 @@ def test_a_killed_daemon_is_replaced_under_a_reader(mount: Kept) -> None:
 
 def test_an_upgrade_does_not_count_as_a_restart(mount: Kept) -> None:
     pid = mount.launch()
-    for number in range(keeper.MOST_RESTARTS + 2):
+    for number in range(keeper.MAX_RESTARTS + 2):
         os.kill(pid, signal.SIGUSR1)
         assert ended(mount.told[number]["pid"])
         assert (mount.mountpoint / "file").read_bytes() == HELLO
@@ -150,7 +150,7 @@ def test_a_daemon_that_fails_at_the_start_is_the_reason(mount: Kept, mode: str, 
     assert mount.connection is None
     assert len(mount.told) == 1
     assert ended(mount.told[0]["pid"])
-    assert keeper.keeper_of(mount.directory) is None
+    assert keeper.find_keeper_by_directory(mount.directory) is None
 
 
 def test_a_daemon_that_is_stuck_at_the_start(mount: Kept) -> None:
@@ -175,7 +175,7 @@ def test_restarts_have_an_end_and_leave_nothing(mount: Kept) -> None:
     mount.kill(mount.told[0]["pid"])
     assert ended(pid)
     assert mount.connection is None
-    assert len(mount.told) == 1 + keeper.MOST_RESTARTS
+    assert len(mount.told) == 1 + keeper.MAX_RESTARTS
     assert "giving up" in mount.log()
 
 
@@ -188,7 +188,7 @@ def test_a_daemon_that_is_stuck_after_a_restart_is_killed(mount: Kept) -> None:
     mount.mode("serve")
     assert (mount.mountpoint / "file").read_bytes() == HELLO
     assert len(mount.told) == 3
-    assert keeper.keeper_of(mount.directory) == pid
+    assert keeper.find_keeper_by_directory(mount.directory) == pid
 
 
 def test_without_the_keeper_the_daemon_ends(mount: Kept) -> None:
@@ -197,14 +197,14 @@ def test_without_the_keeper_the_daemon_ends(mount: Kept) -> None:
     assert ended(mount.told[0]["pid"])
     with pytest.raises(OSError, match="not connected"):
         os.statvfs(mount.mountpoint)
-    assert keeper.keeper_of(mount.directory) is None
+    assert keeper.find_keeper_by_directory(mount.directory) is None
 
 
 def test_an_earlier_keeper_that_still_lives_is_waited_for(mount: Kept) -> None:
     first = mount.launch()
     with (mount.mountpoint / "file").open("rb"):
         mounting.unmount(mount.mountpoint, lazy=True)
-        assert keeper.keeper_of(mount.directory) == first
+        assert keeper.find_keeper_by_directory(mount.directory) == first
     assert mount.launch() != first
 
 
@@ -218,16 +218,24 @@ def test_json_log(mount: Kept) -> None:
 
 def test_of_two_keepers_of_one_number_the_youngest_is_found() -> None:
     number = 1 << 30  # of no connection there is
-    words = [sys.executable, "-c", "import time; time.sleep(60)", "fusecache.mount.keeper", "--connection"]
-    assert keeper.find_keeper(number) is None
+    words = [
+        sys.executable,
+        "-c",
+        "import time; time.sleep(60)",
+        "fusecache_mount.lifecycle.keeper",
+        "--connection",
+    ]
+    assert keeper.find_keeper_by_connection(number) is None
     with contextlib.ExitStack() as stack:
         pids = []
         for _ in range(3):
             process = stack.enter_context(subprocess.Popen([*words, str(number)]))
             stack.callback(process.kill)
             pids.append(process.pid)
-            wait_until(lambda: keeper.find_keeper(number) == pids[-1], "the youngest keeper", 10)
+            wait_until(
+                lambda: keeper.find_keeper_by_connection(number) == pids[-1], "the youngest keeper", 10
+            )
             time.sleep(0.05)  # longer than a clock tick, in which they are told apart
         os.kill(pids[-1], signal.SIGKILL)
         assert ended(pids[-1])
-        assert keeper.find_keeper(number) == pids[-2]
+        assert keeper.find_keeper_by_connection(number) == pids[-2]

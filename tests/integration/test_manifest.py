@@ -333,7 +333,9 @@ def test_the_metadata_of_s3_and_gcs(
             parts.append({"PartNumber": number, **{k: answer[k] for k in ("ETag", "ChecksumSHA256")}})
         bucket.client.complete_multipart_upload(**at, UploadId=upload, MultipartUpload={"Parts": parts})
         with opened(s3_config(bucket), QUICK) as origin:
-            found = {key: origin.sha256(origin.stat(key)) for key in sorted(bucket.keys())}
+            found = {
+                key: origin.read_metadata_sha256(origin.stat_object(key)) for key in sorted(bucket.keys())
+            }
         assert found == {
             "checksum": digest,
             "metadata": digest,

@@ -60,7 +60,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
 
 
 def listed(place: Place) -> dict[str, ObjectVersion]:
-    return {version.key: version for version in place.origin.list() if version.key != ".keep"}
+    return {version.key: version for version in place.origin.list_objects() if version.key != ".keep"}
 
 
 def test_a_listing_has_every_object_with_its_version(place: Place) -> None:
@@ -72,7 +72,7 @@ def test_a_listing_has_every_object_with_its_version(place: Place) -> None:
     for number, key in enumerate(keys):
         assert found[key].size == (0 if key == "empty" else 100 + number)
         assert found[key].origin == place.origin.identity
-        assert place.origin.stat(key) == found[key]
+        assert place.origin.stat_object(key) == found[key]
         if key != "empty":
             check(read(place.origin, found[key]), key, 1)
     assert read(place.origin, found["empty"]) == b""
@@ -81,19 +81,19 @@ def test_a_listing_has_every_object_with_its_version(place: Place) -> None:
 
 def test_any_range_is_exact(place: Place) -> None:
     place.put("big", content("big", 1, 0, BIG))
-    version = place.origin.stat("big")
+    version = place.origin.stat_object("big")
     for offset, length in ((0, BIG), (0, 1), (BIG - 1, 1), (1000, 2_500_000), (BIG, 0), (4096, 4096)):
         data = read(place.origin, version, offset, length)
         assert len(data) == length
         check(data, "big", 1, offset)
     for offset, length in ((0, BIG + 1), (-1, 2), (BIG, 1), (5, -1)):
         with pytest.raises(ValueError, match="not in an object"):
-            place.origin.read(version, offset, length)
+            place.origin.read_range(version, offset, length)
 
 
 def test_many_threads_read_at_once(place: Place) -> None:
     place.put("big", content("big", 1, 0, BIG))
-    version = place.origin.stat("big")
+    version = place.origin.stat_object("big")
 
     def one(number: int) -> None:
         offset = number * 200_000
@@ -106,11 +106,11 @@ def test_many_threads_read_at_once(place: Place) -> None:
 
 def test_an_overwritten_object_is_another_version(place: Place) -> None:
     place.put("a", content("a", 1, 0, 50_000))
-    old = place.origin.stat("a")
+    old = place.origin.stat_object("a")
     place.put("a", content("a", 2, 0, 50_000))
     with pytest.raises(VersionChangedError, match=r"a: was replaced"):
         read(place.origin, old)
-    new = place.origin.stat("a")
+    new = place.origin.stat_object("a")
     assert new != old
     assert new.id != old.id
     check(read(place.origin, new), "a", 2)
@@ -118,7 +118,7 @@ def test_an_overwritten_object_is_another_version(place: Place) -> None:
 
 def test_a_shrunk_object_is_another_version(place: Place) -> None:
     place.put("a", content("a", 1, 0, 50_000))
-    old = place.origin.stat("a")
+    old = place.origin.stat_object("a")
     place.put("a", content("a", 2, 0, 10))
     with pytest.raises(VersionChangedError):
         read(place.origin, old, 40_000, 5_000)
@@ -127,10 +127,10 @@ def test_a_shrunk_object_is_another_version(place: Place) -> None:
 def test_what_is_deleted_is_not_found(place: Place) -> None:
     place.put("keep", b"x")
     place.put("a", b"hello")
-    version = place.origin.stat("a")
+    version = place.origin.stat_object("a")
     place.delete("a")
     with pytest.raises(NotFoundError, match="a: "):
-        place.origin.stat("a")
+        place.origin.stat_object("a")
     with pytest.raises(NotFoundError):
         read(place.origin, version)
     assert "a" not in listed(place)
@@ -138,17 +138,17 @@ def test_what_is_deleted_is_not_found(place: Place) -> None:
 
 def test_without_metadata_there_is_no_sha256(place: Place) -> None:
     place.put("a", b"hello")
-    assert place.origin.sha256(place.origin.stat("a")) is None
+    assert place.origin.read_metadata_sha256(place.origin.stat_object("a")) is None
 
 
 def test_a_reader_can_stop_and_be_stopped(place: Place) -> None:
     place.put("big", content("big", 1, 0, BIG))
-    version = place.origin.stat("big")
-    chunks = place.origin.read(version, 0, BIG)
+    version = place.origin.stat_object("big")
+    chunks = place.origin.read_range(version, 0, BIG)
     check(next(chunks), "big", 1)
     chunks.close()  # type: ignore[attr-defined]
     gone = threading.Event()
-    chunks = place.origin.read(version, 0, BIG, cancelled=gone.is_set)
+    chunks = place.origin.read_range(version, 0, BIG, cancelled=gone.is_set)
     next(chunks)
     gone.set()
     with pytest.raises(CancelledReadError):
@@ -159,6 +159,6 @@ def test_a_reader_can_stop_and_be_stopped(place: Place) -> None:
 
 def test_a_deadline_in_the_past_is_an_outage(place: Place) -> None:
     place.put("big", content("big", 1, 0, BIG))
-    version = place.origin.stat("big")
+    version = place.origin.stat_object("big")
     with pytest.raises(UnavailableError):
         read(place.origin, version, deadline=0.0)

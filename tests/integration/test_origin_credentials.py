@@ -18,8 +18,8 @@ pytestmark = pytest.mark.parametrize("engine", ["auto", "obstore", "fsspec"])
 
 def reads(config: SourceConfig) -> None:
     with opened(config) as origin:
-        (version,) = origin.list()
-        assert origin.stat(version.key) == version
+        (version,) = origin.list_objects()
+        assert origin.stat_object(version.key) == version
         check(read(origin, version), "a", 1)
 
 
@@ -87,7 +87,7 @@ def test_keys_that_were_renewed_are_found(
         url=f"{bucket.url}/p", engine=engine, endpoint_url=faulty_s3.url, region="us-east-1"
     )  # type: ignore[arg-type]
     with opened(config) as origin:
-        (version,) = origin.list()
+        (version,) = origin.list_objects()
     write("outdated")
     with opened(config) as origin:
         with pytest.raises(AccessDeniedError):
@@ -99,16 +99,16 @@ def test_keys_that_were_renewed_are_found(
 def test_no_credentials_are_said_to_be_missing(engine: str, bucket: S3Bucket) -> None:
     config = SourceConfig(url=bucket.url, engine=engine, endpoint_url=bucket.server.endpoint)  # type: ignore[arg-type]
     with opened(config) as origin, pytest.raises(AccessDeniedError, match="no AWS credentials found"):
-        list(origin.list())
+        list(origin.list_objects())
 
 
 def test_anonymous_requests_are_not_signed(engine: str, bucket: S3Bucket, faulty_s3: FaultyServer) -> None:
     config = SourceConfig(url=bucket.url, engine=engine, endpoint_url=faulty_s3.url, anonymous=True)  # type: ignore[arg-type]
     with opened(config) as origin:
         with pytest.raises(AccessDeniedError):
-            list(origin.list())
+            list(origin.list_objects())
         with opened(s3_config(bucket)) as signed:
-            (version,) = signed.list()
+            (version,) = signed.list_objects()
         with pytest.raises(AccessDeniedError):
             read(origin, version)
     assert faulty_s3.seen
@@ -130,7 +130,7 @@ def test_odd_keys_arrive_as_they_are(engine: str, moto_server: S3Server) -> None
     for key in keys:
         bucket.put("p/" + key, content(key, 1, 0, 100))
     with opened(s3_config(bucket, "p", engine=engine)) as origin:
-        found = {version.key: version for version in origin.list()}
+        found = {version.key: version for version in origin.list_objects()}
         assert sorted(found) == sorted(keys)
         for key in keys:
             check(read(origin, found[key], 10, 80), key, 1, 10)
@@ -141,7 +141,7 @@ def test_multipart_objects_have_etags_of_their_own_form(engine: str, s3_server: 
     part = 5 << 20
     etag = bucket.put_multipart("big", [content("big", 1, 0, part), content("big", 1, part, 1000)])
     with opened(s3_config(bucket, engine=engine)) as origin:
-        (version,) = origin.list()
+        (version,) = origin.list_objects()
         assert version.etag == etag
         assert version.size == part + 1000
         check(read(origin, version, part - 500, 1000), "big", 1, part - 500)
@@ -149,7 +149,7 @@ def test_multipart_objects_have_etags_of_their_own_form(engine: str, s3_server: 
 
 def test_an_empty_bucket_is_an_empty_listing(engine: str, s3_server: S3Server) -> None:
     with opened(s3_config(s3_server.bucket(), "nothing/here", engine=engine)) as origin:
-        assert list(origin.list()) == []
+        assert list(origin.list_objects()) == []
 
 
 def test_the_gcs_emulator_by_its_variable(

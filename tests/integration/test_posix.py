@@ -176,8 +176,14 @@ def test_access_goes_by_mode(path: Path) -> None:
 )
 def test_other_users_get_what_the_mode_says(path: Path, uid: int, gid: int, allowed: bool) -> None:
     done = subprocess.run(
-        ["cat", "model/config.json"], cwd=path, user=uid, group=gid, extra_groups=[], capture_output=True, text=True,
-    )  # fmt: skip
+        ["cat", "model/config.json"],
+        cwd=path,
+        user=uid,
+        group=gid,
+        extra_groups=[],
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode == 0) is allowed, done.stderr
     if not allowed:
         assert "Permission denied" in done.stderr

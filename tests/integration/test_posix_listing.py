@@ -169,10 +169,14 @@ def test_a_mount_made_during_an_outage_has_names_and_cached_bytes(
 def test_a_bucket_that_does_not_exist_is_an_error_of_the_mount(s3_server: S3Server, tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
     done = command(
-        "mount", "s3://no-such-bucket-here", str(tmp_path / "mnt"), "-o",
+        "mount",
+        "s3://no-such-bucket-here",
+        str(tmp_path / "mnt"),
+        "-o",
         f"cache_dir={tmp_path / 'cache'},runtime_dir={tmp_path / 'run'}",
-        env=s3_environment(s3_server), check=False,
-    )  # fmt: skip
+        env=s3_environment(s3_server),
+        check=False,
+    )
     assert done.returncode != 0
     assert "no-such-bucket-here" in done.stderr
     assert "Traceback" not in done.stderr

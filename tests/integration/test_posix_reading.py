@@ -215,9 +215,14 @@ def test_fio_verifies_what_it_wrote_at_the_origin(engine: str, direct: int, tmp_
     with mounted(f"file://{origin}", tmp_path) as mount:
         for _ in range(2):  # cold, then warm
             read = fio(
-                f"--filename={mount.path / 'data'}", "--rw=read", "--verify_only", "--readonly",
-                f"--ioengine={engine}", f"--direct={direct}", "--iodepth=32",
-            )  # fmt: skip
+                f"--filename={mount.path / 'data'}",
+                "--rw=read",
+                "--verify_only",
+                "--readonly",
+                f"--ioengine={engine}",
+                f"--direct={direct}",
+                "--iodepth=32",
+            )
             if "engine" in read.stderr and "not" in read.stderr:
                 pytest.skip(f"this fio or kernel has no {engine}")
             assert read.returncode == 0, read.stdout + read.stderr

@@ -77,9 +77,15 @@ def place(bucket: S3Bucket, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 def _run(arguments: list[str], place: RealMount) -> str:
     done = subprocess.run(
-        arguments, cwd=place.path, env=place.env, stdin=subprocess.DEVNULL, text=True, timeout=60,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        arguments,
+        cwd=place.path,
+        env=place.env,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        timeout=60,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     return (
         done.stdout
         if arguments[0] == "bash" or done.returncode == 0

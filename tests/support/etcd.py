@@ -24,11 +24,16 @@ class EtcdServer:
         """Returns when it answers."""
         peer = f"http://127.0.0.1:{self._peer}"
         command = [
-            program("etcd"), "--name=one", f"--data-dir={self._work / 'etcd'}",
-            f"--listen-client-urls={self.url}", f"--advertise-client-urls={self.url}",
-            f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}",
-            f"--initial-cluster=one={peer}", "--log-level=warn",
-        ]  # fmt: skip
+            program("etcd"),
+            "--name=one",
+            f"--data-dir={self._work / 'etcd'}",
+            f"--listen-client-urls={self.url}",
+            f"--advertise-client-urls={self.url}",
+            f"--listen-peer-urls={peer}",
+            f"--initial-advertise-peer-urls={peer}",
+            f"--initial-cluster=one={peer}",
+            "--log-level=warn",
+        ]
         self._stack.enter_context(running(command, self._work / "etcd.log"))
         wait_until(self._answers, "etcd", 30)
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import trio
 
-from fusecache.cluster.exchange import Exchange
-from fusecache.cluster.holdings import Holdings
-from fusecache.loader.interface import LoaderSettings
-from fusecache.loader.loader import Loader
-from fusecache.peers.client import PeerClient
-from fusecache.peers.member import PROTOCOL, Health, Member
-from fusecache.peers.server import PeerServer
+from fusecache.fetch.interface import FetchSettings
+from fusecache.fetch.service import FetchService
+from fusecache.peers.exchange.block_service import BlockService
+from fusecache.peers.exchange.block_source import PeerBlockSource
+from fusecache.peers.member import PROTOCOL, Member, NodeInfo
+from fusecache.peers.transport.client import PeerClient
+from fusecache.peers.transport.server import PeerServer
 from fusecache.store.store import Store
 from fusecache.types import ObjectVersion
 from tests.support.content import content
@@ -42,24 +42,24 @@ class Everybody:
         """See Members."""
         return True
 
-    def heard(self, name: str) -> None:
+    def mark_heard(self, name: str) -> None:
         """See Members."""
 
-    def suspect(self, name: str) -> None:
+    def mark_suspect(self, name: str) -> None:
         """See Members."""
 
 
-class Library:
+class CatalogView:
     """Of a catalog that has one file."""
 
     def siblings(self, version: ObjectVersion) -> Sequence[ObjectVersion]:
         """See Library."""
         return [version]
 
-    def completed(self, version: ObjectVersion) -> None:
+    def version_completed(self, version: ObjectVersion) -> None:
         """See Library."""
 
-    def gone(self, version: ObjectVersion) -> None:
+    def version_gone(self, version: ObjectVersion) -> None:
         """See Library."""
 
 
@@ -71,32 +71,45 @@ class Node:
         self.everybody = everybody
         self.client = PeerClient(name)
         self.store = Store(folder / name, limit=1 << 30, free_floor=0, block_size=BLOCK)
-        self.exchange = Exchange(
-            name, everybody, self.client, {"": origin}, stripe=STRIPE, crew=8, concurrency=8, fallback=8
+        self.exchange = PeerBlockSource(
+            name,
+            everybody,
+            self.client,
+            {"": origin},
+            stripe_bytes=STRIPE,
+            peer_workers=8,
+            concurrency=8,
+            fallback_requests=8,
         )
-        settings = LoaderSettings(concurrency=8, range_bytes=STRIPE, deadline=DEADLINE)
-        self.loader = Loader(self.store, {"": origin}, Library(), settings, self.exchange)
-        self.holdings = Holdings(
-            lambda: Health(name, name, 1, "", PROTOCOL, "0", 0.0), everybody, self.exchange, self.loader, self.store,
-            {origin.identity: ""}, streams=16, metrics=str,
-        )  # fmt: skip
+        settings = FetchSettings(concurrency=8, range_bytes=STRIPE, deadline=DEADLINE)
+        self.loader = FetchService(self.store, {"": origin}, CatalogView(), settings, self.exchange)
+        self.holdings = BlockService(
+            lambda: NodeInfo(name, name, 1, "", PROTOCOL, "0", 0.0),
+            everybody,
+            self.exchange,
+            self.loader,
+            self.store,
+            {origin.identity: ""},
+            streams=16,
+            render_metrics=str,
+        )
         self.url = ""
 
     async def serve(self, nursery: trio.Nursery) -> None:
         """Answer others; `url` is where."""
         self.loader.start()
         server = PeerServer(self.holdings, "127.0.0.1", 0, connections=32)
-        nursery.start_soon(self.holdings.run)
+        nursery.start_soon(self.holdings.close_idle_fetches)
         await nursery.start(server.run)
         self.url = f"http://127.0.0.1:{server.port}"
 
     def read(self) -> bytes:
         """All of FILE."""
-        load = self.loader.open(FILE, "")
+        object_fetch = self.loader.open_object(FILE, "")
         try:
-            return self.loader.read(load, 0, FILE.size)
+            return self.loader.read_bytes(object_fetch, 0, FILE.size)
         finally:
-            self.loader.release(load)
+            self.loader.release_fetch(object_fetch)
 
     def close(self) -> None:
         """Let go of everything."""

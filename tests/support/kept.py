@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fusecache.config.model import MountConfig, SourceConfig
-from fusecache.mount import keeper, launch, mounting
+from fusecache_mount.lifecycle import keeper, launch, mounting
 
 STANDIN = Path(__file__).with_name("standin.py")
 _END = 20.0
@@ -37,7 +37,7 @@ def ended(pid: int) -> bool:
 def is_keeper(pid: int) -> bool:
     """Whether this process is a keeper still."""
     try:
-        return b"fusecache.mount.keeper" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return b"fusecache_mount.lifecycle.keeper" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
 
@@ -83,19 +83,19 @@ class Kept:
         """Mount; returns the pid of the keeper."""
         command = (sys.executable, str(STANDIN), str(self.work))
         given = {"ready_deadline": 20.0, "stop_deadline": 5.0, "backoff": 0.01} | given
-        launch.launch(config or self.config(), False, daemon=command, **given)
+        launch.launch_mount(config or self.config(), False, daemon_command=command, **given)
         connection = self.connection
         assert connection is not None
         with contextlib.suppress(OSError):
             self._aborts.append(os.open(f"/sys/fs/fuse/connections/{connection}/abort", os.O_WRONLY))
-        pid = keeper.find_keeper(connection)
+        pid = keeper.find_keeper_by_connection(connection)
         assert pid is not None
         self.keepers.append(pid)
         return pid
 
     @property
     def connection(self) -> int | None:
-        device = mounting.device_of(self.mountpoint)
+        device = mounting.device_number_of(self.mountpoint)
         return None if device is None else int(device.partition(":")[2])
 
     @property
@@ -118,8 +118,8 @@ class Kept:
                 os.write(fd, b"1")
             os.close(fd)
         if self.connection is not None:
-            mounting.abort(self.connection)
-            left = keeper.find_keeper(self.connection)
+            mounting.abort_connection(self.connection)
+            left = keeper.find_keeper_by_connection(self.connection)
             self.keepers += [left] if left is not None else []
         for pid in self.keepers:
             if is_keeper(pid):

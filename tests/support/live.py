@@ -13,8 +13,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fusecache import control, mounts
-from fusecache.mount import keeper, mounting
+from fusecache.control import mounts, rpc
+from fusecache_mount.lifecycle import keeper, mounting
 from tests.support.content import check
 from tests.support.faulty import FaultyServer, Request
 from tests.support.kept import ended
@@ -38,14 +38,14 @@ def asked(mount: RealMount, operation: str, **arguments: Any) -> Any:
     """What the daemon itself answers: quicker than the command."""
     found = mounts.find_mount(mount.path)
     assert found is not None
-    return control.call(mounts.find_socket(found, mount.env), operation, timeout=HANG, **arguments)
+    return rpc.call_daemon(mounts.find_control_socket(found, mount.env), operation, timeout=HANG, **arguments)
 
 
 def keeper_pid(mount: RealMount) -> int:
     """The keeper of a mount, also when its daemon does not answer."""
-    device = mounting.device_of(mount.path)
+    device = mounting.device_number_of(mount.path)
     assert device is not None
-    pid = keeper.find_keeper(int(device.partition(":")[2]))
+    pid = keeper.find_keeper_by_connection(int(device.partition(":")[2]))
     assert pid is not None
     return pid
 

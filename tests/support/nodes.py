@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cluster.lab import Host
-from fusecache import control, mounts
+from fusecache.control import mounts, rpc
 from tests.support import live
 from tests.support.content import content
 from tests.support.mounting import RealMount, command, mounted
@@ -110,8 +110,8 @@ class Nodes:
         """An operation of a node's control socket."""
         if name in self.mounts:
             return live.asked(self.mounts[name], operation)
-        socket = mounts.control_socket(self.work / name / "run", mounts.served_as(name))
-        return control.call(socket, operation, timeout=live.HANG)
+        socket = mounts.control_socket_path(self.work / name / "run", mounts.serve_mountpoint(name))
+        return rpc.call_daemon(socket, operation, timeout=live.HANG)
 
     def states(self, name: str) -> dict[str, str]:
         """State of each member as one node sees it."""

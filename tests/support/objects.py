@@ -37,7 +37,7 @@ class Objects:
         """Take an object away."""
         del self.versions[key]
 
-    def list(self) -> Iterator[ObjectVersion]:
+    def list_objects(self) -> Iterator[ObjectVersion]:
         """All versions, in the order of keys."""
         self.lists += 1
         self.listing.set()
@@ -47,7 +47,7 @@ class Objects:
             raise self.error
         yield from found
 
-    def stat(self, key: str) -> ObjectVersion:
+    def stat_object(self, key: str) -> ObjectVersion:
         """One version. Raises NotFoundError."""
         self.stats += 1
         if self.error is not None:
@@ -59,7 +59,7 @@ class Objects:
 
     def source(self, name: str = "") -> CatalogSource:
         """For Catalog."""
-        return CatalogSource(name, self.identity, self.list, self.stat)
+        return CatalogSource(name, self.identity, self.list_objects, self.stat_object)
 
 
 class Hand:

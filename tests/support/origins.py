@@ -37,7 +37,7 @@ class Place:
 def read(origin: Origin, version: Any, offset: int = 0, length: int | None = None, **more: Any) -> bytes:
     """The bytes of a range, or of all of it, each chunk copied before the next is asked for."""
     length = version.size - offset if length is None else length
-    return b"".join(bytes(chunk) for chunk in origin.read(version, offset, length, **more))
+    return b"".join(bytes(chunk) for chunk in origin.read_range(version, offset, length, **more))
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from fusecache.errors import CancelledReadError, NotFoundError, UnavailableError
-from fusecache.origin.base import OriginStats, never
+from fusecache.origin.base import OriginStats, never_cancelled
 from fusecache.types import ObjectVersion
 from tests.support.content import content
 
@@ -44,31 +44,31 @@ class ScriptedOrigin:
         self._chunk = chunk
         self._lock = threading.Lock()
 
-    def list(self) -> Iterator[ObjectVersion]:
+    def list_objects(self) -> Iterator[ObjectVersion]:
         """See Origin."""
         self.stats.add(requests=1, lists=1)
         yield from list(self.versions.values())
 
-    def stat(self, key: str) -> ObjectVersion:
+    def stat_object(self, key: str) -> ObjectVersion:
         """See Origin."""
         self.stats.add(requests=1)
         if key not in self.versions:
             raise NotFoundError(f"{key}: no such object")
         return self.versions[key]
 
-    def sha256(self, version: ObjectVersion) -> bytes | None:
+    def read_metadata_sha256(self, version: ObjectVersion) -> bytes | None:
         """See Origin."""
         self.stats.add(requests=1)
         return self.digests.get(version.id)
 
-    def read(
+    def read_range(
         self,
         version: ObjectVersion,
         offset: int,
         length: int,
         *,
         deadline: float | None = None,
-        cancelled: Callable[[], bool] = never,
+        cancelled: Callable[[], bool] = never_cancelled,
     ) -> Iterator[Buffer]:
         """See Origin."""
         with self._lock:

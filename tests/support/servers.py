@@ -292,12 +292,27 @@ def seaweedfs(work: Path) -> Iterator[S3Server]:
     config.write_text(json.dumps({"identities": [identity]}))
     master, volume, filer, s3 = (free_port(with_grpc=True) for _ in range(4))
     command = [
-        program("weed"), "-logtostderr", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-        "-filer", "-s3", f"-s3.config={config}", f"-master.port={master}", f"-volume.port={volume}",
-        f"-filer.port={filer}", f"-s3.port={s3}", f"-filer.localSocket={work}/filer.sock",
-        "-master.telemetry=false", "-master.volumeSizeLimitMB=1024", "-volume.max=2000", "-s3.iam=false",
-        "-s3.port.iceberg=0", "-s3.port.lance=0",
-    ]  # fmt: skip
+        program("weed"),
+        "-logtostderr",
+        "server",
+        f"-dir={data}",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        "-filer",
+        "-s3",
+        f"-s3.config={config}",
+        f"-master.port={master}",
+        f"-volume.port={volume}",
+        f"-filer.port={filer}",
+        f"-s3.port={s3}",
+        f"-filer.localSocket={work}/filer.sock",
+        "-master.telemetry=false",
+        "-master.volumeSizeLimitMB=1024",
+        "-volume.max=2000",
+        "-s3.iam=false",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+    ]
     server = S3Server("seaweedfs", f"http://127.0.0.1:{s3}", access, secret)
     log = work / "seaweedfs.log"
     probe = server.client()
@@ -343,8 +358,12 @@ def gcs_emulator(work: Path) -> Iterator[GcsServer]:
     port = free_port()
     log = work / "gcs.log"
     command = [
-        program("gcp-storage-emulator"), "start", "--host=127.0.0.1", f"--port={port}", "--in-memory",
-    ]  # fmt: skip
+        program("gcp-storage-emulator"),
+        "start",
+        "--host=127.0.0.1",
+        f"--port={port}",
+        "--in-memory",
+    ]
     with running(command, log) as process:
         _await_server(process, log, lambda: _listens(port), "gcp-storage-emulator")
         yield GcsServer(f"http://127.0.0.1:{port}")

@@ -16,9 +16,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusecache.attest.digests import Digests, ManifestReplacedError
-from fusecache.attest.manifests import LIMIT, is_manifest, places, read_manifest
-from fusecache.attest.signing import Key, parse_signature
+from fusecache.attest.digests import ExpectedDigests, ManifestReplacedError
+from fusecache.attest.manifests import MAX_MANIFEST_BYTES, is_manifest, manifest_keys, parse_manifest
+from fusecache.attest.signing import ManifestKey, parse_signature
 from fusecache.attest.sums import parse_single, parse_sums
 from fusecache.errors import AttestationError, VersionChangedError
 from fusecache.types import ObjectVersion
@@ -111,7 +111,7 @@ def test_a_file_about_one_file() -> None:
 
 def test_a_signature_of_the_tool_itself_is_read_and_verified() -> None:
     expected = {name: hashlib.sha256(content(name, 1, 0, size)).digest() for name, size in FILES.items()}
-    text, key = SIGNATURE.read_bytes(), Key(PUBLIC_KEY.read_bytes())
+    text, key = SIGNATURE.read_bytes(), ManifestKey(PUBLIC_KEY.read_bytes())
     assert parse_signature(text, key) == expected
     assert parse_signature(text, None) == expected
     assert len(key.anchor) == 8
@@ -181,7 +181,7 @@ def odd_signature(made: dict[str, Any]) -> None:
 )
 def test_what_is_wrong_with_a_signature_is_said(made: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        parse_signature(json.dumps(made).encode(), Key(PUBLIC))
+        parse_signature(json.dumps(made).encode(), ManifestKey(PUBLIC))
 
 
 def test_a_statement_that_names_files_as_its_subjects() -> None:
@@ -194,7 +194,7 @@ def test_a_statement_that_names_files_as_its_subjects() -> None:
         ],
     }
     text = json.dumps(sign(said, KEY)).encode()
-    assert parse_signature(text, Key(PUBLIC)) == {"x": A, "y": B}
+    assert parse_signature(text, ManifestKey(PUBLIC)) == {"x": A, "y": B}
 
 
 def test_json_that_nests_deeply_is_refused() -> None:
@@ -205,7 +205,7 @@ def test_json_that_nests_deeply_is_refused() -> None:
 @pytest.mark.parametrize("curve", [ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1()])
 def test_keys_that_model_signing_takes_are_taken(curve: ec.EllipticCurve) -> None:
     private = ec.generate_private_key(curve)
-    assert Key(pem(private.public_key())).signed(b"x", b"nonsense") is False
+    assert ManifestKey(pem(private.public_key())).has_signed(b"x", b"nonsense") is False
 
 
 def pem(key: Any) -> bytes:
@@ -223,7 +223,7 @@ def test_other_keys_are_refused() -> None:
     ]
     for key in others:
         with pytest.raises(ValueError, match=r"is no (public key in PEM|EC key on)"):
-            Key(key)
+            ManifestKey(key)
 
 
 # -- which files are manifests
@@ -231,25 +231,25 @@ def test_other_keys_are_refused() -> None:
 
 def test_manifests_are_known_by_name_and_size() -> None:
     for name in ("SHA256SUMS", "a/sha256sums.txt", "m/model.sig", "m/x.safetensors.sha256"):
-        assert is_manifest(ObjectVersion("o", name, "", LIMIT, 0))
-        assert not is_manifest(ObjectVersion("o", name, "", LIMIT + 1, 0))
+        assert is_manifest(ObjectVersion("o", name, "", MAX_MANIFEST_BYTES, 0))
+        assert not is_manifest(ObjectVersion("o", name, "", MAX_MANIFEST_BYTES + 1, 0))
     for name in ("x.safetensors", "SHA256SUMS/x", "model.sig.bin"):
         assert not is_manifest(ObjectVersion("o", name, "", 1, 0))
 
 
 def test_manifests_are_looked_for_beside_a_file_and_above_it() -> None:
-    found = list(places("a/b/x.bin", signed=False))
+    found = list(manifest_keys("a/b/x.bin", is_signed=False))
     assert found[:3] == ["a/b/x.bin.sha256", "a/b/x.bin.sha256sum", "a/b/model.sig"]
     assert {"a/b/SHA256SUMS", "a/SHA256SUMS", "SHA256SUMS", "a/model.sig", "model.sig"} <= set(found)
-    assert list(places("a/b/x.bin", signed=True)) == ["a/b/model.sig", "a/model.sig", "model.sig"]
-    assert list(places("x", signed=True)) == ["model.sig"]
+    assert list(manifest_keys("a/b/x.bin", is_signed=True)) == ["a/b/model.sig", "a/model.sig", "model.sig"]
+    assert list(manifest_keys("x", is_signed=True)) == ["model.sig"]
 
 
 def test_a_manifest_speaks_of_files_below_its_folder() -> None:
-    assert read_manifest("m/SHA256SUMS", sums({"s/x": b"a"}), None) == {"m/s/x": A}
-    assert read_manifest("SHA256SUMS", sums({"x": b"a"}), None) == {"x": A}
-    assert read_manifest("m/x.sha256", A.hex().encode(), None) == {"m/x": A}
-    assert read_manifest("m/model.sig", signature_of({"x": b"a"}, KEY), Key(PUBLIC)) == {"m/x": A}
+    assert parse_manifest("m/SHA256SUMS", sums({"s/x": b"a"}), None) == {"m/s/x": A}
+    assert parse_manifest("SHA256SUMS", sums({"x": b"a"}), None) == {"x": A}
+    assert parse_manifest("m/x.sha256", A.hex().encode(), None) == {"m/x": A}
+    assert parse_manifest("m/model.sig", signature_of({"x": b"a"}, KEY), ManifestKey(PUBLIC)) == {"m/x": A}
 
 
 # -- whose word counts
@@ -281,12 +281,12 @@ class Folder:
         self.asked.append(version.key)
         return self.metadata.get(version.key)
 
-    def digests(self, key: Key | None = None) -> Digests:
-        return Digests(self.find, self.read, self.ask, key)
+    def digests(self, key: ManifestKey | None = None) -> ExpectedDigests:
+        return ExpectedDigests(self.find, self.read, self.ask, key)
 
-    def says(self, key: str, digests: Digests | None = None) -> tuple[bytes, str]:
-        found = (digests or self.digests()).expected(self.version(key), "")
-        return found.sha256, found.by
+    def says(self, key: str, digests: ExpectedDigests | None = None) -> tuple[bytes, str]:
+        found = (digests or self.digests()).find_expected(self.version(key), "")
+        return found.sha256, found.stated_by
 
 
 def test_each_kind_of_manifest_counts() -> None:
@@ -311,7 +311,7 @@ def test_the_origin_is_asked_once_and_only_where_no_manifest_speaks() -> None:
     assert folder.asked == ["x", "y"]
     assert folder.reads == ["SHA256SUMS"]
     folder.metadata["y"] = A
-    digests.forget()
+    digests.forget_metadata()
     assert folder.says("y", digests) == (A, "the origin's metadata")
 
 
@@ -331,7 +331,7 @@ def test_a_manifest_that_is_broken_counts_for_nothing() -> None:
 
 
 def test_a_huge_manifest_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusecache.attest.digests.LIMIT", 10)
+    monkeypatch.setattr("fusecache.attest.digests.MAX_MANIFEST_BYTES", 10)
     folder = Folder({"SHA256SUMS": sums({"x": b"a"})})
     with pytest.raises(AttestationError, match="in no manifest"):
         folder.says("x")
@@ -349,14 +349,16 @@ def test_a_new_version_of_a_manifest_is_read() -> None:
 def test_a_manifest_that_is_replaced_while_it_is_read_is_told() -> None:
     folder = Folder({"SHA256SUMS": sums({"x": b"a"})})
     old = folder.version("SHA256SUMS")
-    digests = Digests(lambda _about, key: old if key == "SHA256SUMS" else None, folder.read, folder.ask)
+    digests = ExpectedDigests(
+        lambda _about, key: old if key == "SHA256SUMS" else None, folder.read, folder.ask
+    )
     folder.files["SHA256SUMS"] = b"new"
     with pytest.raises(ManifestReplacedError):
         folder.says("x", digests)
 
 
 def test_with_a_key_only_what_it_signed_counts() -> None:
-    key = Key(PUBLIC)
+    key = ManifestKey(PUBLIC)
     folder = Folder({"SHA256SUMS": sums({"x": b"b"}), "x.sha256": B.hex().encode()}, {"x": B})
     with pytest.raises(AttestationError, match=r"x is in no model\.sig that was signed with manifest_key"):
         folder.says("x", folder.digests(key))
@@ -369,7 +371,7 @@ def test_with_a_key_only_what_it_signed_counts() -> None:
 
 
 def test_what_is_remembered_of_manifests_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusecache.attest.digests._ENTRIES", 5)
+    monkeypatch.setattr("fusecache.attest.digests._MAX_MANIFEST_ENTRIES", 5)
     folder = Folder({f"{n}/SHA256SUMS": sums({f"{i}": b"a" for i in range(3)}) for n in range(4)})
     digests = folder.digests()
     for n in range(4):

@@ -15,7 +15,7 @@ import trio.testing
 from fusecache.catalog import listing as listing_module
 from fusecache.catalog.catalog import Catalog
 from fusecache.catalog.entry import ROOT, Entry
-from fusecache.catalog.saved import load, save, saved_path
+from fusecache.catalog.saved import load_listing, save_listing, saved_path
 from fusecache.errors import (
     AccessDeniedError,
     ConfigError,
@@ -28,11 +28,11 @@ from tests.support.objects import Hand, Objects
 
 
 def paths(catalog: Catalog) -> list[str]:
-    return [entry.path for entry in catalog.walk()]
+    return [entry.path for entry in catalog.walk_entries()]
 
 
 def found(catalog: Catalog, path: str) -> Entry:
-    entry = catalog.find(path)
+    entry = catalog.entry_by_path(path)
     assert entry is not None
     return entry
 
@@ -44,8 +44,11 @@ async def started(
     names = [""] if len(objects) == 1 else [f"source{number}" for number in range(len(objects))]
     catalog = Catalog(
         [each.source(name) for each, name in zip(objects, names, strict=True)],
-        ttl=ttl, negative_ttl=negative_ttl, snapshot_dir=directory, clock=hand,
-    )  # fmt: skip
+        ttl=ttl,
+        negative_ttl=negative_ttl,
+        snapshot_dir=directory,
+        clock=hand,
+    )
     await catalog.start()
     return catalog, hand
 
@@ -56,15 +59,20 @@ async def test_names_are_answered_from_one_listing() -> None:
         objects.put(key)
     catalog, _ = await started(objects)
     for _ in range(3):
-        entry = await catalog.resolve(ROOT, b"a")
+        entry = await catalog.lookup_fresh(ROOT, b"a")
         assert entry is not None
         assert entry.version == objects.versions["a"]
-        assert await catalog.resolve(ROOT, b"nothing") is None
-        assert await catalog.resolve(entry.nodeid, b"below a file") is None
+        assert await catalog.lookup_fresh(ROOT, b"nothing") is None
+        assert await catalog.lookup_fresh(entry.nodeid, b"below a file") is None
     assert paths(catalog) == ["a", "d", "d/b", "d/e", "d/e/c"]
     assert [each.name for each in catalog.children(found(catalog, "d").nodeid)] == [b"b", b"e"]
     assert [each.name for each in catalog.siblings(found(catalog, "d/b"))] == [b"b", b"e"]
-    assert catalog.find("d/x") is catalog.find("a/x") is catalog.find("\ud800") is None
+    assert (
+        catalog.entry_by_path("d/x")
+        is catalog.entry_by_path("a/x")
+        is catalog.entry_by_path("\ud800")
+        is None
+    )
     assert found(catalog, "").nodeid == ROOT
     assert catalog.totals == (3, 30)
     assert (objects.lists, objects.stats) == (1, 0)
@@ -76,21 +84,21 @@ async def test_a_stale_listing_is_made_again_by_the_next_lookup() -> None:
     catalog, hand = await started(objects, ttl=60)
     new = objects.put("a")
     objects.put("b")
-    entry = await catalog.resolve(ROOT, b"a")
+    entry = await catalog.lookup_fresh(ROOT, b"a")
     assert entry is not None
     assert entry.version == old
-    assert catalog.lifetime(entry) == 60
+    assert catalog.remaining_ttl(entry) == 60
     hand.now += 61
-    assert catalog.lifetime(entry) == 1.0
+    assert catalog.remaining_ttl(entry) == 1.0
     async with trio.open_nursery() as nursery:  # all of them share one LIST
         for _ in range(10):
-            nursery.start_soon(catalog.resolve, ROOT, b"a")
-    entry = await catalog.resolve(ROOT, b"a")
+            nursery.start_soon(catalog.lookup_fresh, ROOT, b"a")
+    entry = await catalog.lookup_fresh(ROOT, b"a")
     assert entry is not None
     assert entry.version == new
-    assert catalog.find("b") is not None
+    assert catalog.entry_by_path("b") is not None
     assert objects.lists == 2
-    assert catalog.age == 0
+    assert catalog.oldest_listing_age == 0
 
 
 async def test_the_absence_of_a_name_has_a_time_of_its_own() -> None:
@@ -98,12 +106,12 @@ async def test_the_absence_of_a_name_has_a_time_of_its_own() -> None:
     objects.put("a")
     catalog, hand = await started(objects, ttl=60, negative_ttl=5)
     objects.put("b")
-    assert await catalog.resolve(ROOT, b"b") is None
-    assert catalog.negative_lifetime(ROOT) == 5
+    assert await catalog.lookup_fresh(ROOT, b"b") is None
+    assert catalog.remaining_negative_ttl(ROOT) == 5
     hand.now += 6
-    assert await catalog.resolve(ROOT, b"a") is not None
+    assert await catalog.lookup_fresh(ROOT, b"a") is not None
     assert objects.lists == 1
-    assert await catalog.resolve(ROOT, b"b") is not None
+    assert await catalog.lookup_fresh(ROOT, b"b") is not None
     assert objects.lists == 2
 
 
@@ -112,8 +120,8 @@ async def test_ttl_zero_lists_for_every_lookup() -> None:
     catalog, _ = await started(objects, ttl=0)
     for number in range(1, 4):
         objects.put(f"{number}")
-        assert await catalog.resolve(ROOT, f"{number}".encode()) is not None
-    assert catalog.lifetime(found(catalog, "1")) == 0
+        assert await catalog.lookup_fresh(ROOT, f"{number}".encode()) is not None
+    assert catalog.remaining_ttl(found(catalog, "1")) == 0
 
 
 async def test_an_outage_leaves_the_tree_as_it_is_and_is_not_asked_at_every_lookup(
@@ -126,21 +134,21 @@ async def test_an_outage_leaves_the_tree_as_it_is_and_is_not_asked_at_every_look
     objects.error = UnavailableError("the endpoint does not answer")
     with caplog.at_level(logging.WARNING):
         for _ in range(5):
-            assert await catalog.resolve(ROOT, b"a") is not None
-            assert await catalog.resolve(ROOT, b"b") is None
+            assert await catalog.lookup_fresh(ROOT, b"a") is not None
+            assert await catalog.lookup_fresh(ROOT, b"b") is None
         assert objects.lists == 2
         hand.now += 1.5
-        assert await catalog.resolve(ROOT, b"a") is not None
+        assert await catalog.lookup_fresh(ROOT, b"a") is not None
         assert objects.lists == 3
     assert caplog.text.count("does not answer") == 1
-    assert catalog.errors == {"": "the endpoint does not answer"}
+    assert catalog.listing_errors == {"": "the endpoint does not answer"}
     with pytest.raises(UnavailableError):
         await catalog.refresh()
     objects.error = None
     objects.put("b")
     hand.now += 30
-    assert await catalog.resolve(ROOT, b"b") is not None
-    assert catalog.errors == {}
+    assert await catalog.lookup_fresh(ROOT, b"b") is not None
+    assert catalog.listing_errors == {}
 
 
 async def test_a_slow_listing_holds_up_one_lookup_for_two_seconds_and_the_others_not(
@@ -154,19 +162,19 @@ async def test_a_slow_listing_holds_up_one_lookup_for_two_seconds_and_the_others
     objects.put("b")
     try:
         began = trio.current_time()
-        assert await catalog.resolve(ROOT, b"a") is not None
-        assert trio.current_time() - began == pytest.approx(listing_module.PATIENCE)
+        assert await catalog.lookup_fresh(ROOT, b"a") is not None
+        assert trio.current_time() - began == pytest.approx(listing_module.LISTING_WAIT)
         began = trio.current_time()
         for _ in range(100):
-            assert await catalog.resolve(ROOT, b"a") is not None
-            assert await catalog.resolve(ROOT, b"b") is None
+            assert await catalog.lookup_fresh(ROOT, b"a") is not None
+            assert await catalog.lookup_fresh(ROOT, b"b") is None
         assert trio.current_time() == began
     finally:
         objects.gate.set()
     await catalog.refresh()
     # the slow one, and the refresh unless it joined that; none for the 200 lookups
     assert objects.lists in (2, 3)
-    assert catalog.find("b") is not None
+    assert catalog.entry_by_path("b") is not None
 
 
 async def test_a_caller_that_is_cancelled_does_not_take_the_listing_with_it() -> None:
@@ -177,11 +185,11 @@ async def test_a_caller_that_is_cancelled_does_not_take_the_listing_with_it() ->
     objects.gate.clear()
     objects.listing.clear()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(catalog.resolve, ROOT, b"a")
+        nursery.start_soon(catalog.lookup_fresh, ROOT, b"a")
         await trio.to_thread.run_sync(objects.listing.wait)
         nursery.cancel_scope.cancel()
     objects.gate.set()
-    assert await catalog.resolve(ROOT, b"a") is not None
+    assert await catalog.lookup_fresh(ROOT, b"a") is not None
     assert objects.lists == 2
 
 
@@ -197,7 +205,7 @@ async def test_a_refresh_begins_after_it_is_asked_for() -> None:
         nursery.start_soon(catalog.refresh)
         await trio.testing.wait_all_tasks_blocked()
         objects.gate.set()
-    assert catalog.find("a") is not None
+    assert catalog.entry_by_path("a") is not None
     assert objects.lists == 3
 
 
@@ -227,21 +235,21 @@ async def test_what_the_kernel_knows_stays_resolvable() -> None:
     objects.put("a")
     catalog, _ = await started(objects)
     first = found(catalog, "a")
-    catalog.retain(first.nodeid)
-    catalog.retain(first.nodeid)
+    catalog.retain_nodeid(first.nodeid)
+    catalog.retain_nodeid(first.nodeid)
     objects.put("a")
     await catalog.refresh()
     second = found(catalog, "a")
     assert second.nodeid != first.nodeid
-    assert catalog.get(first.nodeid) is first
+    assert catalog.entry_by_nodeid(first.nodeid) is first
     assert (catalog.is_current(first.nodeid), catalog.is_current(second.nodeid)) == (False, True)
-    catalog.release(first.nodeid)
-    assert catalog.get(first.nodeid) is first
-    catalog.release(first.nodeid, 5)
-    assert catalog.get(first.nodeid) is None
+    catalog.release_nodeid(first.nodeid)
+    assert catalog.entry_by_nodeid(first.nodeid) is first
+    catalog.release_nodeid(first.nodeid, 5)
+    assert catalog.entry_by_nodeid(first.nodeid) is None
     objects.delete("a")
     await catalog.refresh()  # nobody retained the second
-    assert catalog.get(second.nodeid) is None
+    assert catalog.entry_by_nodeid(second.nodeid) is None
     assert found(catalog, "").nodeid == ROOT
 
 
@@ -250,15 +258,15 @@ async def test_an_object_that_goes_back_to_an_earlier_version_has_its_number_aga
     version = objects.put("a")
     catalog, _ = await started(objects)
     first = found(catalog, "a")
-    catalog.retain(first.nodeid)
+    catalog.retain_nodeid(first.nodeid)
     objects.put("a")
     await catalog.refresh()
     objects.versions["a"] = version
     await catalog.refresh()
     assert found(catalog, "a").nodeid == first.nodeid
     assert catalog.is_current(first.nodeid)
-    catalog.release(first.nodeid)
-    assert catalog.get(first.nodeid) is found(catalog, "a")
+    catalog.release_nodeid(first.nodeid)
+    assert catalog.entry_by_nodeid(first.nodeid) is found(catalog, "a")
 
 
 async def test_a_version_that_is_gone_is_asked_for_at_once() -> None:
@@ -270,15 +278,15 @@ async def test_a_version_that_is_gone_is_asked_for_at_once() -> None:
     new = objects.put("a")
     objects.delete("b")
     for entry in (changed, removed, same):
-        await trio.to_thread.run_sync(catalog.changed, entry)
-    now = await catalog.resolve(ROOT, b"a")
+        await trio.to_thread.run_sync(catalog.report_stale_version, entry)
+    now = await catalog.lookup_fresh(ROOT, b"a")
     assert now is not None
     assert now.version == new
-    assert await catalog.resolve(ROOT, b"b") is None
-    assert await catalog.resolve(ROOT, b"c") is same
+    assert await catalog.lookup_fresh(ROOT, b"b") is None
+    assert await catalog.lookup_fresh(ROOT, b"c") is same
     assert (objects.lists, objects.stats) == (1, 3)
-    catalog.changed(changed)  # not in the tree any more: nothing to ask
-    assert await catalog.resolve(ROOT, b"a") is now
+    catalog.report_stale_version(changed)  # not in the tree any more: nothing to ask
+    assert await catalog.lookup_fresh(ROOT, b"a") is now
     assert objects.stats == 3
 
 
@@ -287,9 +295,9 @@ async def test_a_doubt_that_the_origin_can_not_settle_holds_up_one_lookup_only()
     objects.put("a")
     catalog, _ = await started(objects)
     objects.error = TemporaryOriginError("reset")
-    catalog.changed(found(catalog, "a"))
+    catalog.report_stale_version(found(catalog, "a"))
     for _ in range(3):
-        assert await catalog.resolve(ROOT, b"a") is not None
+        assert await catalog.lookup_fresh(ROOT, b"a") is not None
     assert objects.stats == 1
 
 
@@ -299,17 +307,22 @@ async def test_several_sources_are_directories_of_one_root() -> None:
     two.put("a/b")
     catalog, _ = await started(one, two)
     assert paths(catalog) == [
-        "source0", "source0/a", "source0/a/b", "source1", "source1/a", "source1/a/b",
-    ]  # fmt: skip
-    assert len({entry.nodeid for entry in catalog.walk()}) == 6
-    entry = await catalog.resolve(ROOT, b"source1")
+        "source0",
+        "source0/a",
+        "source0/a/b",
+        "source1",
+        "source1/a",
+        "source1/a/b",
+    ]
+    assert len({entry.nodeid for entry in catalog.walk_entries()}) == 6
+    entry = await catalog.lookup_fresh(ROOT, b"source1")
     assert entry is found(catalog, "source1")
-    assert await catalog.resolve(ROOT, b"source2") is None
-    assert [each.name for _, each in catalog.scan(ROOT, 0)] == [b"source0", b"source1"]
-    assert [each.name for _, each in catalog.scan(ROOT, 3)] == [b"source1"]
+    assert await catalog.lookup_fresh(ROOT, b"source2") is None
+    assert [each.name for _, each in catalog.scan_directory(ROOT, 0)] == [b"source0", b"source1"]
+    assert [each.name for _, each in catalog.scan_directory(ROOT, 3)] == [b"source1"]
     assert [each.path for each in catalog.children(ROOT)] == ["source0", "source1"]
-    assert catalog.identity(found(catalog, "source1/a")) == "memory://two"
-    assert catalog.identity(found(catalog, "")) == ""
+    assert catalog.origin_identity(found(catalog, "source1/a")) == "memory://two"
+    assert catalog.origin_identity(found(catalog, "")) == ""
     assert catalog.totals == (2, 20)
     assert catalog.is_current(ROOT)
 
@@ -324,16 +337,16 @@ async def test_a_source_that_can_not_be_listed_hides_nothing_and_tells_no_lie() 
     directory = found(catalog, "source1")
     for name in (b"b", b"x"):
         with pytest.raises(UnavailableError):
-            await catalog.resolve(directory.nodeid, name)
+            await catalog.lookup_fresh(directory.nodeid, name)
     with pytest.raises(UnavailableError):
-        await catalog.open_directory(directory)
-    await catalog.open_directory(found(catalog, "source0"))
-    await catalog.open_directory(found(catalog, ""))
-    assert catalog.age == -1.0
+        await catalog.require_fresh_listing(directory)
+    await catalog.require_fresh_listing(found(catalog, "source0"))
+    await catalog.require_fresh_listing(found(catalog, ""))
+    assert catalog.oldest_listing_age == -1.0
     bad.error = None
     hand.now += 100
-    assert await catalog.resolve(directory.nodeid, b"b") is not None
-    await catalog.open_directory(directory)
+    assert await catalog.lookup_fresh(directory.nodeid, b"b") is not None
+    await catalog.require_fresh_listing(directory)
 
 
 async def test_when_no_source_can_be_listed_the_mount_fails() -> None:
@@ -364,26 +377,26 @@ async def test_a_mount_during_an_outage_has_the_tree_saved_before(tmp_path: Path
     await _saved(objects, tmp_path)
     objects.error = UnavailableError("down")
     after, hand = await started(objects, directory=tmp_path)
-    assert [(each.path, each.nodeid) for each in after.walk()] == [
-        (each.path, each.nodeid) for each in before.walk()
+    assert [(each.path, each.nodeid) for each in after.walk_entries()] == [
+        (each.path, each.nodeid) for each in before.walk_entries()
     ]
-    assert after.age == -1.0
+    assert after.oldest_listing_age == -1.0
     objects.error = None
     objects.put("new")
     hand.now += 100
-    assert await after.resolve(ROOT, b"new") is not None
+    assert await after.lookup_fresh(ROOT, b"new") is not None
 
 
 async def test_a_slow_listing_does_not_keep_a_mount_with_a_saved_one_waiting(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
     objects = Objects()
-    save(tmp_path, objects.identity, [objects.put("a")])
+    save_listing(tmp_path, objects.identity, [objects.put("a")])
     objects.put("b")
     objects.gate.clear()
     try:
         catalog, _ = await started(objects, directory=tmp_path)
-        assert trio.current_time() == pytest.approx(listing_module.START_PATIENCE)
+        assert trio.current_time() == pytest.approx(listing_module.START_LISTING_WAIT)
         assert paths(catalog) == ["a"]
     finally:
         objects.gate.set()
@@ -394,7 +407,7 @@ async def test_a_slow_listing_does_not_keep_a_mount_with_a_saved_one_waiting(
 @pytest.mark.parametrize("error", [AccessDeniedError("403"), NotFoundError("404")])
 async def test_a_saved_listing_does_not_hide_a_mistake(tmp_path: Path, error: Exception) -> None:
     objects = Objects()
-    save(tmp_path, objects.identity, [objects.put("a")])
+    save_listing(tmp_path, objects.identity, [objects.put("a")])
     objects.error = error  # type: ignore[assignment]
     with pytest.raises(type(error)):
         await started(objects, directory=tmp_path)
@@ -403,12 +416,12 @@ async def test_a_saved_listing_does_not_hide_a_mistake(tmp_path: Path, error: Ex
 def test_a_saved_listing_is_read_as_it_was_written(tmp_path: Path) -> None:
     objects = Objects("s3://bucket/prefix@http://localhost")
     versions = [objects.put(f"k/{number}\n☃", number) for number in range(2500)]
-    assert load(tmp_path, objects.identity) is None
-    save(tmp_path / "below", objects.identity, versions)
-    assert load(tmp_path / "below", objects.identity) == versions
-    assert load(tmp_path / "below", "s3://another") is None
-    save(tmp_path / "below", objects.identity, [])
-    assert load(tmp_path / "below", objects.identity) == []
+    assert load_listing(tmp_path, objects.identity) is None
+    save_listing(tmp_path / "below", objects.identity, versions)
+    assert load_listing(tmp_path / "below", objects.identity) == versions
+    assert load_listing(tmp_path / "below", "s3://another") is None
+    save_listing(tmp_path / "below", objects.identity, [])
+    assert load_listing(tmp_path / "below", objects.identity) == []
     assert [path.name for path in (tmp_path / "below").iterdir()] == [
         saved_path(tmp_path, objects.identity).name
     ]
@@ -416,20 +429,23 @@ def test_a_saved_listing_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def test_the_format_of_a_saved_listing(tmp_path: Path) -> None:
     objects = Objects()
-    save(tmp_path, objects.identity, [objects.put("a", 3)])
+    save_listing(tmp_path, objects.identity, [objects.put("a", 3)])
     lines = gzip.decompress(saved_path(tmp_path, objects.identity).read_bytes()).decode().splitlines()
     header = json.loads(lines[0])
     assert header.pop("listed_at") > 0
     assert header == {
-        "format": "fusecache-listing", "version": 1, "identity": objects.identity, "origin": objects.identity,
+        "format": "fusecache-listing",
+        "version": 1,
+        "identity": objects.identity,
+        "origin": objects.identity,
         "objects": 1,
-    }  # fmt: skip
+    }
     assert [json.loads(line) for line in lines[1:]] == [[["a", '"1"', 3, 1_000_000_000]]]
 
 
 def test_a_damaged_saved_listing_counts_as_absent(tmp_path: Path) -> None:
     objects = Objects()
-    save(tmp_path, objects.identity, [objects.put(f"{number}") for number in range(50)])
+    save_listing(tmp_path, objects.identity, [objects.put(f"{number}") for number in range(50)])
     path = saved_path(tmp_path, objects.identity)
     whole = path.read_bytes()
     damaged = [whole[:cut] for cut in (0, 1, 10, len(whole) // 2, len(whole) - 1)]
@@ -461,7 +477,7 @@ def test_a_damaged_saved_listing_counts_as_absent(tmp_path: Path) -> None:
         damaged.append(gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode()))
     for data in damaged:
         path.write_bytes(data)
-        assert load(tmp_path, objects.identity) is None
+        assert load_listing(tmp_path, objects.identity) is None
 
 
 async def test_a_listing_that_can_not_be_saved_is_served_all_the_same(
@@ -498,8 +514,8 @@ async def test_a_name_that_is_listed_is_never_absent_for_a_moment() -> None:
     def look() -> None:
         while not stop.is_set():
             for path in ("d/0", "d/299"):
-                entry = catalog.find(path)
-                if entry is None or catalog.get(entry.parent) is None:
+                entry = catalog.entry_by_path(path)
+                if entry is None or catalog.entry_by_nodeid(entry.parent) is None:
                     missed.append(path)
 
     async with trio.open_nursery() as nursery:

@@ -53,54 +53,59 @@ async def _compare(steps: list[tuple[str, str]]) -> None:
 
     async def refresh(key: str) -> None:
         hand.now += 61
-        await catalog.fresh()
+        await catalog.refresh_if_stale()
         listed.clear()
         listed.update(objects.versions)
 
     async def doubt(key: str) -> None:
-        entry = catalog.find(key)
+        entry = catalog.entry_by_path(key)
         if entry is not None and entry.version is not None:
-            catalog.changed(entry)
-            await catalog.resolve(entry.parent, entry.name)
+            catalog.report_stale_version(entry)
+            await catalog.lookup_fresh(entry.parent, entry.name)
             # only this object is asked for; a directory that it made stays until the next listing
             if key in objects.versions:
                 listed[key] = objects.versions[key]
 
     async def retain(key: str) -> None:
-        entry = catalog.find(key)
+        entry = catalog.entry_by_path(key)
         if entry is not None and entry.nodeid not in retained:
             retained[entry.nodeid] = entry
-            catalog.retain(entry.nodeid)
+            catalog.retain_nodeid(entry.nodeid)
 
     async def forget(key: str) -> None:
         for nodeid in [each for each, entry in retained.items() if entry.path == key]:
             del retained[nodeid]
-            catalog.release(nodeid)
+            catalog.release_nodeid(nodeid)
 
     actions: dict[str, Callable[[str], object]] = {
-        "put": put, "delete": delete, "refresh": refresh, "doubt": doubt, "retain": retain, "forget": forget,
-    }  # fmt: skip
+        "put": put,
+        "delete": delete,
+        "refresh": refresh,
+        "doubt": doubt,
+        "retain": retain,
+        "forget": forget,
+    }
     removed: set[str] = set()
     for action, key in steps:
         if action == "refresh":
             removed.clear()
-        if action == "doubt" and catalog.find(key) is not None and key not in objects.versions:
+        if action == "doubt" and catalog.entry_by_path(key) is not None and key not in objects.versions:
             removed.add(key)
         await actions[action](key)  # type: ignore[misc]
         expected = model(listed)
         for path in removed:
             if expected.get(path) is not None:
                 del expected[path]
-        assert {entry.path: entry.version for entry in catalog.walk()} == expected
-        numbers = [entry.nodeid for entry in catalog.walk()]
+        assert {entry.path: entry.version for entry in catalog.walk_entries()} == expected
+        numbers = [entry.nodeid for entry in catalog.walk_entries()]
         assert len(set(numbers)) == len(numbers)
         for nodeid, entry in retained.items():
-            still = catalog.get(nodeid)
+            still = catalog.entry_by_nodeid(nodeid)
             assert still is not None
             assert (still.path, still.version) == (entry.path, entry.version)
-        scanned = [entry.name for _, entry in catalog.scan(ROOT, 0)]
+        scanned = [entry.name for _, entry in catalog.scan_directory(ROOT, 0)]
         assert sorted(scanned) == [entry.name for entry in catalog.children(ROOT)]
-    files = [entry for entry in catalog.walk() if entry.version is not None]
+    files = [entry for entry in catalog.walk_entries() if entry.version is not None]
     assert catalog.totals == (len(files), sum(entry.size for entry in files))
 
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusecache.catalog.entry import ROOT
-from fusecache.catalog.keys import NAME_MAX, Skip
-from fusecache.catalog.tree import FIRST_CURSOR, Tree, build, changes
+from fusecache.catalog.keys import NAME_MAX, SkipReason
+from fusecache.catalog.tree import FIRST_CURSOR, Tree, build_tree, find_changed_names
 from fusecache.types import ObjectVersion
 
 
@@ -17,11 +17,11 @@ def version(key: str, etag: str = "1", size: int = 3, mtime_ns: int = 5) -> Obje
 
 
 def tree(*keys: str, source: str = "", before: Tree | None = None) -> Tree:
-    return build(source, [version(key) for key in keys], before=before, empty_mtime_ns=7)
+    return build_tree(source, [version(key) for key in keys], before=before, empty_mtime_ns=7)
 
 
 def paths(found: Tree) -> list[str]:
-    return [entry.path + "/" * entry.is_dir for entry in found.walk()]
+    return [entry.path + "/" * entry.is_dir for entry in found.walk_entries()]
 
 
 def test_directories_are_made_of_keys() -> None:
@@ -29,7 +29,7 @@ def test_directories_are_made_of_keys() -> None:
     assert paths(found) == ["a", "b/", "b/a", "b/c/", "b/c/d"]
     assert found.root.nodeid == ROOT
     assert found.root.path == ""
-    assert (found.files, found.size) == (3, 9)
+    assert (found.file_count, found.total_bytes) == (3, 9)
     assert found.skipped == {}
 
 
@@ -48,22 +48,22 @@ def test_a_named_source_is_a_directory_below_the_root() -> None:
     ("key", "reason"),
     [
         ("", None),
-        ("/a", Skip.EMPTY),
-        ("a//b", Skip.EMPTY),
-        ("a//", Skip.EMPTY),
-        ("//", Skip.EMPTY),
-        ("./a", Skip.DOTS),
-        ("a/../b", Skip.DOTS),
-        ("a/..", Skip.DOTS),
-        ("a/./", Skip.DOTS),
-        ("a\0b", Skip.NUL),
-        ("n" * (NAME_MAX + 1), Skip.LONG),
-        ("n" * (NAME_MAX + 1) + "/a", Skip.LONG),
-        ("é" * 128, Skip.LONG),
-        ("\ud800", Skip.ENCODING),
+        ("/a", SkipReason.EMPTY),
+        ("a//b", SkipReason.EMPTY),
+        ("a//", SkipReason.EMPTY),
+        ("//", SkipReason.EMPTY),
+        ("./a", SkipReason.DOTS),
+        ("a/../b", SkipReason.DOTS),
+        ("a/..", SkipReason.DOTS),
+        ("a/./", SkipReason.DOTS),
+        ("a\0b", SkipReason.NUL),
+        ("n" * (NAME_MAX + 1), SkipReason.LONG),
+        ("n" * (NAME_MAX + 1) + "/a", SkipReason.LONG),
+        ("é" * 128, SkipReason.LONG),
+        ("\ud800", SkipReason.ENCODING),
     ],
 )
-def test_keys_that_no_path_can_spell(key: str, reason: Skip | None) -> None:
+def test_keys_that_no_path_can_spell(key: str, reason: SkipReason | None) -> None:
     found = tree("ok", key)
     assert paths(found) == ["ok"]
     assert found.skipped == ({reason: (1, key)} if reason else {})
@@ -77,21 +77,21 @@ def test_unusual_names_that_a_path_can_spell(key: str) -> None:
 
 
 def test_a_trailing_slash_marks_a_directory() -> None:
-    found = build("", [version("empty/", size=0), version("full/", size=4), version("full/a")])
+    found = build_tree("", [version("empty/", size=0), version("full/", size=4), version("full/a")])
     assert paths(found) == ["empty/", "full/", "full/a"]
-    assert found.skipped == {Skip.MARKER: (1, "full/")}
+    assert found.skipped == {SkipReason.MARKER: (1, "full/")}
 
 
 def test_where_a_file_and_a_directory_have_one_path_the_directory_wins() -> None:
     for keys in (("a", "a/b"), ("a/b", "a"), ("a", "a/"), ("x/a/b/c", "x/a")):
         found = tree(*keys)
-        assert all(entry.is_dir for entry in found.walk() if entry.name == b"a")
-        assert found.skipped[Skip.SHADOWED][0] == 1
+        assert all(entry.is_dir for entry in found.walk_entries() if entry.name == b"a")
+        assert found.skipped[SkipReason.SHADOWED][0] == 1
 
 
 def test_the_number_of_a_file_names_one_version_and_that_of_a_directory_a_path() -> None:
     def numbers(*versions: ObjectVersion) -> dict[str, int]:
-        return {entry.path: entry.nodeid for entry in build("", versions).walk()}
+        return {entry.path: entry.nodeid for entry in build_tree("", versions).walk_entries()}
 
     first = numbers(version("d/a"))
     assert numbers(version("d/a"), version("z")) == first | {"z": numbers(version("z"))["z"]}
@@ -103,12 +103,12 @@ def test_the_number_of_a_file_names_one_version_and_that_of_a_directory_a_path()
 
 
 def test_numbers_that_are_taken_are_avoided_in_the_same_way_every_time() -> None:
-    free = {entry.path: entry.nodeid for entry in tree("a", "d/b").walk()}
+    free = {entry.path: entry.nodeid for entry in tree("a", "d/b").walk_entries()}
     taken = set(free.values())
 
     def numbers() -> dict[str, int]:
-        found = build("", [version("a"), version("d/b")], taken=taken.__contains__)
-        return {entry.path: entry.nodeid for entry in found.walk()}
+        found = build_tree("", [version("a"), version("d/b")], is_taken=taken.__contains__)
+        return {entry.path: entry.nodeid for entry in found.walk_entries()}
 
     assert numbers() == numbers()
     assert taken.isdisjoint(numbers().values())
@@ -117,37 +117,39 @@ def test_numbers_that_are_taken_are_avoided_in_the_same_way_every_time() -> None
 
 def test_what_did_not_change_is_taken_over() -> None:
     before = tree("a", "d/b", "d/c")
-    after = build("", [version("a"), version("d/b", etag="2"), version("d/e")], before=before)
+    after = build_tree("", [version("a"), version("d/b", etag="2"), version("d/e")], before=before)
     assert after.lookup(ROOT, b"a") is before.lookup(ROOT, b"a")
     directory = after.lookup(ROOT, b"d")
     assert directory is not None
     assert directory is before.lookup(ROOT, b"d")
-    assert sorted(changes(before, after)) == [(directory.nodeid, name) for name in (b"b", b"c", b"e")]
-    assert changes(after, after) == []
+    assert sorted(find_changed_names(before, after)) == [
+        (directory.nodeid, name) for name in (b"b", b"c", b"e")
+    ]
+    assert find_changed_names(after, after) == []
 
 
 def test_a_directory_is_as_young_as_what_is_below_it() -> None:
-    found = build(
+    found = build_tree(
         "", [version("a/b/c", mtime_ns=9), version("a/d", mtime_ns=4), version("e/")], empty_mtime_ns=7
     )
-    times = {entry.path: entry.mtime_ns for entry in [found.root, *found.walk()]}
+    times = {entry.path: entry.mtime_ns for entry in [found.root, *found.walk_entries()]}
     assert times == {"": 9, "a": 9, "a/b": 9, "a/b/c": 9, "a/d": 4, "e": 7}
 
 
 def test_one_file_is_replaced_or_taken_out() -> None:
     before = tree("a", "d/b", "d/c")
-    entry = next(each for each in before.walk() if each.path == "d/b")
-    after = before.replace(entry, version("d/b", etag="2", size=10))
+    entry = next(each for each in before.walk_entries() if each.path == "d/b")
+    after = before.replace_version(entry, version("d/b", etag="2", size=10))
     assert paths(after) == paths(before)
-    assert (after.files, after.size) == (3, 16)
+    assert (after.file_count, after.total_bytes) == (3, 16)
     new = after.lookup(entry.parent, b"b")
     assert new is not None
     assert new.size == 10
-    assert after.by_id.get(entry.nodeid) is None
-    assert after.by_id[new.nodeid] is new
-    gone = after.replace(new, None)
+    assert after.entries_by_id.get(entry.nodeid) is None
+    assert after.entries_by_id[new.nodeid] is new
+    gone = after.replace_version(new, None)
     assert paths(gone) == ["a", "d/", "d/c"]
-    assert (gone.files, gone.size) == (2, 6)
+    assert (gone.file_count, gone.total_bytes) == (2, 6)
     assert paths(before) == ["a", "d/", "d/b", "d/c"]
 
 
@@ -161,12 +163,12 @@ def test_a_scan_meets_each_name_that_stays_exactly_once(first: set[str], second:
     before, after = tree(*first), tree(*second)
     seen: list[bytes] = []
     cursor = 0
-    for cursor, entry in before.scan(ROOT, 0):
+    for cursor, entry in before.scan_directory(ROOT, 0):
         assert cursor >= FIRST_CURSOR
         seen.append(entry.name)
         if len(seen) > stop:
             break
-    seen += [entry.name for _, entry in after.scan(ROOT, cursor)]
+    seen += [entry.name for _, entry in after.scan_directory(ROOT, cursor)]
     assert len(seen) == len(set(seen))
     assert (
         {name.encode() for name in first & second} <= set(seen) <= {name.encode() for name in first | second}
@@ -177,16 +179,16 @@ def test_a_scan_meets_each_name_that_stays_exactly_once(first: set[str], second:
 def test_the_tree_is_what_the_keys_say(keys: list[str]) -> None:
     found = tree(*keys)
     directories = {key[:at] for key in keys for at, char in enumerate(key) if char == "/"}
-    assert {entry.path for entry in found.walk() if entry.is_dir} == directories
-    assert {entry.path for entry in found.walk() if not entry.is_dir} == set(keys) - directories
-    assert len(found.by_id) == len(set(keys) | directories) + 1
-    for entry in found.walk():
-        assert found.by_id[entry.nodeid] is entry
+    assert {entry.path for entry in found.walk_entries() if entry.is_dir} == directories
+    assert {entry.path for entry in found.walk_entries() if not entry.is_dir} == set(keys) - directories
+    assert len(found.entries_by_id) == len(set(keys) | directories) + 1
+    for entry in found.walk_entries():
+        assert found.entries_by_id[entry.nodeid] is entry
         assert found.lookup(entry.parent, entry.name) is entry
         assert (
             found.lookup(entry.parent, entry.name + b"!") is None
             or entry.path + "!" in set(keys) | directories
         )
-    for children in found.below.values():
+    for children in found.children_by_id.values():
         names = [entry.name for entry in children]
         assert names == sorted(names)

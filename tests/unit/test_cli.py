@@ -13,10 +13,10 @@ import pytest
 import trio
 import xxhash
 
-from fusecache import control, mounts
 from fusecache.cli import main as cli
 from fusecache.cli import output
-from fusecache.cli.cache import matches
+from fusecache.cli.cache import is_named_by
+from fusecache.control import mounts, rpc
 from fusecache.errors import ControlError, StoreError
 from fusecache.store.store import Store
 from fusecache.types import ObjectVersion
@@ -84,7 +84,7 @@ def run_daemon(path: Path, daemon: Daemon) -> Callable[[], None]:
     async def serve() -> None:
         handlers = dict.fromkeys(("status", "ls", "evict", "pin", "refresh", "fetch"), daemon.handle)
         async with trio.open_nursery() as nursery:
-            await nursery.start(control.serve, path, handlers)
+            await nursery.start(rpc.serve_requests, path, handlers)
             token = trio.lowlevel.current_trio_token()
             ends.append(lambda: token.run_sync_soon(nursery.cancel_scope.cancel))
             ready.set()
@@ -116,7 +116,7 @@ def daemon(tmp_path: Path, machine: list[mounts.Mount]) -> Iterator[Daemon]:
     (tmp_path / "run").mkdir()
     machine.append(mounts.Mount(Path("/models"), "s3://models", "0:50", 0))
     played = Daemon()
-    end = run_daemon(mounts.control_socket(tmp_path / "run", Path("/models")), played)
+    end = run_daemon(mounts.control_socket_path(tmp_path / "run", Path("/models")), played)
     yield played
     end()
 
@@ -124,7 +124,7 @@ def daemon(tmp_path: Path, machine: list[mounts.Mount]) -> Iterator[Daemon]:
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     def call(*arguments: str) -> tuple[int, str, str]:
-        code = cli.run(arguments)
+        code = cli.run_command(arguments)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -275,7 +275,7 @@ def test_refresh(run: Run, daemon: Daemon, machine: list[mounts.Mount]) -> None:
 
 
 def test_fetch_polls_until_all_is_there(run: Run, daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusecache.cli.fetch._POLL", 0)
+    monkeypatch.setattr("fusecache.cli.fetch._POLL_INTERVAL", 0)
     done = iter([0, 1 << 20, 1 << 20, 3 << 20])
     daemon.answers["fetch"] = lambda _: {"done": next(done), "total": 3 << 20}
     assert run("fetch", "/models/llama/x") == (0, "/models/llama/x: 3 MiB in the cache\n", "")
@@ -289,8 +289,8 @@ def test_fetch_does_not_wait_when_asked_not_to(run: Run, daemon: Daemon) -> None
 
 
 def test_fetch_gives_up_without_progress(run: Run, daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusecache.cli.fetch._POLL", 0)
-    monkeypatch.setattr("fusecache.cli.fetch._STALLED", 0)
+    monkeypatch.setattr("fusecache.cli.fetch._POLL_INTERVAL", 0)
+    monkeypatch.setattr("fusecache.cli.fetch._STALL_TIMEOUT", 0)
     daemon.answers["fetch"] = {"done": 1, "total": 5}
     mistake(run("fetch", "/models/x"), 1, "no progress at 1 B of 5 B")
 
@@ -361,8 +361,8 @@ def test_pin_and_unpin(run: Run, daemon: Daemon) -> None:
     ],
 )
 def test_what_a_path_names(wanted: str, found: bool) -> None:
-    assert matches({"key": "a/b", "source": "s3://m", "id": "0" * 32}, wanted) == found
-    assert matches({"key": "a/b", "source": "s3://m", "id": "0" * 32}, "0" * 32)
+    assert is_named_by({"key": "a/b", "source": "s3://m", "id": "0" * 32}, wanted) == found
+    assert is_named_by({"key": "a/b", "source": "s3://m", "id": "0" * 32}, "0" * 32)
 
 
 # -- the cache, directly
@@ -376,9 +376,9 @@ def cache(tmp_path: Path) -> Path:
     with Store(directory, limit=1 << 30, free_floor=0, block_size=len(block)) as store:
         for key, size in (("llama/a", len(block)), ("llama/b", 2 * len(block))):
             stored = store.open(ObjectVersion("s3://m", key, "e", size, 1))
-            assert stored.reserve(len(block))
+            assert stored.reserve_bytes(len(block))
             stored.write(0, block)
-            stored.commit(0, xxhash.xxh3_64_intdigest(block))
+            stored.commit_block(0, xxhash.xxh3_64_intdigest(block))
             stored.close()
     return directory
 
@@ -412,7 +412,7 @@ def test_a_cache_of_another_version(run: Run, machine: list[mounts.Mount], cache
     ("seconds", "text"), [(0, "0 s"), (119, "119 s"), (120, "2 min"), (7200, "2 h"), (172800, "2 d")]
 )
 def test_durations_for_people(seconds: float, text: str) -> None:
-    assert output.duration(seconds) == text
+    assert output.format_duration(seconds) == text
 
 
 def test_long_names_are_not_cut_in_a_pipe(run: Run, daemon: Daemon) -> None:
@@ -422,6 +422,6 @@ def test_long_names_are_not_cut_in_a_pipe(run: Run, daemon: Daemon) -> None:
 
 
 def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with output.progress("x", 5, unit="objects") as bar:
-        bar.at(3)
+    with output.show_progress("x", 5, unit="objects") as bar:
+        bar.move_to(3)
     assert capsys.readouterr() == ("", "")

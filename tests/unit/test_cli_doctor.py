@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from fusecache import mounts
 from fusecache.cli import checks, checks_source
 from fusecache.cli import main as cli
 from fusecache.config.load import load_mount_config
 from fusecache.config.model import SourceConfig, Tuning
+from fusecache.control import mounts
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_cache_file_system(
     mountinfo.write_text(
         f"1 0 0:1 / / rw - btrfs / rw\n2 1 0:2 / {tmp_path} rw - {kind} x rw\n3 2 0:3 / {tmp_path}/y rw - xfs x rw\n"
     )
-    monkeypatch.setattr(checks, "mount_at", lambda path: mounts.mount_at(path, mountinfo))
+    monkeypatch.setattr(checks, "find_file_system", lambda path: mounts.find_file_system(path, mountinfo))
     found = checks.check_file_system(tmp_path / "not" / "yet")
     assert found.state == state
     assert text in found.detail
@@ -181,7 +181,7 @@ def test_a_clock_nobody_answers_for() -> None:
 def test_whose_clock_counts(
     url: str, options: dict[str, Any], env: dict[str, str], endpoint: str | None
 ) -> None:
-    assert checks_source.endpoint_of(SourceConfig(url=url, **options), env) == endpoint
+    assert checks_source.find_endpoint(SourceConfig(url=url, **options), env) == endpoint
 
 
 def credentials(env: dict[str, str] | None = None, **options: Any) -> checks.Check:
@@ -214,11 +214,11 @@ def test_a_local_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = cli.run(["doctor", "--cache-dir", str(tmp_path / "not" / "yet")])
+    code = cli.run_command(["doctor", "--cache-dir", str(tmp_path / "not" / "yet")])
     out = capsys.readouterr().out
     assert code == 1
     assert "fail  cache dir" in out
     assert "mkdir -p" in out
-    assert cli.run(["doctor", "--json", "--cache-dir", str(tmp_path)]) in (0, 1)
+    assert cli.run_command(["doctor", "--json", "--cache-dir", str(tmp_path)]) in (0, 1)
     names = [check["name"] for check in json.loads(capsys.readouterr().out)]
     assert names[:4] == ["kernel", "privileges", "device", "fusermount3"]

@@ -15,11 +15,11 @@ FILE = Path(__file__).resolve().parents[2] / "docs" / "OPTIONS.md"
 
 
 def test_the_reference_is_current() -> None:
-    assert FILE.read_text("utf-8") == options.reference(), "run python -m fusecache.cli.options"
+    assert FILE.read_text("utf-8") == options.make_reference(), "run python -m fusecache.cli.options"
 
 
 def test_every_option_is_explained() -> None:
-    text = options.reference()
+    text = options.make_reference()
     for model in (MountConfig, Tuning, PeerSettings, SourceConfig):
         for name, field in model.model_fields.items():
             if name not in ("sources", "tuning", "peers", "mountpoint"):
@@ -30,4 +30,4 @@ def test_every_option_is_explained() -> None:
 def test_it_is_written_where_one_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["options", str(tmp_path / "new" / "OPTIONS.md")])
     options.main()
-    assert (tmp_path / "new" / "OPTIONS.md").read_text() == options.reference()
+    assert (tmp_path / "new" / "OPTIONS.md").read_text() == options.make_reference()

@@ -129,7 +129,7 @@ url = "https://three/"
     ]
     assert config.sources[1].storage_options == {"project": "p"}
     assert config.sources[2].engine == "fsspec"
-    assert config.secrets() == ["k", SECRET]
+    assert config.secret_values() == ["k", SECRET]
     one = load("b", file=file)
     assert [(s.name, s.url) for s in one.sources] == [("", "gs://two/x")]
     same = load("s3://one/", file=file)
@@ -155,12 +155,12 @@ def test_secrets_stay_inside(tmp_path: Path) -> None:
     config = load(env=env)
     assert SECRET not in repr(config)
     assert SECRET not in str(config.model_dump())
-    private = config.dump_private()
+    private = config.dump_with_secrets()
     assert SECRET.encode() in private
-    assert MountConfig.load_private(private) == config
-    assert set(config.secrets()) == {"AKIA", SECRET}
+    assert MountConfig.load_with_secrets(private) == config
+    assert set(config.secret_values()) == {"AKIA", SECRET}
     with pytest.raises(ConfigError) as caught:
-        MountConfig.load_private(private.replace(b'"concurrency": 16', b'"concurrency": -1'))
+        MountConfig.load_with_secrets(private.replace(b'"concurrency": 16', b'"concurrency": -1'))
     assert SECRET not in str(caught.value)
     with pytest.raises(ValidationError):
         config.threads = 5  # type: ignore[misc]
@@ -173,8 +173,8 @@ def test_storage_options_round_trip_and_count_as_secret(tmp_path: Path) -> None:
     )
     config = load(None, file=file)
     assert SECRET not in repr(config)
-    assert sorted(config.secrets()) == ["pw", SECRET]
-    assert MountConfig.load_private(config.dump_private()) == config
+    assert sorted(config.secret_values()) == ["pw", SECRET]
+    assert MountConfig.load_with_secrets(config.dump_with_secrets()) == config
 
 
 @pytest.mark.parametrize("name", ["access_key_id", "secret_access_key", "session_token", "storage_options"])
@@ -323,9 +323,9 @@ def test_shares_are_of_the_disk_that_will_hold_the_cache(tmp_path: Path) -> None
     disk = os.statvfs(tmp_path)
     total = disk.f_blocks * disk.f_frsize
     config = load(options=(f"cache_dir={tmp_path}/not/yet,cache_size=50%,free_space=10%",))
-    assert config.cache_limit() == int(total * 0.5)
-    assert config.free_floor_bytes() == int(total * 0.1)
-    assert load(options=("cache_size=5GiB",)).cache_limit() == 5 << 30
+    assert config.cache_limit_bytes() == int(total * 0.5)
+    assert config.min_free_bytes() == int(total * 0.1)
+    assert load(options=("cache_size=5GiB",)).cache_limit_bytes() == 5 << 30
 
 
 def test_only_the_default_cache_directory_gets_its_parents_made(

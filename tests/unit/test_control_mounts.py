@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fusecache import mounts
+from fusecache.control import mounts
 from fusecache.errors import MountError
 
 MOUNTINFO = r"""27 1 254:0 / / rw,relatime - ext4 /dev/vda rw
@@ -50,28 +50,28 @@ def test_find_by_path(mountinfo: Path, tmp_path: Path) -> None:
 
 
 def test_find_the_mount_around_a_path(mountinfo: Path) -> None:
-    found = mounts.containing_mount("/models/llama/config.json", mountinfo)
+    found = mounts.find_containing_mount("/models/llama/config.json", mountinfo)
     assert found is not None
     assert (found[0].mountpoint, found[1]) == (Path("/models"), "llama/config.json")
-    at_root = mounts.containing_mount("/models", mountinfo)
+    at_root = mounts.find_containing_mount("/models", mountinfo)
     assert at_root is not None
     assert at_root[1] == ""
-    assert mounts.containing_mount("/other/file", mountinfo) is None
+    assert mounts.find_containing_mount("/other/file", mountinfo) is None
 
 
 def test_mount_id_is_stable() -> None:
-    assert mounts.mount_id(Path("/models")) == "580b55c78e327874"
+    assert mounts.compute_mount_id(Path("/models")) == "580b55c78e327874"
 
 
 def test_find_socket_prefers_what_exists(tmp_path: Path) -> None:
     mount = mounts.Mount(Path("/models"), "s3://models", "0:53", 0)
     env = {"FUSECACHE_RUNTIME_DIR": str(tmp_path)}
-    wanted = mounts.control_socket(tmp_path, mount.mountpoint)
-    assert mounts.find_socket(mount, env) == wanted
+    wanted = mounts.control_socket_path(tmp_path, mount.mountpoint)
+    assert mounts.find_control_socket(mount, env) == wanted
     wanted.parent.mkdir()
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(wanted))
-    assert mounts.find_socket(mount, env) == wanted
+    assert mounts.find_control_socket(mount, env) == wanted
 
 
 def test_a_socket_of_a_stranger_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,10 +79,10 @@ def test_a_socket_of_a_stranger_is_passed_over(tmp_path: Path, monkeypatch: pyte
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     monkeypatch.setattr(mounts, "default_runtime_dir", lambda _: ours)
     for directory in (ours, theirs):
-        mounts.control_socket(directory, mount.mountpoint).parent.mkdir(parents=True)
+        mounts.control_socket_path(directory, mount.mountpoint).parent.mkdir(parents=True)
         with socket.socket(socket.AF_UNIX) as listening:
-            listening.bind(str(mounts.control_socket(directory, mount.mountpoint)))
-    foreign = mounts.control_socket(theirs, mount.mountpoint)
+            listening.bind(str(mounts.control_socket_path(directory, mount.mountpoint)))
+    foreign = mounts.control_socket_path(theirs, mount.mountpoint)
     real = Path.lstat
 
     def lstat(path: Path) -> os.stat_result:
@@ -90,24 +90,24 @@ def test_a_socket_of_a_stranger_is_passed_over(tmp_path: Path, monkeypatch: pyte
         return os.stat_result((*found[:4], 5678, *found[5:10])) if path == foreign else found
 
     monkeypatch.setattr(Path, "lstat", lstat)
-    found = mounts.find_socket(mount, {"FUSECACHE_RUNTIME_DIR": str(theirs)})
-    assert found == mounts.control_socket(ours, mount.mountpoint)
+    found = mounts.find_control_socket(mount, {"FUSECACHE_RUNTIME_DIR": str(theirs)})
+    assert found == mounts.control_socket_path(ours, mount.mountpoint)
 
 
 def test_the_runtime_folder_is_private(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        made = mounts.mount_directory(tmp_path / "a" / "run", Path("/models"))
+        made = mounts.make_mount_runtime_dir(tmp_path / "a" / "run", Path("/models"))
     finally:
         os.umask(before)
     assert stat.S_IMODE(made.stat().st_mode) == 0o700
     assert stat.S_IMODE(made.parent.stat().st_mode) == 0o700
     made.chmod(0o777)
-    mounts.mount_directory(tmp_path / "a" / "run", Path("/models"))
+    mounts.make_mount_runtime_dir(tmp_path / "a" / "run", Path("/models"))
     assert stat.S_IMODE(made.stat().st_mode) == 0o700
 
 
 def test_a_runtime_folder_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MountError, match="runtime_dir"):
-        mounts.mount_directory(tmp_path / "file", Path("/models"))
+        mounts.make_mount_runtime_dir(tmp_path / "file", Path("/models"))

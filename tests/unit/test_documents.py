@@ -15,7 +15,7 @@ from fusecache.cli.main import cli
 from fusecache.config.load import load_mount_config
 from fusecache.config.model import MountConfig, SourceConfig, Tuning
 from fusecache.config.peers import PeerSettings
-from fusecache.mount.helper import translate
+from fusecache_mount.lifecycle.helper import translate_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = (
@@ -130,7 +130,7 @@ def test_lines_of_fstab_and_calls_of_mount_are_accepted(tmp_path: Path) -> None:
     found += [(call[3], call[4], call[6]) for call in calls]
     assert len(found) > 1
     for source, mountpoint, options in found:
-        arguments, really = translate([source, mountpoint, "-o", options])
+        arguments, really = translate_arguments([source, mountpoint, "-o", options])
         assert really
         assert arguments[-2:] == [source, mountpoint] or {source, mountpoint} <= set(arguments)
         check_options(options)

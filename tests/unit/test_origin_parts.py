@@ -20,13 +20,13 @@ from fusecache.errors import (
     UnavailableError,
     VersionChangedError,
 )
-from fusecache.origin.aio import body_start
-from fusecache.origin.base import never
+from fusecache.origin.aio import bytes_to_skip
+from fusecache.origin.base import never_cancelled
 from fusecache.origin.factory import open_origin
-from fusecache.origin.failures import from_os_error, from_status, is_temporary, retry_after
-from fusecache.origin.limiter import Limiter
+from fusecache.origin.failures import error_from_exception, error_from_status, is_temporary, parse_retry_after
+from fusecache.origin.limiter import AdaptiveLimiter
 from fusecache.origin.retry import Backoff
-from fusecache.origin.s3 import normal_etag
+from fusecache.origin.s3 import normalize_etag
 from tests.support.servers import wait_until
 
 
@@ -35,67 +35,73 @@ def later() -> float:
 
 
 def test_the_limit_halves_once_per_round_and_grows_by_one_per_round() -> None:
-    limiter = Limiter(16)
-    with limiter.slot("x", later(), never) as first, limiter.slot("x", later(), never) as second:
-        limiter.throttled(first)
-        limiter.throttled(second)  # sent before the halving: no news
+    limiter = AdaptiveLimiter(16)
+    with (
+        limiter.hold_slot("x", later(), never_cancelled) as first,
+        limiter.hold_slot("x", later(), never_cancelled) as second,
+    ):
+        limiter.note_throttled(first)
+        limiter.note_throttled(second)  # sent before the halving: no news
         assert limiter.limit == 8
-    with limiter.slot("x", later(), never) as third:
-        limiter.throttled(third)
+    with limiter.hold_slot("x", later(), never_cancelled) as third:
+        limiter.note_throttled(third)
     assert limiter.limit == 4
     for _ in range(5):
-        limiter.succeeded()
+        limiter.note_success()
     assert limiter.limit == 5
     for _ in range(1000):
-        limiter.succeeded()
+        limiter.note_success()
     assert limiter.limit == 16
     for _ in range(10):
-        with limiter.slot("x", later(), never) as generation:
-            limiter.throttled(generation)
+        with limiter.hold_slot("x", later(), never_cancelled) as generation:
+            limiter.note_throttled(generation)
     assert limiter.limit == 4, "a request that stalls would stop all others"
-    few = Limiter(2)
-    with few.slot("x", later(), never) as generation:
-        few.throttled(generation)
+    few = AdaptiveLimiter(2)
+    with few.hold_slot("x", later(), never_cancelled) as generation:
+        few.note_throttled(generation)
     assert few.limit == 2
 
 
 def test_a_full_limiter_ends_waiting_at_the_deadline_or_cancellation() -> None:
-    limiter = Limiter(1)
-    with limiter.slot("x", later(), never):
-        with pytest.raises(UnavailableError, match="overloaded"), limiter.slot("x", 0.0, never):
+    limiter = AdaptiveLimiter(1)
+    with limiter.hold_slot("x", later(), never_cancelled):
+        with (
+            pytest.raises(UnavailableError, match="overloaded"),
+            limiter.hold_slot("x", 0.0, never_cancelled),
+        ):
             pass
-        with pytest.raises(CancelledReadError), limiter.slot("x", later(), lambda: True):
+        with pytest.raises(CancelledReadError), limiter.hold_slot("x", later(), lambda: True):
             pass
 
 
 def test_who_waits_for_a_slot_until_the_deadline_is_told_the_last_failure() -> None:
-    limiter = Limiter(1)
+    limiter = AdaptiveLimiter(1)
     denied, reset = AccessDeniedError("no"), TemporaryOriginError("reset")
-    with limiter.slot("x", later(), never):
-        with pytest.raises(AccessDeniedError) as caught, limiter.slot("x", 0.0, never, denied):
+    with limiter.hold_slot("x", later(), never_cancelled):
+        with pytest.raises(AccessDeniedError) as caught, limiter.hold_slot("x", 0.0, never_cancelled, denied):
             pass
         assert caught.value is denied
         with (
             pytest.raises(UnavailableError, match="reset; tried until"),
-            limiter.slot("x", 0.0, never, reset),
+            limiter.hold_slot("x", 0.0, never_cancelled, reset),
         ):
             pass
 
 
 def test_slots_are_given_in_the_order_of_asking() -> None:
-    limiter = Limiter(1)
+    limiter = AdaptiveLimiter(1)
     order: list[int] = []
 
     def use(number: int) -> None:
-        with limiter.slot("x", later(), never):
+        with limiter.hold_slot("x", later(), never_cancelled):
             order.append(number)
 
     threads = [threading.Thread(target=use, args=(number,)) for number in range(5)]
-    with limiter.slot("x", later(), never):
+    with limiter.hold_slot("x", later(), never_cancelled):
         for number, thread in enumerate(threads):
             thread.start()
-            wait_until(lambda n=number: len(limiter._slots._waiting) == n + 1, "the thread waits", 5)  # type: ignore[misc]
-        with pytest.raises(UnavailableError), limiter.slot("x", 0.0, never):
+            wait_until(lambda n=number: len(limiter._slots._waiting_events) == n + 1, "the thread waits", 5)  # type: ignore[misc]
+        with pytest.raises(UnavailableError), limiter.hold_slot("x", 0.0, never_cancelled):
             pass  # who gives up leaves the queue
     for thread in threads:
         thread.join(5)
@@ -103,14 +109,14 @@ def test_slots_are_given_in_the_order_of_asking() -> None:
 
 
 def test_a_freed_slot_wakes_a_waiter() -> None:
-    limiter = Limiter(1)
+    limiter = AdaptiveLimiter(1)
     entered = threading.Event()
 
     def wait() -> None:
-        with limiter.slot("x", later(), never):
+        with limiter.hold_slot("x", later(), never_cancelled):
             entered.set()
 
-    with limiter.slot("x", later(), never):
+    with limiter.hold_slot("x", later(), never_cancelled):
         thread = threading.Thread(target=wait)
         thread.start()
         assert not entered.is_set()
@@ -121,10 +127,10 @@ def test_a_freed_slot_wakes_a_waiter() -> None:
 def test_retry_after_beyond_the_deadline_gives_up_at_once() -> None:
     error = ThrottledError("slow down", retry_after=60)
     with pytest.raises(UnavailableError) as caught:
-        Backoff(0.001, 0.01).pause(error, later(), never)
+        Backoff(0.001, 0.01).wait_before_retry(error, later(), never_cancelled)
     assert caught.value.__cause__ is error
     with pytest.raises(CancelledReadError):
-        Backoff(1, 1).pause(TemporaryOriginError("x"), later(), lambda: True)
+        Backoff(1, 1).wait_before_retry(TemporaryOriginError("x"), later(), lambda: True)
 
 
 def test_pauses_grow_and_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,9 +143,9 @@ def test_pauses_grow_and_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fusecache.origin.retry.random.uniform", record)
     backoff = Backoff(0.1, 0.5)
     for _ in range(5):
-        backoff.pause(TemporaryOriginError("x"), later(), never)
-    backoff.reset()
-    backoff.pause(TemporaryOriginError("x"), later(), never)
+        backoff.wait_before_retry(TemporaryOriginError("x"), later(), never_cancelled)
+    backoff.reset_pauses()
+    backoff.wait_before_retry(TemporaryOriginError("x"), later(), never_cancelled)
     assert bounds == pytest.approx([0.1, 0.2, 0.4, 0.5, 0.5, 0.1])
 
 
@@ -169,7 +175,7 @@ def test_pauses_grow_and_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_statuses_are_judged_in_one_place(status: int, code: str, kind: type[OriginError]) -> None:
-    error = from_status("s3://b/k", status, code)
+    error = error_from_status("s3://b/k", status, code)
     assert type(error) is kind
     assert str(error).startswith("s3://b/k: ")
     assert "\n" not in str(error)
@@ -177,38 +183,38 @@ def test_statuses_are_judged_in_one_place(status: int, code: str, kind: type[Ori
 
 
 def test_what_a_server_writes_does_not_get_into_a_message() -> None:
-    assert "AWS4-HMAC" not in str(from_status("x", 403, "<AWS4-HMAC-SHA256 Credential=secret>"))
-    assert "secret" not in str(from_os_error("x", OSError("Authorization: secret")))
+    assert "AWS4-HMAC" not in str(error_from_status("x", 403, "<AWS4-HMAC-SHA256 Credential=secret>"))
+    assert "secret" not in str(error_from_exception("x", OSError("Authorization: secret")))
 
 
 def test_retry_after_is_seconds_or_a_date() -> None:
-    assert retry_after("3") == 3
-    assert retry_after("-1") == 0
-    assert retry_after(None) is retry_after("soon") is None
-    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert parse_retry_after("3") == 3
+    assert parse_retry_after("-1") == 0
+    assert parse_retry_after(None) is parse_retry_after("soon") is None
+    assert parse_retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
 
 
 def test_range_answers_are_checked() -> None:
-    assert body_start("x", 206, "bytes 10-19/100", 10, 100, 10) == 0
-    assert body_start("x", 206, "bytes 0-19/100", 20, 100, 10) == 10
-    assert body_start("x", 206, "bytes 10-19/*", 10, 100, 10) == 0
-    assert body_start("x", 200, "bytes 10-19/100", 10, 100, 10) == 0
-    assert body_start("x", 200, None, 100, 100, 10) == 10
-    assert body_start("x", 200, None, None, 100, 10) == 10
+    assert bytes_to_skip("x", 206, "bytes 10-19/100", 10, 100, 10) == 0
+    assert bytes_to_skip("x", 206, "bytes 0-19/100", 20, 100, 10) == 10
+    assert bytes_to_skip("x", 206, "bytes 10-19/*", 10, 100, 10) == 0
+    assert bytes_to_skip("x", 200, "bytes 10-19/100", 10, 100, 10) == 0
+    assert bytes_to_skip("x", 200, None, 100, 100, 10) == 10
+    assert bytes_to_skip("x", 200, None, None, 100, 10) == 10
     with pytest.raises(VersionChangedError):
-        body_start("x", 206, "bytes 10-19/99", 10, 100, 10)
+        bytes_to_skip("x", 206, "bytes 10-19/99", 10, 100, 10)
     with pytest.raises(VersionChangedError):
-        body_start("x", 200, None, 99, 100, 10)
+        bytes_to_skip("x", 200, None, 99, 100, 10)
     with pytest.raises(TemporaryOriginError):
-        body_start("x", 206, "bytes 11-20/100", 10, 100, 10)
+        bytes_to_skip("x", 206, "bytes 11-20/100", 10, 100, 10)
     with pytest.raises(TemporaryOriginError):
-        body_start("x", 206, None, 10, 100, 10)
+        bytes_to_skip("x", 206, None, 10, 100, 10)
 
 
 def test_etags_have_their_quotes() -> None:
-    assert normal_etag('"a"') == normal_etag("a") == '"a"'
-    assert normal_etag(None) == normal_etag("") == ""
-    assert normal_etag('W/"a"') == 'W/"a"'
+    assert normalize_etag('"a"') == normalize_etag("a") == '"a"'
+    assert normalize_etag(None) == normalize_etag("") == ""
+    assert normalize_etag('W/"a"') == 'W/"a"'
 
 
 @pytest.mark.parametrize(
@@ -235,9 +241,9 @@ def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for name in ("nothing", "file"):
         with pytest.raises(NotFoundError):
-            list(open_origin(SourceConfig(url=f"file://{tmp_path}/{name}"), Tuning()).list())
+            list(open_origin(SourceConfig(url=f"file://{tmp_path}/{name}"), Tuning()).list_objects())
     with pytest.raises(NotFoundError):
-        list(open_origin(SourceConfig(url="memory://no/such/place"), Tuning()).list())
+        list(open_origin(SourceConfig(url="memory://no/such/place"), Tuning()).list_objects())
 
 
 def test_links_to_files_are_followed(tmp_path: Path) -> None:
@@ -247,6 +253,6 @@ def test_links_to_files_are_followed(tmp_path: Path) -> None:
     (tmp_path / "root" / "broken").symlink_to("nothing")
     (tmp_path / "root" / "loop").symlink_to(".")
     origin = open_origin(SourceConfig(url=f"file://{tmp_path}/root"), Tuning())
-    (version,) = origin.list()
+    (version,) = origin.list_objects()
     assert version.key == "model"
-    assert b"".join(map(bytes, origin.read(version, 0, 4))) == b"blob"
+    assert b"".join(map(bytes, origin.read_range(version, 0, 4))) == b"blob"

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from fusecache.errors import ConfigError
-from fusecache.peers.congestion import congestion_of, set_congestion
+from fusecache.peers.transport.congestion import read_congestion_control, set_congestion_control
 
 _KNOWN = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
 
@@ -19,10 +19,10 @@ async def accepted_with(system: str, wanted: str) -> str:
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with listener:
         listener.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, system.encode())
-        set_congestion(listener.socket, wanted)
+        set_congestion_control(listener.socket, wanted)
         client = await trio.open_tcp_stream("127.0.0.1", listener.socket.getsockname()[1])
         async with client, await listener.accept() as stream:
-            return congestion_of(stream.socket)
+            return read_congestion_control(stream.socket)
 
 
 @pytest.mark.parametrize("system", sorted({"reno", "bbr", "cubic"} & set(_KNOWN)))

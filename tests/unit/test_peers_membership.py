@@ -9,36 +9,36 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from fusecache.peers.discovery import Dns, Found
 from fusecache.peers.errors import PeerError
-from fusecache.peers.member import PROTOCOL, Health
-from fusecache.peers.membership import Membership
+from fusecache.peers.member import PROTOCOL, NodeInfo
+from fusecache.peers.membership.discovery import CandidatesListener, DnsDiscovery
+from fusecache.peers.membership.probes import Membership
 
-ME = Health("me", "instance-me", 100, "", PROTOCOL, "0", 0.0)
+ME = NodeInfo("me", "instance-me", 100, "", PROTOCOL, "0", 0.0)
 
 
-def health(at: str, instance: str = "", **changes: object) -> Health:
+def health(at: str, instance: str = "", **changes: object) -> NodeInfo:
     fields = {**vars(ME), "name": at, "instance": instance or f"instance-{at}", **changes}
-    return Health(**fields)  # type: ignore[arg-type]
+    return NodeInfo(**fields)  # type: ignore[arg-type]
 
 
 class World:
     """Nodes that answer, or don't, and what is found."""
 
     def __init__(self, *urls: str) -> None:
-        self.nodes: dict[str, Health] = {}
+        self.nodes: dict[str, NodeInfo] = {}
         self.hanging: set[str] = set()
         self.urls = frozenset(urls)
-        self.found: Found | None = None
+        self.on_candidates: CandidatesListener | None = None
         self.changes = 0
         self.probes = 0
 
-    async def run(self, found: Found) -> None:
-        self.found = found
-        found(self.urls)
+    async def run(self, on_candidates: CandidatesListener) -> None:
+        self.on_candidates = on_candidates
+        on_candidates(self.urls)
         await trio.sleep_forever()
 
-    async def probe(self, url: str) -> Health:
+    async def probe(self, url: str) -> NodeInfo:
         self.probes += 1
         if url in self.hanging:
             await trio.sleep_forever()
@@ -60,7 +60,7 @@ def clock(autojump_clock: MockClock) -> MockClock:
 
 
 async def start(world: World, nursery: trio.Nursery, url: str | None = "http://10.0.0.9:7070") -> Membership:
-    membership = Membership(ME, url, world, world.probe, on_change=world.changed)
+    membership = Membership(ME, url, world, world.probe, on_members_changed=world.changed)
     await nursery.start(membership.run)
     return membership
 
@@ -84,9 +84,12 @@ async def test_who_answers_is_a_member_once_it_has_started(clock: MockClock) -> 
         assert [member.weight for member in membership.members()] == [100, 7, 100]
         assert membership.is_alive("a")
         assert not membership.is_alive("c")
-        assert {row.name: row.state for row in membership.states()} == {
-            "a": "alive", "b": "alive", "me": "alive", url_of(3): "dead",
-        }  # fmt: skip
+        assert {row.name: row.state for row in membership.member_states()} == {
+            "a": "alive",
+            "b": "alive",
+            "me": "alive",
+            url_of(3): "dead",
+        }
         nursery.cancel_scope.cancel()
 
 
@@ -133,7 +136,7 @@ async def test_bytes_are_a_sign_of_life(clock: MockClock) -> None:
         membership = await start(world, nursery)
         world.hanging = {url_of(1)}
         for _ in range(30):
-            membership.heard("a")
+            membership.mark_heard("a")
             await trio.sleep(1)
             assert names(membership) == ["a", "me"]
         nursery.cancel_scope.cancel()
@@ -146,7 +149,7 @@ async def test_who_sends_bytes_is_not_probed(clock: MockClock) -> None:
         membership = await start(world, nursery)
         before = world.probes
         for _ in range(20):
-            membership.heard("a")
+            membership.mark_heard("a")
             await trio.sleep(1)
         assert world.probes <= before + 1
         await trio.sleep(10)
@@ -160,8 +163,8 @@ async def test_a_suspect_that_does_not_answer_is_dead_at_once(clock: MockClock) 
     async with trio.open_nursery() as nursery:
         membership = await start(world, nursery)
         del world.nodes[url_of(1)]
-        membership.suspect("a")
-        membership.suspect("b")
+        membership.mark_suspect("a")
+        membership.mark_suspect("b")
         await wait_for(lambda: names(membership) == ["b", "me"], 1.5)
         nursery.cancel_scope.cancel()
 
@@ -190,7 +193,7 @@ async def test_who_does_not_belong_to_us_is_left_out_and_said_why(
         membership = await start(world, nursery)
         await trio.sleep(30)
         assert names(membership) == ["me"]
-        [row] = [row for row in membership.states() if not row.me]
+        [row] = [row for row in membership.member_states() if not row.me]
         assert row.state == "refused"
         assert why in row.why
         nursery.cancel_scope.cancel()
@@ -205,7 +208,7 @@ async def test_of_two_with_one_name_the_first_stays(clock: MockClock) -> None:
         world.nodes[url_of(1)] = health("a", "first")
         await trio.sleep(10)
         assert [member.url for member in membership.members() if member.name == "a"] == [url_of(2)]
-        assert any("taken by" in row.why for row in membership.states())
+        assert any("taken by" in row.why for row in membership.member_states())
         nursery.cancel_scope.cancel()
 
 
@@ -214,8 +217,8 @@ async def test_who_is_no_longer_found_is_gone_at_once(clock: MockClock) -> None:
     world.nodes = {url_of(1): health("a"), url_of(2): health("b")}
     async with trio.open_nursery() as nursery:
         membership = await start(world, nursery)
-        assert world.found is not None
-        world.found(frozenset({url_of(2)}))
+        assert world.on_candidates is not None
+        world.on_candidates(frozenset({url_of(2)}))
         assert names(membership) == ["b", "me"]
         nursery.cancel_scope.cancel()
 
@@ -239,7 +242,7 @@ async def test_a_name_without_addresses_takes_nobody_away(
         return [(10 if ":" in at else 2, 1, 6, "", (at, port)) for at in answer]
 
     async with trio.open_nursery() as nursery:
-        dns = Dns("nodes", 7070, "http", lookup=lookup)
+        dns = DnsDiscovery("nodes", 7070, "http", resolve_host=lookup)
         nursery.start_soon(functools.partial(dns.run, seen.append))
         await trio.sleep(60)
         nursery.cancel_scope.cancel()

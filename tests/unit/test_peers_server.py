@@ -19,20 +19,20 @@ import xxhash
 
 from fusecache.config.peers import PeerSettings
 from fusecache.errors import UnavailableError
-from fusecache.peers.auth import Signer, Verifier, client_tls, server_tls
-from fusecache.peers.client import Patience, PeerClient
 from fusecache.peers.errors import (
     PeerBusyError,
-    PeerElsewhereError,
     PeerError,
-    PeerGoneError,
     PeerMissError,
+    PeerRedirectError,
     PeerRefusedError,
+    PeerVersionGoneError,
 )
-from fusecache.peers.member import PROTOCOL, Health
-from fusecache.peers.probe import HttpProbe
-from fusecache.peers.server import PeerServer, Piece
-from fusecache.peers.wire import MAX_ORDER, BlockRequest, RequestError
+from fusecache.peers.member import PROTOCOL, NodeInfo
+from fusecache.peers.membership.candidate import HttpProbe
+from fusecache.peers.transport.auth import RequestSigner, RequestVerifier, make_client_tls, make_server_tls
+from fusecache.peers.transport.client import PeerClient, RequestTimeout
+from fusecache.peers.transport.server import PeerServer, Piece
+from fusecache.peers.transport.wire import MAX_PROFILE_BYTES, BlockRequest, RequestError
 from fusecache.types import ObjectVersion
 
 BLOCK = 300_000
@@ -51,15 +51,15 @@ def piece_of(block: int, fd: int) -> Piece:
     return Piece(block, checksum, len(data), fd, block * BLOCK)
 
 
-class FakeOffer:
-    stored = True
+class FakeBlockResponse:
+    all_stored = True
 
-    def __init__(self, node: FakeNode, blocks: range) -> None:
-        self.lengths = [len(DATA[block * BLOCK : (block + 1) * BLOCK]) for block in blocks]
+    def __init__(self, node: FakeRequestHandler, blocks: range) -> None:
+        self.block_lengths = [len(DATA[block * BLOCK : (block + 1) * BLOCK]) for block in blocks]
         self._node = node
         self._left = list(blocks)
 
-    async def next(self) -> list[Piece] | float:
+    async def next_pieces(self) -> list[Piece] | float:
         if self._node.ages:
             return self._node.ages.pop(0)
         block = self._left.pop(0)
@@ -70,53 +70,53 @@ class FakeOffer:
         self._node.closed += 1
 
 
-class FakeNode:
+class FakeRequestHandler:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.closed = 0
         self.refusal: RequestError | None = None
         self.asked: list[BlockRequest] = []
         self.bytes_sent = 0
-        self.orders: dict[str, bytes] = {}
-        self.orders_asked: list[tuple[str, str, bool]] = []
+        self.profiles: dict[str, bytes] = {}
+        self.profile_requests: list[tuple[str, str, bool]] = []
         self.ages: list[float] = []
         self.before: Callable[[int], Any] = self._at_once
 
     async def _at_once(self, block: int) -> None:
         await trio.lowlevel.checkpoint()
 
-    def health(self) -> Health:
-        return Health("fake", "1", 1, "", PROTOCOL, "0", 0.0)
+    def node_info(self) -> NodeInfo:
+        return NodeInfo("fake", "1", 1, "", PROTOCOL, "0", 0.0)
 
     def coverage(self) -> list[dict[str, Any]]:
         return [{"id": VERSION.id}]
 
-    def metrics(self) -> str:
+    def metrics_page(self) -> str:
         return "up 1\n"
 
-    def order(self, name: str, node: str, have: bool) -> bytes | None:
-        self.orders_asked.append((name, node, have))
-        return self.orders.get(name)
+    def load_profile(self, name: str, caller: str, caller_has_profile: bool) -> bytes | None:
+        self.profile_requests.append((name, caller, caller_has_profile))
+        return self.profiles.get(name)
 
-    async def offer(self, request: BlockRequest) -> FakeOffer:
+    async def begin_response(self, request: BlockRequest) -> FakeBlockResponse:
         self.asked.append(request)
         if self.refusal is not None:
             raise self.refusal
-        return FakeOffer(self, request.blocks)
+        return FakeBlockResponse(self, request.blocks)
 
-    def sent(self, node: str, nbytes: int) -> None:
+    def count_sent(self, caller: str, nbytes: int) -> None:
         self.bytes_sent += nbytes
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> FakeNode:
+def node(tmp_path: Path) -> FakeRequestHandler:
     file = tmp_path / "data"
     file.write_bytes(DATA)
-    return FakeNode(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+    return FakeRequestHandler(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
 
 
 @pytest.fixture
-async def serve(node: FakeNode, nursery: trio.Nursery) -> Callable[..., Any]:
+async def serve(node: FakeRequestHandler, nursery: trio.Nursery) -> Callable[..., Any]:
     async def start(**options: Any) -> PeerServer:
         server = PeerServer(node, "127.0.0.1", 0, **{"connections": 10, **options})
         await nursery.start(server.run)
@@ -126,12 +126,12 @@ async def serve(node: FakeNode, nursery: trio.Nursery) -> Callable[..., Any]:
 
 
 def request(blocks: range = range(3), **more: Any) -> BlockRequest:
-    return BlockRequest(VERSION.id, blocks, VERSION, BLOCK, 10.0, node="me", **more)
+    return BlockRequest(VERSION.id, blocks, VERSION, BLOCK, 10.0, caller="me", **more)
 
 
 def fetch(client: PeerClient, url: str, asked: BlockRequest) -> bytes:
     """In a thread: the checked bytes of the answer."""
-    answer = client.blocks(url, asked, SIZE, Patience("a node", DEADLINE))
+    answer = client.request_blocks(url, asked, SIZE, RequestTimeout("a node", DEADLINE))
     try:
         parts: list[bytes] = []
         sums: list[int] = []
@@ -156,7 +156,7 @@ def url_of(server: PeerServer, scheme: str = "http") -> str:
     return f"{scheme}://127.0.0.1:{server.port}"
 
 
-async def test_blocks_with_their_checksums_over_one_connection(node: FakeNode, serve: Any) -> None:
+async def test_blocks_with_their_checksums_over_one_connection(node: FakeRequestHandler, serve: Any) -> None:
     server = await serve(connections=1)
     client = PeerClient("me")
     for _ in range(3):
@@ -183,7 +183,7 @@ async def test_what_curl_gets(serve: Any) -> None:
     assert await in_thread(plain) == DATA
 
 
-async def test_a_block_is_passed_on_before_the_next_is_there(node: FakeNode, serve: Any) -> None:
+async def test_a_block_is_passed_on_before_the_next_is_there(node: FakeRequestHandler, serve: Any) -> None:
     server = await serve()
     client = PeerClient("me")
     first_came, go_on = threading.Event(), trio.Event()
@@ -196,7 +196,9 @@ async def test_a_block_is_passed_on_before_the_next_is_there(node: FakeNode, ser
 
     def work() -> bytes:
         got = b""
-        for item in client.blocks(url_of(server), request(), SIZE, Patience("a node", DEADLINE)):
+        for item in client.request_blocks(
+            url_of(server), request(), SIZE, RequestTimeout("a node", DEADLINE)
+        ):
             if not isinstance(item, int):
                 got += bytes(item)
                 if len(got) == BLOCK:
@@ -215,25 +217,25 @@ async def test_a_block_is_passed_on_before_the_next_is_there(node: FakeNode, ser
     assert results == [DATA]
 
 
-class Looks(Patience):
+class RecordingTimeout(RequestTimeout):
     def __init__(self) -> None:
         super().__init__("a node", DEADLINE)
         self.ages: list[float] = []
         self.parts = 0
 
-    def came(self) -> None:
+    def bytes_arrived(self) -> None:
         self.parts += 1
 
-    def waits(self, age: float) -> None:
+    def node_waiting(self, age: float) -> None:
         self.ages.append(age)
 
 
-async def test_a_node_that_waits_says_so(node: FakeNode, serve: Any) -> None:
+async def test_a_node_that_waits_says_so(node: FakeRequestHandler, serve: Any) -> None:
     server = await serve()
-    looks = Looks()
+    looks = RecordingTimeout()
 
     def work() -> bytes:
-        answer = PeerClient("me").blocks(url_of(server), request(), SIZE, looks)
+        answer = PeerClient("me").request_blocks(url_of(server), request(), SIZE, looks)
         try:
             return b"".join(bytes(item) for item in answer if not isinstance(item, int))
         finally:
@@ -245,7 +247,7 @@ async def test_a_node_that_waits_says_so(node: FakeNode, serve: Any) -> None:
     assert looks.parts
 
 
-async def test_who_is_no_node_is_told_nothing_in_between(node: FakeNode, serve: Any) -> None:
+async def test_who_is_no_node_is_told_nothing_in_between(node: FakeRequestHandler, serve: Any) -> None:
     server = await serve()
     node.ages = [0.0, 1.0]
     head = f"GET /v1/objects/{VERSION.id}/blocks/0-2 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
@@ -253,7 +255,7 @@ async def test_who_is_no_node_is_told_nothing_in_between(node: FakeNode, serve: 
     assert said.startswith(b"HTTP/1.1 200 ")
 
 
-async def test_an_answer_that_breaks_off_is_seen(node: FakeNode, serve: Any) -> None:
+async def test_an_answer_that_breaks_off_is_seen(node: FakeRequestHandler, serve: Any) -> None:
     server = await serve()
 
     async def before(block: int) -> None:
@@ -269,12 +271,18 @@ async def test_an_answer_that_breaks_off_is_seen(node: FakeNode, serve: Any) -> 
 @pytest.mark.parametrize(
     ("status", "kind"),
     [
-        (404, PeerMissError), (421, PeerMissError), (307, PeerElsewhereError), (503, PeerBusyError),
-        (410, PeerGoneError), (403, PeerRefusedError), (502, PeerError), (409, PeerError),
+        (404, PeerMissError),
+        (421, PeerMissError),
+        (307, PeerRedirectError),
+        (503, PeerBusyError),
+        (410, PeerVersionGoneError),
+        (403, PeerRefusedError),
+        (502, PeerError),
+        (409, PeerError),
     ],
-)  # fmt: skip
+)
 async def test_each_refusal_has_its_error(
-    node: FakeNode, serve: Any, status: int, kind: type[PeerError]
+    node: FakeRequestHandler, serve: Any, status: int, kind: type[PeerError]
 ) -> None:
     server = await serve()
     node.refusal = RequestError(status, "because", {"Location": "http://x:1/y", "Retry-After": "2"})
@@ -286,16 +294,16 @@ async def test_each_refusal_has_its_error(
     assert await in_thread(fetch, client, url_of(server), request()) == DATA
 
 
-async def test_nobody_gets_in_without_the_secret(node: FakeNode, serve: Any) -> None:
-    server = await serve(verifier=Verifier(SECRET, ""))
-    good = PeerClient("me", signer=Signer(SECRET, "me", ""))
+async def test_nobody_gets_in_without_the_secret(node: FakeRequestHandler, serve: Any) -> None:
+    server = await serve(verifier=RequestVerifier(SECRET, ""))
+    good = PeerClient("me", signer=RequestSigner(SECRET, "me", ""))
     assert await in_thread(fetch, good, url_of(server), request()) == DATA
-    assert await in_thread(good.json, url_of(server), "/v1/objects", DEADLINE) == [{"id": VERSION.id}]
-    for bad in (PeerClient("me"), PeerClient("me", signer=Signer("another secret of ours", "me", ""))):
+    assert await in_thread(good.request_json, url_of(server), "/v1/objects", DEADLINE) == [{"id": VERSION.id}]
+    for bad in (PeerClient("me"), PeerClient("me", signer=RequestSigner("another secret of ours", "me", ""))):
         with pytest.raises(PeerRefusedError):
             await in_thread(fetch, bad, url_of(server), request())
         with pytest.raises(PeerRefusedError):
-            await in_thread(bad.json, url_of(server), "/v1/objects", DEADLINE)
+            await in_thread(bad.request_json, url_of(server), "/v1/objects", DEADLINE)
     assert len(node.asked) == 1
     async with HttpProbe() as probe:
         assert (await probe(url_of(server))).name == "fake"
@@ -304,8 +312,8 @@ async def test_nobody_gets_in_without_the_secret(node: FakeNode, serve: Any) -> 
 async def test_a_clock_that_is_ten_minutes_off(serve: Any, caplog: pytest.LogCaptureFixture) -> None:
     import time
 
-    server = await serve(verifier=Verifier(SECRET, "", lambda: time.time() + 600))
-    client = PeerClient("me", signer=Signer(SECRET, "me", ""))
+    server = await serve(verifier=RequestVerifier(SECRET, "", lambda: time.time() + 600))
+    client = PeerClient("me", signer=RequestSigner(SECRET, "me", ""))
     for _ in range(2):
         assert await in_thread(fetch, client, url_of(server), request()) == DATA
     assert caplog.text.count("its clock differs from ours by") == 1
@@ -393,8 +401,19 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("ours", "other"):
         openssl("req", "-x509", *key, "-keyout", f"{name}.key", "-out", f"{name}.ca", "-subj", f"/CN={name}")
         openssl("req", *key, "-keyout", f"{name}-node.key", "-out", "node.csr", "-subj", "/CN=node")
-        openssl("x509", "-req", "-in", "node.csr", "-CA", f"{name}.ca", "-CAkey", f"{name}.key",
-                "-CAcreateserial", "-out", f"{name}-node.pem")  # fmt: skip
+        openssl(
+            "x509",
+            "-req",
+            "-in",
+            "node.csr",
+            "-CA",
+            f"{name}.ca",
+            "-CAkey",
+            f"{name}.key",
+            "-CAcreateserial",
+            "-out",
+            f"{name}-node.pem",
+        )
     return folder
 
 
@@ -407,8 +426,8 @@ def tls(folder: Path, name: str) -> PeerSettings:
 
 
 async def test_mutual_tls(serve: Any, certificates: Path) -> None:
-    server = await serve(tls=server_tls(tls(certificates, "ours")))
-    ours = client_tls(tls(certificates, "ours"))
+    server = await serve(tls=make_server_tls(tls(certificates, "ours")))
+    ours = make_client_tls(tls(certificates, "ours"))
     client = PeerClient("me", tls=ours)
     assert await in_thread(fetch, client, url_of(server, "https"), request()) == DATA
     async with HttpProbe(ours) as probe:
@@ -416,34 +435,34 @@ async def test_mutual_tls(serve: Any, certificates: Path) -> None:
     anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     anybody.check_hostname = False
     anybody.load_verify_locations(certificates / "ours.ca")
-    for wrong in (client_tls(tls(certificates, "other")), anybody):
+    for wrong in (make_client_tls(tls(certificates, "other")), anybody):
         with pytest.raises(PeerError):
             await in_thread(fetch, PeerClient("me", tls=wrong), url_of(server, "https"), request())
 
 
-async def test_recordings_are_given_to_who_asks_by_name(node: FakeNode, serve: Any) -> None:
+async def test_recordings_are_given_to_who_asks_by_name(node: FakeRequestHandler, serve: Any) -> None:
     name = "0123456789abcdef" * 2
-    node.orders[name] = b"in this order"
+    node.profiles[name] = b"in this order"
     server = await serve()
     client = PeerClient("me")
-    get = functools.partial(client.order, url_of(server))
-    assert await in_thread(functools.partial(get, name, 5.0, have=True)) == b"in this order"
+    get = functools.partial(client.request_profile, url_of(server))
+    assert await in_thread(functools.partial(get, name, 5.0, has_profile=True)) == b"in this order"
     assert await in_thread(get, name[::-1], 5.0) is None
-    assert node.orders_asked == [(name, "me", True), (name[::-1], "me", False)]
-    node.orders[name] = bytes(MAX_ORDER + 1)
+    assert node.profile_requests == [(name, "me", True), (name[::-1], "me", False)]
+    node.profiles[name] = bytes(MAX_PROFILE_BYTES + 1)
     with pytest.raises(PeerError):
         await in_thread(get, name, 5.0)
     client.close()
 
 
 async def test_a_kept_connection_makes_room_for_who_has_none(
-    serve: Callable[..., Any], node: FakeNode
+    serve: Callable[..., Any], node: FakeRequestHandler
 ) -> None:
     server = await serve(connections=2)
     url = f"http://127.0.0.1:{server.port}"
 
     def ask(client: PeerClient) -> bytes:
-        got = client.blocks(url, request(), SIZE, Patience("a node", DEADLINE))
+        got = client.request_blocks(url, request(), SIZE, RequestTimeout("a node", DEADLINE))
         return b"".join(bytes(item) for item in got if not isinstance(item, int))
 
     clients = [PeerClient("me") for _ in range(6)]

@@ -10,18 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusecache.peers.auth import Signer, Verifier
 from fusecache.peers.errors import PeerError
-from fusecache.peers.member import PROTOCOL, Health
-from fusecache.peers.wire import (
-    FRAME,
+from fusecache.peers.member import PROTOCOL, NodeInfo
+from fusecache.peers.transport.auth import RequestSigner, RequestVerifier
+from fusecache.peers.transport.wire import (
+    FRAME_HEADER,
     BlockRequest,
     RequestError,
-    frame_of,
-    pack_health,
+    pack_node_info,
     pack_version,
-    parse_request,
-    unpack_health,
+    parse_block_request,
+    parse_frame_checksum,
+    unpack_node_info,
     unpack_version,
 )
 from fusecache.types import ObjectVersion
@@ -49,34 +49,72 @@ def test_a_request_is_understood_as_it_was_meant(
 ) -> None:
     version = dataclasses.replace(VERSION, key=key)
     request = BlockRequest(
-        version.id, range(first, first + count), version, 1 << 20, 12.5, hops, stored, tuple(failed), direct,
-        frames, urgent=frames, owed=77, pace=78, node="me",
-    )  # fmt: skip
-    assert parse_request(request.target, lower(request.headers())) == request
+        version.id,
+        range(first, first + count),
+        version,
+        1 << 20,
+        12.5,
+        hops,
+        stored,
+        tuple(failed),
+        direct,
+        frames,
+        urgent=frames,
+        unsent_bytes=77,
+        receive_rate=78,
+        caller="me",
+    )
+    assert parse_block_request(request.target, lower(request.headers())) == request
 
 
 @pytest.mark.parametrize(
     ("priority", "urgent"),
     [
-        ("", True), ("u=3", True), ("u=1, i", True), ("i, u=5", False), ("u=7;x=1", False), ("u=9", True),
-        ("u=", True), ("x" * 900, True), ("au=6", True),
+        ("", True),
+        ("u=3", True),
+        ("u=1, i", True),
+        ("i, u=5", False),
+        ("u=7;x=1", False),
+        ("u=9", True),
+        ("u=", True),
+        ("x" * 900, True),
+        ("au=6", True),
     ],
-)  # fmt: skip
+)
 def test_the_urgency_is_that_of_rfc_9218(priority: str, urgent: bool) -> None:
-    found = parse_request(f"/v1/objects/{VERSION.id}/blocks/0-1", {"priority": priority})
+    found = parse_block_request(f"/v1/objects/{VERSION.id}/blocks/0-1", {"priority": priority})
     assert found.urgent is urgent
 
 
 def test_who_knows_the_id_alone_gets_what_is_stored() -> None:
-    found = parse_request(f"/v1/objects/{VERSION.id}/blocks/0-3?frames=0", {})
+    found = parse_block_request(f"/v1/objects/{VERSION.id}/blocks/0-3?frames=0", {})
     assert found.stored_only
-    assert not found.frames
+    assert not found.with_frames
     assert found.blocks == range(4)
 
 
-@given(st.text(max_size=200), st.dictionaries(st.sampled_from(sorted(lower(BlockRequest(
-    VERSION.id, range(1), VERSION, 1, failed=("a",), stored_only=True, direct=True, node="n").headers()))),
-    st.text(max_size=60)))  # fmt: skip
+@given(
+    st.text(max_size=200),
+    st.dictionaries(
+        st.sampled_from(
+            sorted(
+                lower(
+                    BlockRequest(
+                        VERSION.id,
+                        range(1),
+                        VERSION,
+                        1,
+                        failed_nodes=("a",),
+                        stored_only=True,
+                        direct=True,
+                        caller="n",
+                    ).headers()
+                )
+            )
+        ),
+        st.text(max_size=60),
+    ),
+)
 def test_no_request_is_too_odd(target: str, headers: dict[str, str]) -> None:
     for asked in (
         target,
@@ -84,7 +122,7 @@ def test_no_request_is_too_odd(target: str, headers: dict[str, str]) -> None:
         f"/v1/objects/{VERSION.id}/blocks/0-1",
     ):
         with contextlib.suppress(RequestError):
-            parse_request(asked, headers)
+            parse_block_request(asked, headers)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +143,7 @@ def test_no_request_is_too_odd(target: str, headers: dict[str, str]) -> None:
 )
 def test_what_can_not_be_is_refused(target: str, headers: dict[str, str]) -> None:
     with pytest.raises(RequestError) as caught:
-        parse_request(f"/v1/objects/{VERSION.id}/{target}", headers)
+        parse_block_request(f"/v1/objects/{VERSION.id}/{target}", headers)
     assert caught.value.status == 400
     assert b'"error"' in caught.value.body()
 
@@ -119,23 +157,30 @@ def test_no_version_is_too_odd(text: str) -> None:
 @given(st.one_of(st.binary(max_size=200), st.text(max_size=100).map(str.encode)))
 def test_no_health_is_too_odd(body: bytes) -> None:
     with pytest.raises(PeerError):
-        unpack_health(body)
+        unpack_node_info(body)
 
 
 def test_a_health_that_lies_about_its_types() -> None:
-    health = Health("a", "i", 5, "", PROTOCOL, "1", 2.0)
-    assert unpack_health(pack_health(health)) == health
-    for change in ({"weight": 0}, {"weight": True}, {"name": "a/b"}, {"protocol": "1"}, {"time": "x"},
-                   {"tenant": "a b"}, {"version": "x" * 100}):  # fmt: skip
+    health = NodeInfo("a", "i", 5, "", PROTOCOL, "1", 2.0)
+    assert unpack_node_info(pack_node_info(health)) == health
+    for change in (
+        {"weight": 0},
+        {"weight": True},
+        {"name": "a/b"},
+        {"protocol": "1"},
+        {"time": "x"},
+        {"tenant": "a b"},
+        {"version": "x" * 100},
+    ):
         with pytest.raises(PeerError):
-            unpack_health(pack_health(dataclasses.replace(health, **change)))  # type: ignore[arg-type]
+            unpack_node_info(pack_node_info(dataclasses.replace(health, **change)))  # type: ignore[arg-type]
 
 
 def test_a_frame_has_to_be_that_of_its_block() -> None:
-    assert frame_of(FRAME.pack(9, 100, 3), 3, 100) == 9
-    for wrong in (FRAME.pack(9, 100, 4), FRAME.pack(9, 99, 3), FRAME.pack(0, 100, 3)):
+    assert parse_frame_checksum(FRAME_HEADER.pack(9, 100, 3), 3, 100) == 9
+    for wrong in (FRAME_HEADER.pack(9, 100, 4), FRAME_HEADER.pack(9, 99, 3), FRAME_HEADER.pack(0, 100, 3)):
         with pytest.raises(PeerError):
-            frame_of(wrong, 3, 100)
+            parse_frame_checksum(wrong, 3, 100)
 
 
 SECRET = "sixteen letters at least"
@@ -151,27 +196,27 @@ class Clock:
 
 def signed(clock: Clock, secret: str = SECRET, tenant: str = "", offset: float = 0.0) -> dict[str, str]:
     headers = {"fusecache-hops": "1"}
-    signer = Signer(secret, "me", tenant, clock)
-    return headers | {"authorization": signer.authorization("GET", "/v1/objects", headers, offset)}
+    signer = RequestSigner(secret, "me", tenant, clock)
+    return headers | {"authorization": signer.authorization_header("GET", "/v1/objects", headers, offset)}
 
 
 def refused(
-    verifier: Verifier, headers: dict[str, str], method: str = "GET", target: str = "/v1/objects"
+    verifier: RequestVerifier, headers: dict[str, str], method: str = "GET", target: str = "/v1/objects"
 ) -> int:
     with pytest.raises(RequestError) as caught:
-        verifier.check(method, target, headers)
+        verifier.verify_request(method, target, headers)
     return caught.value.status
 
 
 def test_a_signature_holds_for_its_request_and_once() -> None:
     clock = Clock()
-    verifier = Verifier(SECRET, "", clock)
+    verifier = RequestVerifier(SECRET, "", clock)
     headers = signed(clock)
     assert refused(verifier, headers, method="PUT") == 401
     assert refused(verifier, headers, target="/v1/objects/x") == 401
     assert refused(verifier, headers | {"fusecache-hops": "2"}) == 401
     assert refused(verifier, headers | {"fusecache-only": "stored"}) == 401
-    assert verifier.check("GET", "/v1/objects", headers) == "me"
+    assert verifier.verify_request("GET", "/v1/objects", headers) == "me"
     assert refused(verifier, headers) == 401
     clock.now += 61
     assert refused(verifier, headers) == 401
@@ -179,20 +224,20 @@ def test_a_signature_holds_for_its_request_and_once() -> None:
 
 def test_another_secret_tenant_or_clock() -> None:
     clock = Clock()
-    verifier = Verifier(SECRET, "red", clock)
+    verifier = RequestVerifier(SECRET, "red", clock)
     assert refused(verifier, signed(clock, secret="another secret of ours")) == 401
     assert refused(verifier, signed(clock, tenant="blue")) == 403
     assert refused(verifier, {}) == 401
     with pytest.raises(RequestError) as caught:
-        verifier.check("GET", "/v1/objects", signed(clock, tenant="red", offset=-600))
+        verifier.verify_request("GET", "/v1/objects", signed(clock, tenant="red", offset=-600))
     assert caught.value.status == 401
     assert caught.value.headers["Fusecache-Time"] == "1000000"
-    assert caught.value.more == {"reason": "clock"}
-    assert verifier.check("GET", "/v1/objects", signed(clock, tenant="red", offset=30)) == "me"
+    assert caught.value.extra_fields == {"reason": "clock"}
+    assert verifier.verify_request("GET", "/v1/objects", signed(clock, tenant="red", offset=30)) == "me"
 
 
 @given(st.text(max_size=200))
 def test_no_authorization_is_too_odd(text: str) -> None:
-    verifier = Verifier(SECRET, "", Clock())
+    verifier = RequestVerifier(SECRET, "", Clock())
     for value in (text, f"Fusecache-HMAC-SHA256 {text}"):
         assert refused(verifier, {"authorization": value}) == 401

@@ -14,11 +14,11 @@ import pytest
 import xxhash
 
 from fusecache.errors import ConfigError, StoreError
-from fusecache.store import files as fs
-from fusecache.store import format
-from fusecache.store.files import Layout
+from fusecache.store.attestation import AttestationPolicy
+from fusecache.store.disk import files as fs
+from fusecache.store.disk import format
+from fusecache.store.disk.files import CacheDirectory
 from fusecache.store.object import StoredObject
-from fusecache.store.seals import Seals
 from fusecache.store.space import Space
 from fusecache.store.store import Store
 from fusecache.types import ObjectVersion
@@ -40,9 +40,9 @@ def fill(stored: StoredObject, blocks: Iterator[int] | range | None = None) -> N
     data = content(stored.version)
     for block in blocks if blocks is not None else range(stored.block_count):
         part = data[block * BLOCK : (block + 1) * BLOCK]
-        assert stored.reserve(len(part))
+        assert stored.reserve_bytes(len(part))
         stored.write(block * BLOCK, part)
-        stored.commit(block, xxhash.xxh3_64_intdigest(part))
+        stored.commit_block(block, xxhash.xxh3_64_intdigest(part))
 
 
 @pytest.fixture
@@ -69,21 +69,21 @@ def store(make: Any) -> Store:
 def test_a_block_is_present_once_it_is_committed(store: Store) -> None:
     stored = store.open(version(blocks=3, tail=100))
     assert stored.block_count == 4
-    assert not stored.complete
+    assert not stored.is_complete
     assert stored.view() is None
     with pytest.raises(StoreError):
         stored.fileno()
     fill(stored, range(1, 2))
-    assert [stored.present(b) for b in range(4)] == [False, True, False, False]
-    assert stored.covered(BLOCK, BLOCK)
-    assert stored.covered(BLOCK + 7, 0)
-    assert not stored.covered(BLOCK - 1, 2)
-    assert not stored.covered(BLOCK, BLOCK + 1)
+    assert [stored.is_present(b) for b in range(4)] == [False, True, False, False]
+    assert stored.is_range_servable(BLOCK, BLOCK)
+    assert stored.is_range_servable(BLOCK + 7, 0)
+    assert not stored.is_range_servable(BLOCK - 1, 2)
+    assert not stored.is_range_servable(BLOCK, BLOCK + 1)
     assert stored.cached_bytes() == BLOCK
     fill(stored, range(1))
     fill(stored, range(2, 4))
-    assert stored.complete
-    assert stored.covered(0, 1 << 40)
+    assert stored.is_complete
+    assert stored.is_range_servable(0, 1 << 40)
     assert stored.cached_bytes() == stored.version.size
     view = stored.view()
     assert view is not None
@@ -95,8 +95,8 @@ def test_a_block_is_present_once_it_is_committed(store: Store) -> None:
 
 def test_an_empty_object_is_complete_and_takes_nothing(store: Store) -> None:
     stored = store.open(version(blocks=0))
-    assert stored.complete
-    assert stored.covered(0, 10)
+    assert stored.is_complete
+    assert stored.is_range_servable(0, 10)
     assert stored.view() is None
     stored.close()
     assert store.usage().used == 0
@@ -128,7 +128,7 @@ def test_one_object_per_version_and_process(store: Store) -> None:
     assert first is second
     fill(first)
     first.close()
-    assert second.complete
+    assert second.is_complete
     assert bytes(second.view() or b"") == content(second.version)
     assert [info.open_count for info in store.objects()] == [1]
     second.close()
@@ -138,7 +138,7 @@ def test_one_object_per_version_and_process(store: Store) -> None:
 def test_versions_of_one_key_are_two_objects(store: Store) -> None:
     old, new = store.open(version(etag="1")), store.open(version(etag="2"))
     fill(old)
-    assert not new.present(0)
+    assert not new.is_present(0)
     old.close()
     new.close()
 
@@ -149,10 +149,10 @@ def test_reopening_in_the_same_process_hashes_nothing_again(
     stored = store.open(version())
     fill(stored, range(3))
     stored.close()
-    monkeypatch.setattr(StoredObject, "verify", lambda *_: pytest.fail("hashed again"))
+    monkeypatch.setattr(StoredObject, "verify_block", lambda *_: pytest.fail("hashed again"))
     again = store.open(version())
     assert again is not stored
-    assert [again.present(b) for b in range(4)] == [True, True, True, False]
+    assert [again.is_present(b) for b in range(4)] == [True, True, True, False]
     again.close()
 
 
@@ -172,11 +172,11 @@ def test_what_is_whole_is_known_without_opening_it(make: Any) -> None:
 
 
 def test_of_a_sealed_object_that_is_closed_nothing_is_known(make: Any) -> None:
-    store = make(seals=Seals(bytes(16), lambda _version: False))
+    store = make(attestation_policy=AttestationPolicy(bytes(16), lambda _version: False))
     stored = store.open(version())
     fill(stored)
     assert not store.has_whole(version())
-    stored.attest(bytes(32))
+    stored.mark_attested(bytes(32))
     assert store.has_whole(version())
     stored.close()
     assert not store.has_whole(version())
@@ -189,21 +189,21 @@ def test_an_open_while_the_last_close_is_under_way_knows_what_was_verified(
     stored = store.open(v)
     fill(stored)
     seen: list[bool] = []
-    release = StoredObject.release
+    release = StoredObject.close_files
 
     def slow(self: StoredObject) -> None:
         if not seen:
             other = store.open(v)
             assert other is not self
-            seen.append(other.complete)
+            seen.append(other.is_complete)
             other.close()
         release(self)
 
-    monkeypatch.setattr(StoredObject, "release", slow)
+    monkeypatch.setattr(StoredObject, "close_files", slow)
     stored.close()
     assert seen == [True]
     again = store.open(v)
-    assert again.complete
+    assert again.is_complete
     again.close()
 
 
@@ -215,14 +215,14 @@ def test_after_a_restart_every_block_is_verified_before_use(make: Any, mode: str
     stored.close()
     first.close()
     again = make(verify=mode).open(version())
-    assert not again.complete
-    assert not again.covered(0, 1)
-    assert [again.present(b) for b in range(4)] == [False] * 4
-    assert [again.unverified(b) for b in range(4)] == [True, True, True, False]
-    assert [again.verify(b) for b in range(4)] == [True, True, True, False]
-    assert [again.present(b) for b in range(4)] == [True, True, True, False]
+    assert not again.is_complete
+    assert not again.is_range_servable(0, 1)
+    assert [again.is_present(b) for b in range(4)] == [False] * 4
+    assert [again.is_unverified(b) for b in range(4)] == [True, True, True, False]
+    assert [again.verify_block(b) for b in range(4)] == [True, True, True, False]
+    assert [again.is_present(b) for b in range(4)] == [True, True, True, False]
     fill(again, range(3, 4))
-    assert again.complete
+    assert again.is_complete
     again.close()
 
 
@@ -239,19 +239,19 @@ def test_boot_mode_trusts_a_clean_stop_of_the_same_boot_only(
 
     second = make(verify="boot")
     again = second.open(version())
-    assert again.complete
+    assert again.is_complete
     again.close()
     other = second.open(version("unclean"))
-    assert not other.present(0)
-    assert other.unverified(0)
+    assert not other.is_present(0)
+    assert other.is_unverified(0)
     other.close()
     second.close()
     unclean.close()
 
-    monkeypatch.setattr("fusecache.store.store._boot_id", lambda: bytes(16))
+    monkeypatch.setattr("fusecache.store.store._read_boot_id", lambda: bytes(16))
     rebooted = make(verify="boot").open(version())
-    assert not rebooted.present(0)
-    assert rebooted.verify(0)
+    assert not rebooted.is_present(0)
+    assert rebooted.verify_block(0)
     rebooted.close()
 
 
@@ -263,18 +263,18 @@ def test_a_flipped_bit_is_found_and_only_its_block_is_fetched_again(
     fill(stored)
     stored.close()
     first.close()
-    path = Layout(first.directory).data_path(stored.version.id)
+    path = CacheDirectory(first.directory).data_path(stored.version.id)
     flip(path, BLOCK + 17)
     inode = path.stat().st_ino
 
     second = make()
     again = second.open(version())
-    assert [again.verify(b) for b in range(4)] == [True, False, True, True]
-    assert not again.unverified(1)
+    assert [again.verify_block(b) for b in range(4)] == [True, False, True, True]
+    assert not again.is_unverified(1)
     assert second.usage().corrupt_blocks == 1
     assert "block 1 in the cache is damaged" in caplog.text
     fill(again, range(1, 2))
-    assert again.complete
+    assert again.is_complete
     assert path.stat().st_ino == inode
     assert bytes(again.view() or b"") == content(again.version)
     again.close()
@@ -288,26 +288,26 @@ def test_a_bad_block_of_a_file_that_another_process_serves_is_not_rewritten(make
     )  # two stores on one directory are as good as two processes: locks are per open
     mine = first.open(version())
     fill(mine)
-    path = Layout(first.directory).data_path(mine.version.id)
+    path = CacheDirectory(first.directory).data_path(mine.version.id)
     theirs = second.open(version())
-    assert theirs.verify(0)
+    assert theirs.verify_block(0)
     flip(path, BLOCK + 17)
     before = path.read_bytes()
-    assert not theirs.verify(1)
+    assert not theirs.verify_block(1)
     assert not path.exists()
     assert bytes(mine.view() or b"") == before
-    assert theirs.present(0)
-    assert not theirs.unverified(1)
-    assert not theirs.reserve(1)
+    assert theirs.is_present(0)
+    assert not theirs.is_unverified(1)
+    assert not theirs.reserve_bytes(1)
     with pytest.raises(StoreError):
         theirs.write(0, b"x")
     fresh = second.open(version())
     assert fresh is not theirs
     fill(fresh)
-    assert fresh.complete
+    assert fresh.is_complete
     for stored in (mine, theirs, fresh):
         stored.close()
-    assert second.open(version()).complete
+    assert second.open(version()).is_complete
     assert second.usage().used == 4 * BLOCK + OVERHEAD
 
 
@@ -323,10 +323,10 @@ def test_always_mode_finds_what_went_bad_after_it_was_verified(make: Any) -> Non
     store = make(verify="always")
     stored = store.open(version())
     fill(stored)
-    flip(Layout(store.directory).data_path(stored.version.id), 3 * BLOCK)
-    assert [stored.verify(b) for b in range(4)] == [True, True, True, False]
-    assert not stored.complete
-    assert not stored.present(3)
+    flip(CacheDirectory(store.directory).data_path(stored.version.id), 3 * BLOCK)
+    assert [stored.verify_block(b) for b in range(4)] == [True, True, True, False]
+    assert not stored.is_complete
+    assert not stored.is_present(3)
     stored.close()
 
 
@@ -334,14 +334,14 @@ def test_blocks_of_another_process_show_up_as_unverified(make: Any) -> None:
     first, second = make(), make()
     mine, theirs = first.open(version()), second.open(version())
     fill(mine, range(2))
-    assert not theirs.unverified(0)  # it has no files open yet
-    with theirs.claim(range(4)) as blocks:
+    assert not theirs.is_unverified(0)  # it has no files open yet
+    with theirs.claim_blocks(range(4)) as blocks:
         assert blocks == range(4)
-    assert [theirs.unverified(b) for b in range(4)] == [True, True, False, False]
+    assert [theirs.is_unverified(b) for b in range(4)] == [True, True, False, False]
     fill(mine, range(2, 4))
-    assert [theirs.unverified(b) for b in range(4)] == [True] * 4
-    assert all(theirs.verify(b) for b in range(4))
-    assert theirs.complete
+    assert [theirs.is_unverified(b) for b in range(4)] == [True] * 4
+    assert all(theirs.verify_block(b) for b in range(4))
+    assert theirs.is_complete
     mine.close()
     theirs.close()
 
@@ -349,16 +349,16 @@ def test_blocks_of_another_process_show_up_as_unverified(make: Any) -> None:
 def test_a_claim_is_the_longest_prefix_that_nobody_has(make: Any) -> None:
     first, second = make(), make()
     mine, theirs = first.open(version(blocks=20)), second.open(version(blocks=20))
-    claim = mine.claim(range(8, 12))
+    claim = mine.claim_blocks(range(8, 12))
     assert claim.blocks == range(8, 12)
-    assert theirs.claim(range(8, 20)).blocks == range(8, 8)
-    other = theirs.claim(range(4, 20))
+    assert theirs.claim_blocks(range(8, 20)).blocks == range(8, 8)
+    other = theirs.claim_blocks(range(4, 20))
     assert other.blocks == range(4, 8)
-    later = theirs.claim(range(12, 20))
+    later = theirs.claim_blocks(range(12, 20))
     assert later.blocks == range(12, 20)
     claim.release()
     claim.release()
-    assert theirs.claim(range(8, 20)).blocks == range(8, 20)
+    assert theirs.claim_blocks(range(8, 20)).blocks == range(8, 20)
     mine.close()
     theirs.close()
 
@@ -387,7 +387,7 @@ def test_what_is_elsewhere_too_goes_first(store: Store) -> None:
 
 
 def disk_usage(store: Store) -> int:
-    data = Layout(store.directory).data
+    data = CacheDirectory(store.directory).data_root
     return sum(path.stat().st_blocks * 512 for path in data.rglob("*") if path.is_file())
 
 
@@ -395,21 +395,21 @@ def test_pinned_and_open_objects_are_never_evicted(store: Store) -> None:
     pinned, opened = store.open(version("pinned", blocks=40)), store.open(version("open", blocks=40))
     fill(pinned)
     pinned.close()
-    store.pin(pinned.version.id, True)
+    store.set_pinned(pinned.version.id, True)
     fill(opened)
     third = store.open(version("third", blocks=40))
-    assert not third.reserve(40 * BLOCK)
+    assert not third.reserve_bytes(40 * BLOCK)
     with pytest.raises(StoreError, match="pinned"):
         store.evict(pinned.version.id)
     with pytest.raises(StoreError, match="in use"):
         store.evict(opened.version.id)
     opened.close()
-    assert third.reserve(40 * BLOCK)
-    store.pin(pinned.version.id, False)
+    assert third.reserve_bytes(40 * BLOCK)
+    store.set_pinned(pinned.version.id, False)
     assert store.evict(pinned.version.id) == 40 * BLOCK + OVERHEAD
     assert store.evict(pinned.version.id) == 0
     with pytest.raises(StoreError, match="not in the cache"):
-        store.pin(pinned.version.id, True)
+        store.set_pinned(pinned.version.id, True)
     third.close()
 
 
@@ -418,13 +418,15 @@ def test_pins_outlive_the_process_and_the_index(make: Any) -> None:
     stored = first.open(version())
     fill(stored)
     stored.close()
-    first.pin(stored.version.id, True)
+    first.set_pinned(stored.version.id, True)
     first.close()
     for path in (first.directory / "index").iterdir():
         path.unlink()
     second = make()
-    assert second.wait_scanned(30)
-    assert [(i.version, i.pinned, i.complete) for i in second.objects()] == [(stored.version, True, True)]
+    assert second.wait_for_scan(30)
+    assert [(i.version, i.is_pinned, i.is_complete) for i in second.objects()] == [
+        (stored.version, True, True)
+    ]
 
 
 def test_nothing_is_evicted_for_what_can_never_fit(store: Store) -> None:
@@ -432,15 +434,15 @@ def test_nothing_is_evicted_for_what_can_never_fit(store: Store) -> None:
     fill(stored)
     stored.close()
     big = store.open(version("big", blocks=1000))
-    assert not big.reserve(1000 * BLOCK)
+    assert not big.reserve_bytes(1000 * BLOCK)
     big.close()
     assert store.usage().evictions == 0
 
 
 def test_reservations_end_with_the_object(store: Store) -> None:
     stored = store.open(version())
-    assert stored.reserve(10 * BLOCK)
-    stored.unreserve(3 * BLOCK)
+    assert stored.reserve_bytes(10 * BLOCK)
+    stored.unreserve_bytes(3 * BLOCK)
     assert store.usage().used == 7 * BLOCK + OVERHEAD
     stored.close()
     assert store.usage().used == OVERHEAD
@@ -448,10 +450,10 @@ def test_reservations_end_with_the_object(store: Store) -> None:
 
 def test_the_free_floor_holds(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     store = make(free_floor=10 * BLOCK)
-    monkeypatch.setattr("fusecache.store.space.Space.free", lambda _: 20 * BLOCK)
+    monkeypatch.setattr("fusecache.store.space.Space.free_bytes", lambda _: 20 * BLOCK)
     stored = store.open(version(blocks=30))
-    assert stored.reserve(10 * BLOCK)
-    assert not stored.reserve(1)
+    assert stored.reserve_bytes(10 * BLOCK)
+    assert not stored.reserve_bytes(1)
     stored.close()
 
 
@@ -477,13 +479,13 @@ def test_a_complete_file_is_never_rewritten(store: Store) -> None:
 def test_a_second_session_counts_as_a_use_and_the_first_does_not(store: Store) -> None:
     for expected in (0, 1, 2):
         stored = store.open(version())
-        stored.touch()
-        stored.touch()
-        if not stored.complete:
+        stored.count_access()
+        stored.count_access()
+        if not stored.is_complete:
             fill(stored)
-        stored.touch()
+        stored.count_access()
         stored.close()
-        assert store._records.place(stored.version.id)[0] == expected
+        assert store._object_table.eviction_place(stored.version.id)[0] == expected
 
 
 def test_the_order_of_eviction_outlives_a_restart(make: Any) -> None:
@@ -493,11 +495,11 @@ def test_the_order_of_eviction_outlives_a_restart(make: Any) -> None:
         fill(stored)
         stored.close()
     hot = first.open(version("k0", blocks=9))
-    hot.touch()
+    hot.count_access()
     hot.close()
     first.close()
     second = make(limit=5 * (9 * BLOCK + OVERHEAD))
-    assert second.wait_scanned(30)
+    assert second.wait_for_scan(30)
     stored = second.open(version("new", blocks=9))
     fill(stored)
     stored.close()
@@ -511,7 +513,7 @@ def test_threads_fill_one_object_together(store: Store) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert stored.complete
+    assert stored.is_complete
     assert bytes(stored.view() or b"") == content(stored.version)
     stored.close()
     assert store.usage().used == 64 * BLOCK + OVERHEAD
@@ -522,15 +524,15 @@ def test_start_opens_no_object_and_waits_for_nothing(make: Any, monkeypatch: pyt
     first = make(limit=1 << 50)
     first.close()
     versions = [version(f"shard{i}", blocks=1000) for i in range(1000)]
-    layout = Layout(first.directory)
+    layout = CacheDirectory(first.directory)
     boot = bytes(16)
     for v in versions:
         path = layout.data_path(v.id)
         path.parent.mkdir(exist_ok=True)
         with path.open("wb") as file:
             file.truncate(v.size)
-        header = format.Header(BLOCK, v.size, 1, format.pack_identity(v))
-        packed = bytearray(format.pack_blocks_file(header, format.State(boot)))
+        header = format.BlocksFileHeader(BLOCK, v.size, 1, format.pack_identity(v))
+        packed = bytearray(format.pack_blocks_file(header, format.BlocksFileState(boot)))
         packed[format.HEADER_SIZE : format.checksum_offset(1000)] = format.pack_checksum(7) * 1000
         layout.blocks_path(v.id).write_bytes(packed)
     layout.close()
@@ -545,16 +547,16 @@ def test_start_opens_no_object_and_waits_for_nothing(make: Any, monkeypatch: pyt
         return real_open(path, *args, **kwargs)
 
     monkeypatch.setattr(os, "open", spy)
-    monkeypatch.setattr(StoredObject, "_hash", lambda *_: pytest.fail("hashed at the start"))
+    monkeypatch.setattr(StoredObject, "_hash_block", lambda *_: pytest.fail("hashed at the start"))
     store = make(limit=1 << 50)
     at_start = [path for path, _ in opened]
     assert len(at_start) < 10
     assert not any("/data/" in path for path in at_start)
     stored = store.open(versions[0])  # usable at once, with the scan held back
-    assert stored.unverified(999)
+    assert stored.is_unverified(999)
     stored.close()
     gate.set()
-    assert store.wait_scanned(60)
+    assert store.wait_for_scan(60)
     assert not any(path.endswith(".data") for path, in_main in opened if not in_main)
     assert len(store.objects()) == 1000
     assert store.usage().objects_complete == 1000
@@ -569,16 +571,16 @@ def test_the_scan_drops_what_has_no_file_and_removes_what_is_half(make: Any) -> 
         fill(stored)
         stored.close()
     first.close()
-    layout = Layout(first.directory)
+    layout = CacheDirectory(first.directory)
     for path in (layout.data_path, layout.blocks_path):
         path(version("gone").id).unlink()
     layout.blocks_path(version("half").id).unlink()
     os.truncate(layout.blocks_path(version("torn").id), 50)
     layout.blocks_path(version("kept").id).with_suffix(".new").write_bytes(b"x")
     second = make()
-    assert second.wait_scanned(30)
+    assert second.wait_for_scan(30)
     assert [i.version.key for i in second.objects()] == ["kept"]
-    assert {path.name for path in layout.data.rglob("*") if path.is_file()} == {
+    assert {path.name for path in layout.data_root.rglob("*") if path.is_file()} == {
         f"{version('kept').id}.data",
         f"{version('kept').id}.blocks",
     }
@@ -595,7 +597,7 @@ def test_a_lost_ledger_is_recounted_before_anything_is_stored(make: Any) -> None
     (first.directory / "ledger").unlink()
     second = make()
     fresh = second.open(version("new", blocks=20))
-    assert fresh.reserve(20 * BLOCK)
+    assert fresh.reserve_bytes(20 * BLOCK)
     assert second.usage().used <= LIMIT
     assert second.usage().evictions == 1
     fresh.close()
@@ -607,11 +609,11 @@ def test_a_data_file_of_a_wrong_size_is_replaced(make: Any) -> None:
     fill(stored)
     stored.close()
     first.close()
-    layout = Layout(first.directory)
+    layout = CacheDirectory(first.directory)
     os.truncate(layout.data_path(stored.version.id), 5)
     layout.close()
     again = make().open(version())
-    assert not again.unverified(0)
+    assert not again.is_unverified(0)
     fill(again)
     assert bytes(again.view() or b"") == content(again.version)
     again.close()
@@ -624,9 +626,9 @@ def test_eviction_by_another_process_between_two_opens(make: Any) -> None:
     mine.close()
     assert second.evict(version().id) > 0
     again = first.open(version())
-    assert not again.present(0)
+    assert not again.is_present(0)
     fill(again)
-    assert again.complete
+    assert again.is_complete
     again.close()
     assert first.usage().used == 4 * BLOCK + OVERHEAD
 
@@ -637,19 +639,19 @@ def test_an_object_that_was_unlinked_between_open_and_lock_is_not_attached_to(
     stored = store.open(version())
     fill(stored)
     stored.close()
-    layout = Layout(store.directory)
+    layout = CacheDirectory(store.directory)
     real = fs.locks.try_flock
 
     def evicted_first(fd: int, *, exclusive: bool) -> bool:
         monkeypatch.setattr(fs.locks, "try_flock", real)
-        fs.discard(layout, stored.version.id)
+        fs.unlink_object(layout, stored.version.id)
         return real(fd, exclusive=exclusive)
 
     monkeypatch.setattr(fs.locks, "try_flock", evicted_first)
     again = store.open(version())
-    assert not again.present(0)
+    assert not again.is_present(0)
     fill(again)
-    assert Layout(store.directory).data_path(stored.version.id).exists()
+    assert CacheDirectory(store.directory).data_path(stored.version.id).exists()
     assert os.fstat(again.fileno()).st_nlink == 1
     again.close()
     layout.close()
@@ -673,7 +675,7 @@ def test_a_closed_store_opens_nothing(make: Any) -> None:
     store.close()
     store.close()
     assert bytes(stored.view() or b"") == content(stored.version)
-    assert not stored.reserve(1)
+    assert not stored.reserve_bytes(1)
     stored.close()
     with pytest.raises(StoreError):
         store.open(version())
@@ -687,13 +689,13 @@ def test_a_lowered_limit_is_kept_soon_after_the_start(make: Any, monkeypatch: py
         stored.close()
     first.close()
     kept = threading.Event()
-    real = Space.keep
+    real = Space.enforce_limits
 
     def keep(space: Space) -> None:
         real(space)
         kept.set()
 
-    monkeypatch.setattr(Space, "keep", keep)
+    monkeypatch.setattr(Space, "enforce_limits", keep)
     second = make(limit=3 * (9 * BLOCK + OVERHEAD))
     assert kept.wait(30)
     assert second.usage().used == 3 * (9 * BLOCK + OVERHEAD)
@@ -711,12 +713,12 @@ def test_others_that_fill_the_disk_make_objects_go_as_far_as_they_can(
             stored.close()
     free = [9 * BLOCK]
     store._space.free_floor = 10 * BLOCK
-    monkeypatch.setattr(Space, "free", lambda _: free[0])
-    store._space.keep()
+    monkeypatch.setattr(Space, "free_bytes", lambda _: free[0])
+    store._space.enforce_limits()
     assert {i.version.key for i in store.objects()} == {"b", "open"}
     free[0] = 0
     store._space.free_floor = 1000 * BLOCK
-    store._space.keep()
+    store._space.enforce_limits()
     assert {i.version.key for i in store.objects()} == {"open"}
     stored.close()
 
@@ -729,15 +731,15 @@ def test_a_look_at_a_changed_directory_reads_only_what_is_not_known_to_be_comple
         stored = store.open(made)
         fill(stored, blocks)
         stored.close()
-    assert store.wait_scanned(30)
+    assert store.wait_for_scan(30)
     read: list[str] = []
-    real = fs.summarize
-    monkeypatch.setattr(fs, "summarize", lambda layout, name: (read.append(name), real(layout, name))[1])
-    store._scanner._mtimes.clear()
-    store._scanner.refresh()
+    real = fs.read_summary
+    monkeypatch.setattr(fs, "read_summary", lambda layout, name: (read.append(name), real(layout, name))[1])
+    store._scanner._folder_mtimes.clear()
+    store._scanner.scan_folders()
     assert half.id in read
     assert whole.id not in read
-    store._scanner.refresh(everything=True)
+    store._scanner.scan_folders(everything=True)
     assert whole.id in read
 
 
@@ -747,6 +749,6 @@ def test_whether_enough_can_be_evicted_is_known_without_looking_at_everything(st
         fill(stored)
         stored.close()
     asked: list[object] = []
-    assert store._records.can_free(2 * BLOCK, lambda name: not asked.append(name))
+    assert store._object_table.can_free(2 * BLOCK, lambda name: not asked.append(name))
     assert len(asked) == 1
-    assert not store._records.can_free(1 << 40, lambda name: True)
+    assert not store._object_table.can_free(1 << 40, lambda name: True)

@@ -26,13 +26,13 @@ class Cache:
     def read(self, name: object, size: int = 1) -> bool:
         object_id = oid(name)
         if object_id in self.sizes:
-            self.policy.use(object_id)
+            self.policy.count_use(object_id)
             return True
         need = sum(self.sizes.values()) + size - self.capacity
         if need > 0:
             for victim in self.policy.victims(lambda _: True):
                 need -= self.sizes.pop(victim)
-                self.policy.remove(victim, evicted=True)
+                self.policy.remove(victim, was_evicted=True)
                 if need <= 0:
                     break
         self.sizes[object_id] = size
@@ -68,7 +68,7 @@ def test_an_object_that_comes_back_soon_is_kept() -> None:
     cache.read("new")  # evicts 0
     assert oid(0) not in cache.sizes
     cache.read(0)
-    assert cache.policy.in_main(oid(0))
+    assert cache.policy.is_in_main(oid(0))
 
 
 def test_the_first_in_goes_first_without_further_use() -> None:
@@ -81,20 +81,20 @@ def test_the_first_in_goes_first_without_further_use() -> None:
 def test_uses_in_main_buy_rounds() -> None:
     policy = S3Fifo()
     for name in ("a", "b", "c"):
-        policy.add(oid(name), 1, main=True)
-    policy.use(oid("a"))
-    policy.use(oid("b"))
-    policy.use(oid("b"))
+        policy.add(oid(name), 1, is_in_main=True)
+    policy.count_use(oid("a"))
+    policy.count_use(oid("b"))
+    policy.count_use(oid("b"))
     assert [str(x) for x in policy.victims(lambda _: True)] == ["c", "a", "b"]
 
 
 def test_what_is_not_evictable_is_not_offered_and_keeps_its_uses() -> None:
     policy = S3Fifo()
     policy.add(oid("pinned"), 5)
-    policy.use(oid("pinned"))
+    policy.count_use(oid("pinned"))
     policy.add(oid("other"), 5)
     assert list(policy.victims(lambda x: x != "pinned")) == [oid("other")]
-    assert policy.uses(oid("pinned")) == 1
+    assert policy.use_count(oid("pinned")) == 1
 
 
 def test_removal_during_the_walk_is_seen() -> None:
@@ -129,17 +129,17 @@ def test_a_walk_offers_each_object_once_whatever_happened_before(
     for step, number in steps:
         object_id, size = oid(number), rng.randrange(100)
         if step == "add":
-            policy.add(object_id, size, uses=rng.randrange(5), main=rng.random() < 0.3)
+            policy.add(object_id, size, uses=rng.randrange(5), is_in_main=rng.random() < 0.3)
             model[object_id] = size
         elif step == "resize":
             policy.resize(object_id, size)
             model = {key: size if key == object_id else old for key, old in model.items()}
         elif step == "use":
-            policy.use(object_id)
+            policy.count_use(object_id)
         else:
-            policy.remove(object_id, evicted=step == "evict")
+            policy.remove(object_id, was_evicted=step == "evict")
             model.pop(object_id, None)
-    assert set(policy.order()) == set(model)
+    assert set(policy.eviction_order()) == set(model)
     assert policy._small_bytes + policy._main_bytes == sum(model.values())
     offered = list(policy.victims(lambda _: True))
     assert sorted(offered) == sorted(model)

@@ -7,18 +7,18 @@ import struct
 import pytest
 import xxhash
 
-from fusecache.store import format
+from fusecache.store.disk import format
 from fusecache.types import ObjectVersion
 
 VERSION = ObjectVersion("s3://b/p", "a/ü.bin", '"e"', 10_000, 5)
 IDENTITY = b'["s3://b/p","a/\\u00fc.bin","\\"e\\"",10000,5]'
 BOOT = bytes(range(16))
-SEAL = format.Seal(format.Mark.QUARANTINED, bytes(range(100, 132)), b"unsigned")
+SEAL = format.AttestationRecord(format.AttestationState.QUARANTINED, bytes(range(100, 132)), b"unsigned")
 
 
 def blocks_file() -> bytes:
-    header = format.Header(4096, 10_000, 0x1122334455667788, format.pack_identity(VERSION))
-    return format.pack_blocks_file(header, format.State(BOOT, 9, 2, True, True, 3, SEAL))
+    header = format.BlocksFileHeader(4096, 10_000, 0x1122334455667788, format.pack_identity(VERSION))
+    return format.pack_blocks_file(header, format.BlocksFileState(BOOT, 9, 2, True, True, 3, SEAL))
 
 
 def test_blocks_file_bytes_are_pinned() -> None:
@@ -33,7 +33,7 @@ def test_blocks_file_bytes_are_pinned() -> None:
 def test_offsets_of_what_is_written_in_place() -> None:
     assert (format.BOOT_ID_OFFSET, format.LAST_USE_OFFSET, format.REPAIRS_OFFSET) == (48, 64, 72)
     assert (format.CLEAN_OFFSET, format.PINNED_OFFSET, format.ACCESSES_OFFSET) == (76, 77, 78)
-    assert format.SEAL_OFFSET == 79
+    assert format.ATTESTATION_OFFSET == 79
     assert [format.checksum_offset(b) for b in (0, 1, 10)] == [128, 136, 208]
     assert format.pack_checksum(0x0102) == b"\x02\x01\0\0\0\0\0\0"
     assert format.pack_checksum(0) == b"\x01\0\0\0\0\0\0\0"
@@ -42,16 +42,16 @@ def test_offsets_of_what_is_written_in_place() -> None:
 def test_blocks_file_is_read_back() -> None:
     header = format.parse_header(blocks_file())
     assert header is not None
-    assert (header.block_size, header.object_size, header.blocks) == (4096, 10_000, 3)
+    assert (header.block_size, header.object_size, header.block_count) == (4096, 10_000, 3)
     assert format.parse_identity(header.identity) == VERSION
-    assert format.parse_state(blocks_file()) == format.State(BOOT, 9, 2, True, True, 3, SEAL)
-    assert format.overhead(header) == 4096 + (12_288 - 10_000)
+    assert format.parse_state(blocks_file()) == format.BlocksFileState(BOOT, 9, 2, True, True, 3, SEAL)
+    assert format.file_overhead(header) == 4096 + (12_288 - 10_000)
 
 
 def test_an_unknown_mark_is_none() -> None:
     data = bytearray(blocks_file())
-    data[format.SEAL_OFFSET] = 7
-    assert format.parse_state(bytes(data)).seal == format.Seal()
+    data[format.ATTESTATION_OFFSET] = 7
+    assert format.parse_state(bytes(data)).attestation == format.AttestationRecord()
 
 
 def test_checksums_may_be_set_without_touching_the_header() -> None:
@@ -85,10 +85,10 @@ def test_format_file_bytes_are_pinned() -> None:
 
 
 def test_ledger_bytes_are_pinned() -> None:
-    ledger = bytearray(format.pack_ledger(counted=True))
+    ledger = bytearray(format.pack_ledger(is_counted=True))
     assert ledger == (b"FCLEDGER" + struct.pack("<IIqI", 2, 255, 0, 1)).ljust(8192, b"\0")
-    assert format.valid_ledger(ledger)
-    assert format.ledger_counted(ledger)
+    assert format.is_valid_ledger(ledger)
+    assert format.is_ledger_counted(ledger)
     slot = format.LedgerSlot(100, 30, 7, 5, 42)
     assert slot.pack() == struct.pack("<QQQII", 100, 30, 7, 5, 42)
     assert format.ledger_slot_offset(0) == 32
@@ -99,5 +99,5 @@ def test_ledger_bytes_are_pinned() -> None:
     assert format.ledger_slot_offset(254) == 8192 - 32
     assert format.sum_slots(memoryview(ledger)) == format.LedgerSlot(200, 60, 14, 10, 0)
     assert format.pack_correction(-2) == b"\xfe" + b"\xff" * 7
-    assert not format.valid_ledger(b"FCLEDGER")
-    assert not format.valid_ledger(bytes(8192))
+    assert not format.is_valid_ledger(b"FCLEDGER")
+    assert not format.is_valid_ledger(bytes(8192))

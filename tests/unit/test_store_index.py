@@ -12,29 +12,29 @@ from pathlib import Path
 import diskcache
 import pytest
 
-from fusecache.store.index import Index, JsonDisk, to_json
-from fusecache.store.records import Record
+from fusecache.store.index import JsonDisk, ObjectIndex, record_to_json
+from fusecache.store.records import ObjectRecord
 from fusecache.store.store import Store
 from fusecache.types import ObjectId, ObjectVersion
 
 
-def record(key: str = "k", last_use_ns: int = 5) -> Record:
+def record(key: str = "k", last_use_ns: int = 5) -> ObjectRecord:
     version = ObjectVersion("mem://b", key, "e", 4096, 1)
-    return Record(version, 4096, 4096, 8192, True, False, last_use_ns, 2, True)
+    return ObjectRecord(version, 4096, 4096, 8192, True, False, last_use_ns, 2, True)
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    index = Index(tmp_path / "index")
-    index.save([(record().version.id, record())], [])
+    index = ObjectIndex(tmp_path / "index")
+    index.save_changes([(record().version.id, record())], [])
     index.close()
     return tmp_path / "index"
 
 
-def load(directory: Path) -> dict[ObjectId, Record]:
-    index = Index(directory)
+def load(directory: Path) -> dict[ObjectId, ObjectRecord]:
+    index = ObjectIndex(directory)
     try:
-        return dict(index.load()[0])
+        return dict(index.load_records()[0])
     finally:
         index.close()
 
@@ -50,21 +50,21 @@ class Hostile:
 
 
 def test_records_and_order_are_kept(directory: Path) -> None:
-    index = Index(directory)
+    index = ObjectIndex(directory)
     newer = record("newer", 9)
-    index.save([(newer.version.id, newer)], [])
+    index.save_changes([(newer.version.id, newer)], [])
     index.save_order([newer.version.id, record().version.id], [(ObjectId("gone"), 7)])
     index.close()
-    index = Index(directory)
-    records, ghosts = index.load()
+    index = ObjectIndex(directory)
+    records, ghosts = index.load_records()
     index.close()
     assert records == [(newer.version.id, newer), (record().version.id, record())]
     assert ghosts == [("gone", 7)]
 
 
 def test_dropped_records_are_gone(directory: Path) -> None:
-    index = Index(directory)
-    index.save([], [record().version.id])
+    index = ObjectIndex(directory)
+    index.save_changes([], [record().version.id])
     index.close()
     assert load(directory) == {}
 
@@ -103,16 +103,16 @@ def test_a_hostile_pickle_in_the_index_is_not_run(directory: Path, tmp_path: Pat
 def test_a_store_on_a_hostile_index_works_from_its_files(tmp_path: Path) -> None:
     with Store(tmp_path / "cache", limit=1 << 20, free_floor=0, block_size=4096) as store:
         stored = store.open(record().version)
-        assert stored.reserve(4096)
+        assert stored.reserve_bytes(4096)
         stored.write(0, bytes(4096))
-        stored.commit(0, 1)
+        stored.commit_block(0, 1)
         stored.close()
     data = pickle.dumps(Hostile(tmp_path / "pwned"))
     with closing(sqlite3.connect(tmp_path / "cache" / "index" / "cache.db")) as database:
         database.execute("UPDATE Cache SET mode = 4, value = ?", (sqlite3.Binary(data),))
         database.commit()
     with Store(tmp_path / "cache", limit=1 << 20, free_floor=0, block_size=4096) as store:
-        assert store.wait_scanned(30)
+        assert store.wait_for_scan(30)
         assert [info.version for info in store.objects()] == [record().version]
     assert not (tmp_path / "pwned").exists()
 
@@ -123,8 +123,8 @@ def test_a_broken_database_is_made_anew(directory: Path, junk: bytes) -> None:
         path.unlink()
     (directory / "cache.db").write_bytes(junk)
     assert load(directory) == {}
-    index = Index(directory)
-    index.save([(record().version.id, record())], [])
+    index = ObjectIndex(directory)
+    index.save_changes([(record().version.id, record())], [])
     index.close()
     assert load(directory) == {record().version.id: record()}
 
@@ -154,7 +154,7 @@ def test_values_that_are_no_records_are_passed_over(directory: Path, value: str)
     "field", ["present_bytes", "stored_bytes", "last_use_ns", "accesses", "complete", "size"]
 )
 def test_a_record_with_a_field_of_a_wrong_type_is_passed_over(directory: Path, field: str) -> None:
-    value = to_json(record())
+    value = record_to_json(record())
     (value["version"] if field == "size" else value)[field] = "4096"
     with closing(sqlite3.connect(directory / "cache.db")) as database:
         database.execute("UPDATE Cache SET value = ?", (json.dumps(value),))
@@ -174,7 +174,7 @@ def test_the_disk_refuses_what_is_not_json_text() -> None:
 
 def test_an_index_that_cannot_be_made_is_done_without(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    index = Index(tmp_path / "file" / "index")
-    index.save([(record().version.id, record())], [])
-    assert index.load() == ([], [])
+    index = ObjectIndex(tmp_path / "file" / "index")
+    index.save_changes([(record().version.id, record())], [])
+    assert index.load_records() == ([], [])
     index.close()

@@ -14,7 +14,14 @@ from typing import Any, Literal
 import pytest
 
 from fusecache.errors import ConfigError
-from fusecache.telemetry.logs import BURST, HANDLER_NAME, REDACTED, WINDOW, RepeatFilter, configure_logging
+from fusecache.telemetry.logs import (
+    BURST_EVENTS,
+    BURST_WINDOW_SECONDS,
+    HANDLER_NAME,
+    REDACTED,
+    RepeatFilter,
+    configure_logging,
+)
 from fusecache.telemetry.metrics import METRICS, StatusCollector
 from fusecache.telemetry.server import MetricsServer
 
@@ -120,10 +127,12 @@ def test_repeats_are_held_back_and_counted() -> None:
     def record(message: str, level: int = logging.WARNING) -> logging.LogRecord:
         return logging.LogRecord("fusecache.x", level, __file__, 1, message, ("a",), None)
 
-    assert [repeats.filter(record("again %s")) for _ in range(BURST + 3)] == [True] * BURST + [False] * 3
+    assert [repeats.filter(record("again %s")) for _ in range(BURST_EVENTS + 3)] == [True] * BURST_EVENTS + [
+        False
+    ] * 3
     assert repeats.filter(record("another %s"))
-    assert all(repeats.filter(record("again %s", logging.DEBUG)) for _ in range(2 * BURST))
-    now = WINDOW
+    assert all(repeats.filter(record("again %s", logging.DEBUG)) for _ in range(2 * BURST_EVENTS))
+    now = BURST_WINDOW_SECONDS
     later = record("again %s")
     assert repeats.filter(later)
     assert later.__dict__["repeats_held_back"] == 3

@@ -1,1 +1,0 @@
-"""A node of a cluster: gets blocks from the others, and gives them its own."""

@@ -1,0 +1,1 @@
+"""Which mounts this machine has, and the control socket of each, both ends."""

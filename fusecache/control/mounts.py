@@ -1,0 +1,179 @@
+"""Which fusecache mounts this machine has, and where their daemons listen.
+
+Reads /proc/self/mountinfo only: nothing in here looks at a mountpoint itself, which could hang when its
+daemon is gone.
+
+    <runtime_dir>/<mount_id>/control.sock     the daemon's control socket (see control.py)
+    <runtime_dir>/<mount_id>/log              its log, unless log_file says otherwise
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from fusecache.config.model import default_runtime_dir
+from fusecache.errors import MountError
+
+FSTYPE = "fuse.fusecache"
+SOCKET_NAME = "control.sock"
+LOG_NAME = "log"
+_MOUNTINFO = Path("/proc/self/mountinfo")
+_OCTAL_ESCAPE = re.compile(rb"\\([0-7]{3})")
+
+
+@dataclass(frozen=True)
+class Mount:
+    """One line of mountinfo. `device` is "major:minor"; `user` is the uid that made the mount."""
+
+    mountpoint: Path
+    source: str
+    device_number: str
+    user_id: int
+
+
+def list_mounts(mountinfo: Path = _MOUNTINFO) -> list[Mount]:
+    """All fusecache mounts in this mount namespace; of several on one mountpoint, the one on top."""
+    found: dict[Path, Mount] = {}
+    for fields, extra in _parse_mountinfo(mountinfo):
+        mountpoint = Path(os.fsdecode(_unescape(fields[4])))
+        found.pop(mountpoint, None)
+        if extra[0] == FSTYPE.encode():
+            user = re.search(rb"(?:^|,)user_id=(\d+)", extra[2])
+            found[mountpoint] = Mount(
+                mountpoint,
+                _unescape(extra[1]).decode("utf-8", "replace"),
+                fields[2].decode(),
+                int(user[1]) if user else 0,
+            )
+    return list(found.values())
+
+
+def _parse_mountinfo(mountinfo: Path) -> Iterator[tuple[list[bytes], list[bytes]]]:
+    for line in mountinfo.read_bytes().splitlines():
+        before, separator, after = line.partition(b" - ")
+        fields, extra = before.split(b" "), after.split(b" ")
+        if separator and len(fields) >= 6 and len(extra) >= 3:
+            yield fields, extra
+
+
+def _unescape(text: bytes) -> bytes:
+    """mountinfo writes space, tab, newline and backslash as three octal digits."""
+    return _OCTAL_ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), text)
+
+
+def resolve_mountpoint(path: str | Path, mountinfo: Path = _MOUNTINFO) -> Path:
+    """The absolute real path of a mountpoint. Resolves its parents only if the path is no mount of ours:
+    an lstat of a mountpoint whose daemon is gone hangs or fails."""
+    plain = Path(os.path.abspath(path))
+    known = {mount.mountpoint for mount in list_mounts(mountinfo)}
+    if plain in known or plain == plain.parent:
+        return plain
+    below = Path(os.path.realpath(plain.parent), plain.name)
+    return below if below in known else Path(os.path.realpath(below))
+
+
+def find_mount(path: str | Path, mountinfo: Path = _MOUNTINFO) -> Mount | None:
+    """The fusecache mount whose mountpoint is `path`."""
+    wanted = resolve_mountpoint(path, mountinfo)
+    return next((mount for mount in list_mounts(mountinfo) if mount.mountpoint == wanted), None)
+
+
+def find_containing_mount(path: str | Path, mountinfo: Path = _MOUNTINFO) -> tuple[Mount, str] | None:
+    """The fusecache mount that `path` lies in, and the path below its root ("" for the root)."""
+    plain = Path(os.path.abspath(path))
+    known = {mount.mountpoint: mount for mount in list_mounts(mountinfo)}
+    for parent in (plain, *plain.parents):
+        for candidate in (parent, Path(os.path.realpath(parent.parent), parent.name)):
+            if candidate in known:
+                below = plain.relative_to(parent)
+                return known[candidate], "" if below == Path() else str(below)
+    return None
+
+
+def find_file_system(path: Path, mountinfo: Path = _MOUNTINFO) -> tuple[Path, str]:
+    """(mountpoint, type) of the file system of any type that holds `path`, a real path."""
+    best, kind = Path("/"), "unknown"
+    for fields, extra in _parse_mountinfo(mountinfo):
+        mountpoint = Path(os.fsdecode(_unescape(fields[4])))
+        if path.is_relative_to(mountpoint) and len(mountpoint.parts) >= len(best.parts):
+            best, kind = mountpoint, extra[0].decode()
+    return best, kind
+
+
+def compute_mount_id(mountpoint: Path) -> str:
+    """What a mount's folder below the runtime directory is called: 16 hex digits of its real path."""
+    return xxhash.xxh3_64_hexdigest(os.fsencode(mountpoint))
+
+
+def control_socket_path(runtime_dir: Path, mountpoint: Path) -> Path:
+    """Where the daemon of `mountpoint` (a real path) listens."""
+    return runtime_dir / compute_mount_id(mountpoint) / SOCKET_NAME
+
+
+def serve_mountpoint(node: str) -> Path:
+    """What stands for the mountpoint of a node that serves without a mount."""
+    return Path("/fusecache-serve") / node
+
+
+def find_control_socket(mount: Mount, env: Mapping[str, str] = os.environ) -> Path:
+    """The control socket of a mount: below $FUSECACHE_RUNTIME_DIR, this user's runtime directory, or that of
+    the user who mounted. The first of these if there is none."""
+    candidates = [
+        default_runtime_dir(env),
+        Path(f"/run/user/{mount.user_id}/fusecache"),
+        Path(f"/tmp/fusecache-{mount.user_id}"),  # noqa: S108  its owner is checked below
+        Path("/run/fusecache"),
+    ]
+    if chosen := env.get("FUSECACHE_RUNTIME_DIR"):
+        candidates.insert(0, Path(os.path.abspath(chosen)))
+    sockets = [control_socket_path(directory, mount.mountpoint) for directory in candidates]
+    trusted = (0, os.geteuid(), mount.user_id)
+    return next((socket for socket in sockets if _is_socket_owned_by(socket, trusted)), sockets[0])
+
+
+def _is_socket_owned_by(path: Path, owners: tuple[int, ...]) -> bool:
+    """Whether a socket of one of these users is there: in /tmp, anybody may have made the folder first."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISSOCK(found.st_mode) and found.st_uid in owners
+
+
+def make_private_directory(directory: Path) -> Path:
+    """Make `directory` with mode 0700, or check that it is ours. Raises MountError: in a shared place such as
+    /tmp, another user may have put one there."""
+    try:
+        directory.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        try:
+            directory.mkdir(mode=0o700)
+        except FileExistsError:
+            found = directory.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+                raise MountError(
+                    f"{directory} belongs to somebody else: remove it or set runtime_dir"
+                ) from None
+            if found.st_mode & 0o077:
+                directory.chmod(0o700)
+    except OSError as error:
+        raise MountError(f"runtime directory {directory}: {error.strerror}: set runtime_dir") from error
+    return directory
+
+
+def make_mount_runtime_dir(runtime_dir: Path, mountpoint: Path) -> Path:
+    """Make the runtime folder of one mount, private to this user. Raises MountError."""
+    try:
+        found = runtime_dir.lstat()
+    except FileNotFoundError:
+        make_private_directory(runtime_dir)
+    else:
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (0, os.geteuid()):
+            raise MountError(f"{runtime_dir} belongs to somebody else: remove it or set runtime_dir")
+    return make_private_directory(runtime_dir / compute_mount_id(mountpoint))

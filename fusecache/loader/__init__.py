@@ -1,1 +1,0 @@
-"""Block lookup, single flight, prefetch: brings object versions into the store, and wakes who waits."""

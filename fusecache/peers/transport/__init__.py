@@ -1,0 +1,1 @@
+"""The protocol between nodes, both ends."""

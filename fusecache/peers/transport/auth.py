@@ -1,0 +1,169 @@
+"""Who may ask: requests signed with the cluster's shared secret, and mutual TLS.
+
+A signature is an HMAC-SHA256 over the method, the target (path and query: the object and the range), the tenant, the
+node, the time, a nonce, and every header whose name begins with `fusecache-`. It holds for a minute around the
+server's clock, and once: the server remembers the nonces of that window.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+import secrets
+import ssl
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
+from fusecache.config.peers import PeerSettings
+from fusecache.errors import ConfigError
+from fusecache.peers.transport.wire import NAME_PATTERN, RequestError
+
+AUTH_SCHEME = "Fusecache-HMAC-SHA256"
+MAX_CLOCK_SKEW = 60.0
+"""Seconds that a request's time may be off."""
+_MAX_NONCES = 400_000
+"""Remembered at a time; a server that got more within the window takes no further ones."""
+_AUTH_FIELD = re.compile(r"(node|tenant|time|nonce|signature)=([A-Za-z0-9._-]{0,64})")
+
+
+def _sign_request(
+    secret: bytes,
+    method: str,
+    target: str,
+    headers: Mapping[str, str],
+    signer_fields: tuple[str, str, str, str],
+) -> str:
+    own = sorted(
+        f"{name.lower()}:{value}" for name, value in headers.items() if name.lower().startswith("fusecache-")
+    )
+    text = "\n".join(("fusecache-1", method, target, *signer_fields, *own))
+    return hmac.digest(secret, text.encode(), "sha256").hex()
+
+
+class RequestSigner:
+    """Signs this node's requests. `clock` gives seconds since the epoch. Thread-safe."""
+
+    def __init__(
+        self, secret: str, own_name: str, tenant: str, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._secret = secret.encode()
+        self._own_name = own_name
+        self._tenant = tenant
+        self._clock = clock
+
+    def authorization_header(
+        self, method: str, target: str, headers: Mapping[str, str], clock_offset: float = 0.0
+    ) -> str:
+        """The Authorization header of a request. `clock_offset`: how many seconds the server's clock is ahead."""
+        now = str(int(self._clock() + clock_offset))
+        nonce = secrets.token_hex(16)
+        signature = _sign_request(
+            self._secret, method, target, headers, (self._tenant, self._own_name, now, nonce)
+        )
+        return (
+            f"{AUTH_SCHEME} node={self._own_name},tenant={self._tenant},"
+            f"time={now},nonce={nonce},signature={signature}"
+        )
+
+
+class RequestVerifier:
+    """Checks the signatures of requests, with one secret and for one tenant. Thread-safe."""
+
+    def __init__(self, secret: str, tenant: str, clock: Callable[[], float] = time.time) -> None:
+        self._secret = secret.encode()
+        self._tenant = tenant
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._seen_nonces: OrderedDict[str, float] = OrderedDict()
+        """Nonce -> when it may be forgotten, oldest first."""
+
+    def verify_request(self, method: str, target: str, headers: Mapping[str, str]) -> str:
+        """The name of the node that signed this request; header names are in lower case. Raises RequestError 401, or
+        403 for another tenant. A 401 carries our time, so that a node with a wrong clock can still ask."""
+        now = self._clock()
+        scheme, _, rest = headers.get("authorization", "").partition(" ")
+        if scheme != AUTH_SCHEME:
+            raise self._unauthorized_error("this cluster's requests are signed (peers.secret)", now)
+        fields = {}
+        for part in rest.split(","):
+            match = _AUTH_FIELD.fullmatch(part.strip())
+            if match is None or match[1] in fields:
+                raise self._unauthorized_error("the Authorization header can't be read", now)
+            fields[match[1]] = match[2]
+        if len(fields) != 5 or not NAME_PATTERN.fullmatch(fields["node"]) or not fields["time"].isdecimal():
+            raise self._unauthorized_error("the Authorization header can't be read", now)
+        who = (fields["tenant"], fields["node"], fields["time"], fields["nonce"])
+        expected = _sign_request(self._secret, method, target, headers, who)
+        if not hmac.compare_digest(expected, fields["signature"]):
+            raise self._unauthorized_error("the signature is wrong: peers.secret differs", now)
+        if fields["tenant"] != self._tenant:
+            raise RequestError(403, "this node is another tenant's")
+        if abs(int(fields["time"]) - now) > MAX_CLOCK_SKEW:
+            raise self._unauthorized_error(
+                "the clocks differ by more than a minute: set them", now, reason="clock"
+            )
+        self._remember_nonce(fields["nonce"], now)
+        return fields["node"]
+
+    def _unauthorized_error(self, text: str, now: float, **extra_fields: str) -> RequestError:
+        return RequestError(
+            401, text, {"WWW-Authenticate": AUTH_SCHEME, "Fusecache-Time": str(int(now))}, **extra_fields
+        )
+
+    def _remember_nonce(self, nonce: str, now: float) -> None:
+        with self._lock:
+            while self._seen_nonces and next(iter(self._seen_nonces.values())) < now:
+                self._seen_nonces.popitem(last=False)
+            if len(nonce) != 32 or nonce in self._seen_nonces:
+                raise self._unauthorized_error("this request was made before", now)
+            if len(self._seen_nonces) >= _MAX_NONCES:
+                raise RequestError(503, "too many requests", {"Retry-After": "1"})
+            # a time up to WINDOW ahead of ours is taken: remember until it is WINDOW behind
+            self._seen_nonces[nonce] = now + 2 * MAX_CLOCK_SKEW
+
+
+def load_shared_secret(settings: PeerSettings) -> str | None:
+    """The cluster's secret, from the settings or its file. Raises ConfigError."""
+    if settings.secret is not None:
+        return settings.secret.get_secret_value()
+    if settings.secret_file is None:
+        return None
+    try:
+        text = settings.secret_file.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise ConfigError(f"peers.secret_file {settings.secret_file}: {reason}") from None
+    if len(text) < 16:
+        raise ConfigError(f"peers.secret_file {settings.secret_file}: at least 16 characters are needed")
+    return text
+
+
+def make_server_tls(settings: PeerSettings) -> ssl.SSLContext | None:
+    """What a server with mutual TLS needs: a client without a certificate of the cluster is not let in. None: plain
+    HTTP. Raises ConfigError."""
+    return _make_tls_context(settings, ssl.PROTOCOL_TLS_SERVER)
+
+
+def make_client_tls(settings: PeerSettings) -> ssl.SSLContext | None:
+    """The same for a client. Nodes are known by the authority that signed them, not by their host names."""
+    return _make_tls_context(settings, ssl.PROTOCOL_TLS_CLIENT)
+
+
+def _make_tls_context(settings: PeerSettings, protocol: int) -> ssl.SSLContext | None:
+    if settings.tls_cert is None:
+        return None
+    context = ssl.SSLContext(protocol)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_REQUIRED
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password=lambda: b"")
+        context.load_verify_locations(settings.tls_ca)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"peers.tls_cert {settings.tls_cert}, peers.tls_key {settings.tls_key} and peers.tls_ca "
+            f"{settings.tls_ca} can't be used: {error.strerror or error}"
+        ) from None
+    return context

@@ -1,0 +1,1 @@
+"""Watches what is read, and proposes what is to be fetched ahead."""

@@ -1,0 +1,1 @@
+"""Recordings of the order in which models are read."""

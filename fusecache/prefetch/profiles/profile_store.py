@@ -1,0 +1,92 @@
+"""Recordings of the order in which models are read, in the cache directory: small, few, and not subject to eviction.
+
+    <cache>/orders/<model id>.order
+
+What is in a file is the loader's business (loader/recording.py). Files are replaced whole; the ones that were not used
+for the longest time go when there are too many. A directory that can't be read or written is done without: nobody
+needs a recording.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import threading
+from pathlib import Path
+
+_log = logging.getLogger(__name__)
+
+MAX_PROFILES = 1024
+MAX_PROFILE_BYTES = 64 << 10
+_NAME = re.compile(r"[0-9a-f]{32}")
+
+
+class ProfileStore:
+    """See loader.Shelf. Thread-safe; several processes may share the directory. Blocking: for worker threads."""
+
+    def __init__(self, cache_dir: Path) -> None:
+        self._directory = cache_dir / "orders"
+        self._has_warned = False
+
+    def load_profile(self, name: str) -> bytes | None:
+        """What was saved under this name; None: nothing."""
+        path = self._path(name)
+        if path is None:
+            return None
+        try:
+            with path.open("rb") as file:
+                data = file.read(MAX_PROFILE_BYTES + 1)
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._warn_once(error)
+            return None
+        return data if len(data) <= MAX_PROFILE_BYTES else None
+
+    def save_profile(self, name: str, data: bytes) -> None:
+        """Keep it, instead of what was there."""
+        path = self._path(name)
+        if path is None or len(data) > MAX_PROFILE_BYTES:
+            return
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+        try:
+            self._directory.mkdir(mode=0o700, exist_ok=True)
+            try:
+                temporary.write_bytes(data)
+                os.replace(temporary, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+                raise
+            self._remove_oldest_profiles()
+        except OSError as error:
+            self._warn_once(error)
+
+    def profile_count(self) -> int:
+        """How many there are."""
+        try:
+            return sum(_NAME.fullmatch(Path(name).stem) is not None for name in os.listdir(self._directory))
+        except OSError:
+            return 0
+
+    def _path(self, name: str) -> Path | None:
+        return self._directory / f"{name}.order" if _NAME.fullmatch(name) else None
+
+    def _remove_oldest_profiles(self) -> None:
+        names = os.listdir(self._directory)
+        if len(names) <= MAX_PROFILES:
+            return
+        used = []
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                used.append(((self._directory / name).stat().st_mtime, name))
+        for _, name in sorted(used)[: len(used) - MAX_PROFILES]:
+            (self._directory / name).unlink(missing_ok=True)
+
+    def _warn_once(self, error: OSError) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            _log.warning("recordings are not kept in %s: %s", self._directory, error.strerror or error)

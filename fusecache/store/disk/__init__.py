@@ -1,0 +1,1 @@
+"""The files of the store on the disk: their format, locks and ledger."""

@@ -1,0 +1,411 @@
+"""The two files of one object version: find, create, check, mark and discard them.
+
+Invariants, also across a kill -9 anywhere:
+- A .blocks file is only ever beside the .data file that its checksums speak of: creation makes .data first
+  and moves a finished .blocks in last, discarding unlinks .blocks first; both under the directory's lock.
+- A checksum is set after its bytes were written.
+- Files disappear by unlink only, after LOCK_EX on the .data file was had (so nobody has it open), or, where
+  the files are broken, under the directory's lock: whoever has them open keeps what it has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusecache.blocks import block_count, block_length, contiguous_ranges
+from fusecache.store.disk import format, locks
+from fusecache.types import ObjectId, ObjectVersion
+
+LOCK_TIMEOUT = 2.0
+"""Seconds to wait for the directory's lock, which is held for microseconds unless its holder was stopped."""
+
+
+_FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+class CacheDirectory:
+    """Paths below a cache directory, and its lock."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory
+        self.format_path = directory / "format"
+        self.ledger_path = directory / "ledger"
+        self.index_path = directory / "index"
+        self.data_root = directory / "data"
+        self._mutex = threading.Lock()
+        self._lock_fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def data_path(self, object_id: str) -> Path:
+        """The sparse file with the object's bytes."""
+        return self.data_root / object_id[:2] / f"{object_id}.data"
+
+    def blocks_path(self, object_id: str) -> Path:
+        """The checksums of its blocks."""
+        return self.data_root / object_id[:2] / f"{object_id}.blocks"
+
+    @contextlib.contextmanager
+    def exclusive_lock(self) -> Iterator[bool]:
+        """Hold the directory's lock; yields False when it could not be had within LOCK_TIMEOUT."""
+        if not self._mutex.acquire(timeout=LOCK_TIMEOUT):
+            yield False
+            return
+        try:
+            if self._lock_fd < 0:
+                yield False
+                return
+            got = locks.wait_flock(self._lock_fd, LOCK_TIMEOUT)
+            try:
+                yield got
+            finally:
+                if got:
+                    locks.unlock_flock(self._lock_fd)
+        finally:
+            self._mutex.release()
+
+    def close(self) -> None:
+        """Close the lock file."""
+        with self._mutex:
+            if self._lock_fd >= 0:
+                os.close(self._lock_fd)
+                self._lock_fd = -1
+
+
+@dataclass(frozen=True)
+class BlocksFileSummary:
+    """What a .blocks file says, without opening the .data file. `present_bytes` are the object's own bytes,
+    `stored_bytes` what the ledger counts for them, file overhead included."""
+
+    version: ObjectVersion
+    block_size: int
+    present_bytes: int
+    stored_bytes: int
+    is_complete: bool
+    state: format.BlocksFileState
+
+    @property
+    def block_count(self) -> int:
+        """Number of blocks, present or not."""
+        return block_count(self.version.size, self.block_size)
+
+
+class ObjectFiles:
+    """The open files of one object version. Made by `attach` and `create`; every method may raise OSError."""
+
+    def __init__(self, header: format.BlocksFileHeader, read_fd: int, blocks_fd: int) -> None:
+        self.header = header
+        self.read_fd = read_fd
+        self._blocks_fd = blocks_fd
+        self._write_fd = -1
+        self._lock = threading.Lock()
+        self._mapping = mmap.mmap(blocks_fd, header.file_size, mmap.MAP_SHARED, mmap.PROT_READ)
+        self._view = memoryview(self._mapping)
+        end = format.HEADER_SIZE + format.CHECKSUM_SIZE * header.block_count
+        self._checksum_bytes = self._view[format.HEADER_SIZE : end]
+        self.checksums = self._checksum_bytes.cast("Q")
+        """Checksum of each block, 0 where it is absent; live: other processes' blocks appear here."""
+        locks.try_lock_bytes(blocks_fd, locks.IN_USE_BYTE, shared=True)
+
+    @property
+    def state(self) -> format.BlocksFileState:
+        """The header's state now."""
+        return format.parse_state(self._view)
+
+    def set_clean(self, is_clean: bool, boot_id: bytes = b"") -> None:
+        """Say whether all blocks were verified, or written, during the boot `boot_id`."""
+        if boot_id:
+            os.pwrite(self._blocks_fd, boot_id, format.BOOT_ID_OFFSET)
+        os.pwrite(self._blocks_fd, bytes((is_clean,)), format.CLEAN_OFFSET)
+
+    def set_last_use(self, last_use_ns: int, accesses: int) -> None:
+        """Record an access."""
+        os.pwrite(self._blocks_fd, last_use_ns.to_bytes(8, "little"), format.LAST_USE_OFFSET)
+        os.pwrite(self._blocks_fd, bytes((accesses,)), format.ACCESSES_OFFSET)
+
+    def count_repair(self) -> None:
+        """Record that a bad block was cleared, so that no process trusts what it remembers of this file."""
+        repairs = self.state.repairs + 1 & 0xFFFFFFFF
+        os.pwrite(self._blocks_fd, repairs.to_bytes(4, "little"), format.REPAIRS_OFFSET)
+
+    def set_attestation(self, record: format.AttestationRecord) -> None:
+        """Record what is known of the object as a whole."""
+        os.pwrite(self._blocks_fd, record.pack(), format.ATTESTATION_OFFSET)
+
+    def set_checksum(self, block: int, checksum: int) -> None:
+        """Mark a block present."""
+        os.pwrite(self._blocks_fd, format.pack_checksum(checksum), format.checksum_offset(block))
+
+    def clear_checksum(self, block: int) -> None:
+        """Mark a block absent; what was said of the whole object is void."""
+        if self.state.attestation.state is format.AttestationState.ATTESTED:
+            self.set_attestation(format.AttestationRecord())
+        os.pwrite(self._blocks_fd, bytes(format.CHECKSUM_SIZE), format.checksum_offset(block))
+
+    def open_write_fd(self, path: Path) -> int:
+        """A writable descriptor of the very file that `read_fd` is; raises FileNotFoundError if it was
+        replaced."""
+        with self._lock:
+            if self._write_fd < 0:
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                if not os.path.sameopenfile(fd, self.read_fd):
+                    os.close(fd)
+                    raise FileNotFoundError(path)
+                self._write_fd = fd
+            return self._write_fd
+
+    def is_at(self, path: Path) -> bool:
+        """Whether `path` still leads to this data file."""
+        try:
+            return os.path.samestat(os.fstat(self.read_fd), os.stat(path))
+        except FileNotFoundError:
+            return False
+
+    def is_open_only_here(self) -> bool:
+        """Whether no other process has the object open."""
+        return locks.first_conflict(self._blocks_fd, locks.IN_USE_BYTE) is None
+
+    def claim_blocks(self, blocks: range) -> range:
+        """The prefix of `blocks` that nobody else fetches."""
+        return locks.claim_prefix(self._blocks_fd, blocks)
+
+    def unclaim_blocks(self, blocks: range) -> None:
+        """Reverse of `claim`."""
+        if self._blocks_fd >= 0:
+            locks.unlock_bytes(self._blocks_fd, blocks.start, len(blocks))
+
+    def present_bytes(self) -> int:
+        """Bytes of all blocks that are marked, verified or not."""
+        return _sum_present_bytes(self.header, self.checksums)
+
+    def close(self) -> None:
+        """Close everything; the shared lock ends with the last copy of `read_fd`."""
+        self.checksums.release()
+        self._checksum_bytes.release()
+        self._view.release()
+        self._mapping.close()
+        for fd in (self._blocks_fd, self._write_fd, self.read_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._blocks_fd = self._write_fd = self.read_fd = -1
+
+
+def _sum_present_bytes(header: format.BlocksFileHeader, checksums: memoryview) -> int:
+    marked = len(checksums) - checksums.tolist().count(0)
+    total = marked * header.block_size
+    if checksums and checksums[-1]:
+        total -= header.block_size - block_length(
+            header.block_count - 1, header.object_size, header.block_size
+        )
+    return total
+
+
+def open_object_files(
+    cache_directory: CacheDirectory, object_id: ObjectId, size: int, block_size: int
+) -> ObjectFiles | None:
+    """Open an object's files and share-lock them; None when there are none, they are broken, or just being
+    evicted.
+
+    Needs no lock: open, lock, then look whether the path still leads to what was opened (eviction may have
+    unlinked it in between, in which case there is nothing to attach to).
+    """
+    path = cache_directory.data_path(object_id)
+    fds: list[int] = []
+    try:
+        try:
+            fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOATIME))
+        except PermissionError:
+            fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        if not locks.try_flock(fds[0], exclusive=False):
+            return None
+        opened = os.fstat(fds[0])
+        if not os.path.samestat(opened, os.stat(path)) or opened.st_size != size:
+            return None
+        fds.append(os.open(cache_directory.blocks_path(object_id), os.O_RDWR | os.O_CLOEXEC))
+        header = format.parse_header(_read_all(fds[1]))
+        if header is None or header.object_size != size or header.block_size != block_size:
+            return None
+        # .blocks is unlinked before .data and moved in after it: the same .data on both sides makes them a
+        # pair
+        if not os.path.samestat(opened, os.stat(path)):
+            return None
+        files = ObjectFiles(header, fds[0], fds[1])
+        fds.clear()
+        return files
+    except FileNotFoundError:
+        return None
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def create_object_files(
+    cache_directory: CacheDirectory,
+    version: ObjectVersion,
+    header: format.BlocksFileHeader,
+    boot_id: bytes,
+    attestation: format.AttestationRecord = format.AttestationRecord(),  # noqa: B008  frozen
+) -> ObjectFiles:
+    """Make an object's files, replacing broken ones. To be called under the directory's lock, after `attach`
+    failed."""
+    path, blocks_path = cache_directory.data_path(version.id), cache_directory.blocks_path(version.id)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for leftover in (blocks_path, path):
+        leftover.unlink(missing_ok=True)
+    fds: list[int] = []
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(fd, version.size)
+        finally:
+            os.close(fd)
+        fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        locks.try_flock(fds[0], exclusive=False)
+        temporary = blocks_path.with_suffix(".new")
+        fds.append(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
+        state = format.BlocksFileState(boot_id=boot_id, last_use_ns=time.time_ns(), attestation=attestation)
+        _write_all(fds[1], format.pack_blocks_file(header, state))
+        os.rename(temporary, blocks_path)
+        files = ObjectFiles(header, fds[0], fds[1])
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        with contextlib.suppress(OSError):
+            blocks_path.with_suffix(".new").unlink(missing_ok=True)
+            blocks_path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        raise
+    return files
+
+
+def unlink_object_if_unused(cache_directory: CacheDirectory, object_id: str) -> bool:
+    """Unlink an object's files if no process, and no passthrough handle of one, has them open.
+
+    To be called under the directory's lock. False: in use. Raises OSError.
+    """
+    try:
+        fd = os.open(cache_directory.data_path(object_id), os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        cache_directory.blocks_path(object_id).unlink(missing_ok=True)
+        return True
+    try:
+        if not locks.try_flock(fd, exclusive=True):
+            return False
+        unlink_object(cache_directory, object_id)
+        return True
+    finally:
+        os.close(fd)
+
+
+def unlink_object(cache_directory: CacheDirectory, object_id: str) -> None:
+    """Unlink an object's files, open or not. To be called under the directory's lock."""
+    cache_directory.blocks_path(object_id).unlink(missing_ok=True)
+    cache_directory.data_path(object_id).unlink(missing_ok=True)
+
+
+def free_uncommitted_space(cache_directory: CacheDirectory, object_id: str) -> None:
+    """Give back the space of bytes that were written but never marked (their writer was killed, or its fetch
+    failed): nothing counts them. Does nothing for an object that anybody has open, or that is complete, and
+    where the file system has no holes. Takes the directory's lock. Raises OSError."""
+    with contextlib.ExitStack() as stack:
+        if not stack.enter_context(cache_directory.exclusive_lock()):
+            return
+        try:
+            fd = os.open(cache_directory.data_path(object_id), os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        stack.callback(os.close, fd)
+        summary = read_summary(cache_directory, object_id)
+        before = os.fstat(fd)
+        if (
+            summary is None
+            or not _has_uncommitted_space(summary, before)
+            or not locks.try_flock(fd, exclusive=True)
+        ):
+            return
+        data = memoryview(cache_directory.blocks_path(object_id).read_bytes())
+        sums = data[format.HEADER_SIZE : format.checksum_offset(summary.block_count)].cast("Q")
+        for run in contiguous_ranges((i for i, x in enumerate(sums) if not x), summary.block_count):
+            start, stop = run.start * summary.block_size, run.stop * summary.block_size
+            _libc.fallocate(fd, _FALLOC_KEEP_SIZE | _FALLOC_PUNCH_HOLE, start, stop - start)
+        # no marked block was touched: what was verified stays so (see shared.Memory)
+        os.utime(fd, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def _has_uncommitted_space(summary: BlocksFileSummary, stat: os.stat_result) -> bool:
+    return (
+        not summary.is_complete
+        and stat.st_blocks * 512 > -(-summary.present_bytes // format.PAGE_SIZE) * format.PAGE_SIZE
+    )
+
+
+def may_have_uncommitted_space(cache_directory: CacheDirectory, summary: BlocksFileSummary) -> bool:
+    """Whether `trim` may find anything; opens nothing. Raises OSError."""
+    return _has_uncommitted_space(summary, os.stat(cache_directory.data_path(summary.version.id)))
+
+
+def read_summary(cache_directory: CacheDirectory, object_id: str) -> BlocksFileSummary | None:
+    """Read an object's .blocks file; None when it is absent or broken."""
+    try:
+        fd = os.open(cache_directory.blocks_path(object_id), os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        data = _read_all(fd)
+    finally:
+        os.close(fd)
+    header = format.parse_header(data)
+    version = format.parse_identity(header.identity) if header else None
+    if header is None or version is None or version.id != object_id or version.size != header.object_size:
+        return None
+    end = format.HEADER_SIZE + format.CHECKSUM_SIZE * header.block_count
+    present = _sum_present_bytes(header, memoryview(data)[format.HEADER_SIZE : end].cast("Q"))
+    return BlocksFileSummary(
+        version,
+        header.block_size,
+        present,
+        present + format.file_overhead(header),
+        present == header.object_size,
+        format.parse_state(data),
+    )
+
+
+def write_pinned(cache_directory: CacheDirectory, object_id: str, is_pinned: bool) -> bool:
+    """Pin in the file's header, where every process's eviction sees it; False: no such object."""
+    try:
+        fd = os.open(cache_directory.blocks_path(object_id), os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        os.pwrite(fd, bytes((is_pinned,)), format.PINNED_OFFSET)
+        return True
+    finally:
+        os.close(fd)
+
+
+def _read_all(fd: int) -> bytes:
+    size = os.fstat(fd).st_size
+    parts = []
+    offset = 0
+    while offset < size:
+        part = os.pread(fd, size - offset, offset)
+        if not part:
+            break
+        parts.append(part)
+        offset += len(part)
+    return b"".join(parts)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    offset = 0
+    while offset < len(view):
+        offset += os.pwrite(fd, view[offset:], offset)

@@ -1,0 +1,1 @@
+"""The FUSE device: its channel, splice, and the backing files of passthrough."""

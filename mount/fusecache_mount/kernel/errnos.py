@@ -1,0 +1,33 @@
+"""The only table from domain errors to errno.
+
+Nothing that may pass by itself is reported as an answer about the file: an outage is EIO, never ENOENT.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from fusecache.errors import (
+    AccessDeniedError,
+    AttestationError,
+    CancelledReadError,
+    NotFoundError,
+    OriginError,
+    StoreError,
+    VersionChangedError,
+)
+
+_ERRNO_TABLE: tuple[tuple[type[BaseException], int], ...] = (
+    (NotFoundError, errno.ENOENT),
+    (AccessDeniedError, errno.EACCES),
+    (VersionChangedError, errno.ESTALE),
+    (AttestationError, errno.EBADMSG),
+    (OriginError, errno.EIO),
+    (CancelledReadError, errno.EINTR),
+    (StoreError, errno.EIO),
+)
+
+
+def errno_of(error: BaseException) -> int:
+    """The errno that a system call fails with because of `error`; EIO for whatever is not in the table."""
+    return next((number for kind, number in _ERRNO_TABLE if isinstance(error, kind)), errno.EIO)

@@ -1,0 +1,1 @@
+"""From mount to unmount: launching, keeper, daemon, control service."""

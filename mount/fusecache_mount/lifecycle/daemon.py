@@ -1,0 +1,496 @@
+"""The daemon: puts the rooms together for one mount and serves it until it is unmounted.
+
+Started by the keeper as `python -m fusecache_mount.lifecycle.daemon --device FD --clones FD,FD --keeper FD
+--config FD`.
+It talks to the keeper over the `--keeper` socket (see keeper.py), and ends with 0 after an unmount, with
+EXIT_UPGRADE when asked to make way for a new version of itself, and with 1 when it can't start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import functools
+import gc
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyfuse3
+import trio
+
+from fusecache.attest.digests import UNSIGNED, ExpectedDigests
+from fusecache.attest.inspector import ManifestInspector
+from fusecache.attest.manifests import is_manifest
+from fusecache.attest.signing import ManifestKey
+from fusecache.catalog.catalog import Catalog
+from fusecache.catalog.entry import CatalogSource
+from fusecache.config.model import MountConfig
+from fusecache.control import rpc
+from fusecache.control.mounts import SOCKET_NAME, make_mount_runtime_dir
+from fusecache.errors import ConfigError, FusecacheError
+from fusecache.fetch.interface import FetchSettings
+from fusecache.fetch.service import FetchService
+from fusecache.origin.base import Origin
+from fusecache.origin.factory import open_origin
+from fusecache.peers.node import PeerNode
+from fusecache.prefetch.profiles.profile_store import ProfileStore
+from fusecache.store.attestation import AttestationPolicy
+from fusecache.store.factory import open_store
+from fusecache.store.interface import BlockStore
+from fusecache.telemetry.logs import configure_logging
+from fusecache.telemetry.metrics import StatusCollector
+from fusecache.telemetry.server import MetricsServer, render_metrics
+from fusecache.types import ObjectVersion
+from fusecache_mount.device.backings import Backings, PassthroughState
+from fusecache_mount.device.channel import DeviceChannel
+from fusecache_mount.fs.journal import OpenFileJournal
+from fusecache_mount.fs.open_files import OpenFileTable
+from fusecache_mount.fs.operations import AttributePolicy, Operations
+from fusecache_mount.kernel import protocol
+from fusecache_mount.lifecycle import mounting
+from fusecache_mount.lifecycle.service import ControlService, DaemonInfo
+from fusecache_mount.tracing.session import TraceController
+
+_log = logging.getLogger("fusecache.daemon")
+
+EXIT_UPGRADE = 75
+_MAX_MESSAGE_BYTES = 1 << 20
+_MAX_REQUEST_TASKS = 1000
+"""Requests, other than READs, under way at once: opens may wait for their file."""
+_GC_THRESHOLDS = (20_000, 20, 50)
+"""Collections as rare as that: hardly anything here is a cycle, and Python's default, for every 700 new objects, took
+a node that relays 4 % of its time."""
+_PREFETCH_BUDGET_SHARE = 0.8
+"""Share of the cache that the shards fetched ahead may take where no budget is set."""
+
+
+@dataclass
+class KeeperLink:
+    """The descriptors from the keeper, and what it told."""
+
+    device_fd: int
+    clone_fds: list[int]
+    keeper_socket: socket.socket
+    start_message: dict[str, Any]
+    """Its first message: {"restarts", "init", "mount_id", "runtime_dir", "privileged", "why"}."""
+
+    def send_message(self, **message: Any) -> None:
+        """Send the keeper a message; a keeper that is gone is no reason to stop serving."""
+        with contextlib.suppress(OSError):
+            self.keeper_socket.send(json.dumps(message).encode())
+
+    @property
+    def answered_init(self) -> bytes | None:
+        """The kernel's INIT request, if an earlier daemon on this device answered it."""
+        found = self.start_message.get("init")
+        return base64.b64decode(found) if found else None
+
+
+class MountCatalogView:
+    """What the loader asks of the catalog and the handles; see loader.Library."""
+
+    def __init__(self, catalog: Catalog, source_names: Mapping[str, str]) -> None:
+        self.open_files: OpenFileTable | None = None
+        self.fetch_service: FetchService | None = None
+        self._catalog = catalog
+        self._source_names = source_names
+        """Identity of an origin -> name of its source."""
+
+    def _tree_path(self, version: ObjectVersion) -> str:
+        source = self._source_names.get(version.origin, "")
+        return f"{source}/{version.key}" if source else version.key
+
+    def siblings(self, version: ObjectVersion) -> Sequence[ObjectVersion]:
+        """See loader.Library."""
+        entry = self._catalog.entry_by_path(self._tree_path(version))
+        if entry is None:
+            return [version]
+        return [other.version for other in self._catalog.siblings(entry) if other.version is not None]
+
+    def find_object(self, version: ObjectVersion, key: str) -> ObjectVersion | None:
+        """See attest.Digests: another object of the same source."""
+        source = self._source_names.get(version.origin, "")
+        entry = self._catalog.entry_by_path(f"{source}/{key}" if source else key)
+        return None if entry is None else entry.version
+
+    def read_object(self, version: ObjectVersion, source: str) -> bytes:
+        """See attest.Digests: all of an object, by way of the store."""
+        assert self.fetch_service is not None
+        object_fetch = self.fetch_service.open_object(version, source)
+        try:
+            return self.fetch_service.read_bytes(object_fetch, 0, version.size)
+        finally:
+            self.fetch_service.release_fetch(object_fetch)
+
+    def version_completed(self, version: ObjectVersion) -> None:
+        """See loader.Library."""
+        if self.open_files is not None:
+            self.open_files.version_completed(version)
+
+    def version_gone(self, version: ObjectVersion) -> None:
+        """See loader.Library."""
+        entry = self._catalog.entry_by_path(self._tree_path(version))
+        if entry is not None and entry.version == version:
+            self._catalog.report_stale_version(entry)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the daemon; returns its exit status."""
+    started = time.monotonic()
+    parser = argparse.ArgumentParser(prog="fusecache-daemon")
+    parser.add_argument("--device", type=int, required=True)
+    parser.add_argument("--clones", default="")
+    parser.add_argument("--keeper", type=int, required=True)
+    parser.add_argument("--config", type=int, required=True)
+    given = parser.parse_args(arguments)
+    keeper = socket.socket(fileno=given.keeper)
+    keeper_link = KeeperLink(given.device, [int(fd) for fd in given.clones.split(",") if fd], keeper, {})
+    try:
+        with os.fdopen(given.config, "rb") as file:
+            file.seek(0)
+            config = MountConfig.load_with_secrets(file.read())
+        configure_logging(
+            config.log_level, config.log_format, file=config.log_file, secrets=config.secret_values()
+        )
+        keeper_link.start_message = json.loads(keeper.recv(_MAX_MESSAGE_BYTES))
+        facts = DaemonInfo(int(keeper_link.start_message.get("restarts", 0)), os.getppid(), started)
+        return trio.run(functools.partial(_build_and_serve, config, keeper_link, facts))
+    except BaseExceptionGroup as group:
+        return _report_failure(keeper_link, _first_error(group))
+    except Exception as error:
+        return _report_failure(keeper_link, error)
+
+
+def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    found: BaseException = group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found
+
+
+def _report_failure(keeper_link: KeeperLink, error: BaseException) -> int:
+    if isinstance(error, FusecacheError):
+        _log.error("%s", error)
+        keeper_link.send_message(error=str(error))
+    else:
+        _log.error("the daemon failed: %s: %s", type(error).__name__, error, exc_info=error)
+        keeper_link.send_message(error=f"the daemon failed ({type(error).__name__}: {error}): see its log")
+    return 1
+
+
+@contextlib.contextmanager
+def _open_origins_and_store(
+    config: MountConfig, keeper_link: KeeperLink
+) -> Iterator[tuple[dict[str, Origin], BlockStore]]:
+    with contextlib.ExitStack() as stack:
+        origins: dict[str, Origin] = {}
+        for source in config.sources:
+            origins[source.name] = open_origin(source, config.tuning)
+            stack.callback(origins[source.name].close)
+        seals = (
+            None
+            if config.verify != "manifest"
+            else AttestationPolicy(_read_trust_anchor(config), is_manifest)
+        )
+        store = stack.enter_context(
+            open_store(config, keep_objects=keeper_link.answered_init is not None, attestation_policy=seals)
+        )
+        yield origins, store
+
+
+async def _build_and_serve(config: MountConfig, keeper_link: KeeperLink, daemon_info: DaemonInfo) -> int:
+    directory = make_mount_runtime_dir(config.runtime_dir, config.mountpoint)
+    with _open_origins_and_store(config, keeper_link) as (origins, store):
+        catalog = Catalog(
+            [
+                CatalogSource(
+                    source.name,
+                    origins[source.name].identity,
+                    origins[source.name].list_objects,
+                    origins[source.name].stat_object,
+                )
+                for source in config.sources
+            ],
+            ttl=config.metadata_ttl,
+            negative_ttl=config.negative_ttl,
+            snapshot_dir=config.cache_dir / "listings",
+        )
+        await catalog.start()
+        catalog_view = MountCatalogView(catalog, {origin.identity: name for name, origin in origins.items()})
+        budget = config.prefetch_budget
+        settings = FetchSettings(
+            concurrency=config.tuning.concurrency,
+            range_bytes=config.tuning.range_size,
+            deadline=config.tuning.deadline,
+            prefetch=config.prefetch == "auto",
+            prefetch_budget=int(config.weights_limit_bytes() * _PREFETCH_BUDGET_SHARE)
+            if budget is None
+            else budget,
+            learn=config.learn == "auto",
+            read_ahead=min(config.read_ahead, mounting.LIMITED_READ_AHEAD_BYTES),
+        )
+        peer_node = _build_cluster(config, store, origins)
+        inspector = _build_inspector(config, catalog_view, origins)
+        block_source = peer_node.block_source if peer_node is not None else None
+        journal = OpenFileJournal(directory / "open", discard_existing=keeper_link.answered_init is None)
+        upgrade = False
+        orders = ProfileStore(config.cache_dir)
+        others = peer_node.share_profiles(orders) if peer_node is not None else None
+        with FetchService(
+            store, origins, catalog_view, settings, block_source, orders, others, inspector
+        ) as fetch_service:
+            catalog_view.fetch_service = fetch_service
+            if inspector is not None:
+                inspector.start(fetch_service)
+            passthrough = _decide_passthrough(config, keeper_link)
+            open_files = OpenFileTable(
+                catalog,
+                fetch_service,
+                store,
+                journal,
+                backings=Backings(keeper_link.device_fd),
+                passthrough_state=passthrough,
+                open_wait=config.open_wait if config.prefetch == "auto" else 0.0,
+                set_read_ahead_limited=mounting.KernelReadAhead(
+                    config.mountpoint, config.read_ahead
+                ).set_limited,
+                inspector=inspector,
+            )
+            catalog_view.open_files = open_files
+            token = trio.lowlevel.current_trio_token()
+            channel = DeviceChannel(
+                keeper_link.device_fd,
+                keeper_link.clone_fds,
+                fetch_service,
+                open_files,
+                limits=protocol.InitLimits(config.max_background),
+                requests_passthrough=passthrough.is_active,
+                verify_always=config.verify == "always",
+                on_init=lambda request, reply: _report_init(
+                    config, keeper_link, open_files, store, request, reply
+                ),
+                on_end=lambda: token.run_sync_soon(pyfuse3.terminate),
+            )
+
+            def invalidate(changes: Sequence[tuple[int, bytes]]) -> None:
+                for parent, name in changes:
+                    channel.invalidate_entry(parent, name)
+
+            catalog.on_change = lambda changes: open_files.run_in_background(lambda: invalidate(changes))
+            operations = Operations(
+                catalog,
+                open_files,
+                AttributePolicy(
+                    uid=config.uid,
+                    gid=config.gid,
+                    file_mode=config.file_mode & ~config.umask,
+                    dir_mode=config.dir_mode & ~config.umask,
+                    entry_timeout=config.metadata_ttl,
+                    attr_timeout=config.metadata_ttl,
+                    negative_timeout=config.negative_ttl,
+                ),
+            )
+            pyfuse3.init(operations, channel.pyfuse3_path, set(pyfuse3.default_options))
+            service = ControlService(
+                config,
+                daemon_info,
+                catalog=catalog,
+                origins=origins,
+                store=store,
+                fetch_service=fetch_service,
+                open_files=open_files,
+                channel=channel,
+                trace_controller=TraceController(
+                    config, catalog, open_files, channel, operations.negative_lookups
+                ),
+                cluster=peer_node,
+                profile_store=orders,
+                inspector=inspector,
+            )
+            open_files.start()
+            # what is there by now stays: a full collection stops all threads, without it for 0.3 ms instead of 45
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(*_GC_THRESHOLDS)
+            try:
+                upgrade = await _serve_until_unmounted(
+                    config, keeper_link, service, channel, open_files, directory, peer_node, fetch_service
+                )
+            finally:
+                if inspector is not None:
+                    inspector.close()
+                if not upgrade:
+                    open_files.close()
+                    channel.close()
+        journal.close(remove=not upgrade)
+    if upgrade:
+        # threads still wait in read(2) of the device: they end with the process, and the kernel asks again
+        logging.shutdown()
+        os._exit(EXIT_UPGRADE)
+    return 0
+
+
+async def _serve_until_unmounted(
+    config: MountConfig,
+    keeper_link: KeeperLink,
+    control_service: ControlService,
+    channel: DeviceChannel,
+    open_files: OpenFileTable,
+    mount_runtime_dir: Path,
+    cluster: PeerNode | None,
+    fetch_service: FetchService,
+) -> bool:
+    """Serve until the end; True: make way for an upgrade."""
+    upgrade = False
+    with contextlib.ExitStack() as stack:
+        if config.metrics_port:
+            server = MetricsServer(config.metrics_port, StatusCollector(control_service.build_status))
+            stack.callback(server.close)
+        async with trio.open_nursery() as nursery:
+
+            async def watch_signals() -> None:
+                nonlocal upgrade
+                with trio.open_signal_receiver(signal.SIGUSR1, signal.SIGTERM, signal.SIGINT) as signals:
+                    async for number in signals:
+                        upgrade = number == signal.SIGUSR1
+                        _log.info("ending on %s", signal.Signals(number).name)
+                        nursery.cancel_scope.cancel()
+
+            nursery.start_soon(watch_signals)
+            await nursery.start(rpc.serve_requests, mount_runtime_dir / SOCKET_NAME, control_service.handlers)
+            if cluster is not None:
+                stack.callback(cluster.close)
+                cluster.render_metrics = lambda: render_metrics(StatusCollector(control_service.build_status))
+                await nursery.start(cluster.run, fetch_service)
+            nursery.start_soon(
+                functools.partial(
+                    trio.to_thread.run_sync, channel.start, config.threads, keeper_link.answered_init
+                )
+            )
+            if keeper_link.answered_init is not None:
+                open_files.run_in_background(
+                    lambda: _configure_kernel(
+                        config, keeper_link, open_files, fetch_service.store, keeper_link.answered_init or b""
+                    )
+                )
+            keeper_link.send_message(ready=True)
+            _log.info("serving %s", config.mountpoint)
+            await pyfuse3.main(max_tasks=_MAX_REQUEST_TASKS)
+            nursery.cancel_scope.cancel()
+    return upgrade
+
+
+def _read_manifest_key(config: MountConfig) -> ManifestKey | None:
+    if config.manifest_key is None:
+        return None
+    try:
+        return ManifestKey(config.manifest_key.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"manifest_key {config.manifest_key}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"manifest_key {config.manifest_key} {error}") from None
+
+
+def _read_trust_anchor(config: MountConfig) -> bytes:
+    key = _read_manifest_key(config)
+    return UNSIGNED if key is None else key.anchor
+
+
+def _build_inspector(
+    config: MountConfig, catalog_view: MountCatalogView, origins: Mapping[str, Origin]
+) -> ManifestInspector | None:
+    if config.verify != "manifest":
+        return None
+
+    def ask(version: ObjectVersion, source: str) -> bytes | None:
+        return origins[source].read_metadata_sha256(version)
+
+    return ManifestInspector(
+        ExpectedDigests(catalog_view.find_object, catalog_view.read_object, ask, _read_manifest_key(config))
+    )
+
+
+def _build_cluster(config: MountConfig, store: BlockStore, origins: Mapping[str, Origin]) -> PeerNode | None:
+    if not config.peers.is_enabled:
+        return None
+    return PeerNode(
+        config.peers,
+        store,
+        origins,
+        concurrency=config.tuning.concurrency,
+        weight=config.weights_limit_bytes(),
+    )
+
+
+def _decide_passthrough(config: MountConfig, keeper_link: KeeperLink) -> PassthroughState:
+    if config.passthrough == "off":
+        return PassthroughState(False, "turned off (passthrough=off)")
+    if config.verify == "always":
+        return PassthroughState(False, "verify=always: every read is checked by the daemon")
+    if not keeper_link.start_message.get("privileged", True):
+        return PassthroughState(
+            False, str(keeper_link.start_message.get("why") or "it needs CAP_SYS_ADMIN: mount as root")
+        )
+    return PassthroughState(True, "")
+
+
+def _report_init(
+    config: MountConfig,
+    keeper_link: KeeperLink,
+    open_files: OpenFileTable,
+    store: BlockStore,
+    init_request: bytes,
+    init_reply: bytes,
+) -> None:
+    keeper_link.send_message(
+        init=base64.b64encode(init_request).decode(), reply=base64.b64encode(init_reply).decode()
+    )
+    open_files.run_in_background(
+        lambda: _configure_kernel(config, keeper_link, open_files, store, init_request)
+    )
+
+
+def _configure_kernel(
+    config: MountConfig,
+    keeper_link: KeeperLink,
+    open_files: OpenFileTable,
+    store: BlockStore,
+    init_request: bytes,
+) -> None:
+    """After INIT: try passthrough on a file of each directory of the store, and make the kernel read ahead."""
+    try:
+        mounting.set_read_ahead(config.mountpoint, config.read_ahead)
+    except (OSError, FusecacheError) as error:
+        _log.info("the kernel's read-ahead stays as it is: %s", error)
+    with contextlib.suppress(OSError):
+        if mounting.is_writable(config.mountpoint):  # a daemon that was killed while somebody traced
+            mounting.set_writable(config.mountpoint, writable=False)
+    passthrough = open_files.passthrough_state
+    if not passthrough.is_active:
+        return
+    if not protocol.supports_passthrough(init_request):
+        passthrough.turn_off(f"kernel {os.uname().release} can't: it needs Linux 6.9 or newer")
+        return
+    backings = Backings(keeper_link.device_fd)
+    whys = [backings.find_refusal_reason(directory) for directory in store.directories]
+    if all(whys):
+        passthrough.turn_off(whys[0])
+    else:
+        passthrough.reason = "complete files are read by the kernel itself"
+        _log.info("passthrough is on")
+
+
+if __name__ == "__main__":
+    threading.current_thread().name = "main"
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The access trace: what programs look up, open, read and map."""

@@ -1,0 +1,80 @@
+"""Each call reaches somebody who may do what it is about."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from fusecache.fetch.object_fetch import FlightPlan
+from fusecache.fetch.worker_pool import WorkerPool
+
+HANG = 10.0
+
+
+class Work:
+    """Tasks of one kind; `demand`: somebody waits for them."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.tasks: deque[Callable[[], None]] = deque()
+        self.demand: deque[Callable[[], None]] = deque()
+
+    def next_work_locked(self, demand_only: bool, remote: bool) -> FlightPlan | Callable[[], None] | None:
+        if not remote:
+            return None
+        if self.demand:
+            return self.demand.popleft()
+        return self.tasks.popleft() if self.tasks and not demand_only else None
+
+    def run_work(self, work: FlightPlan | Callable[[], None]) -> None:
+        assert not isinstance(work, FlightPlan)
+        work()
+
+
+@pytest.fixture
+def work() -> Work:
+    return Work()
+
+
+@pytest.fixture
+def crew(work: Work) -> Iterator[WorkerPool]:
+    crew = WorkerPool(work.lock, work)
+    crew.start_threads(4, 4)  # of the latter, one takes demand only
+    yield crew
+    with work.lock:
+        crew.stop_locked()
+    crew.join_threads(time.monotonic() + HANG)
+
+
+def test_no_call_is_lost_on_who_only_takes_demand(crew: WorkerPool, work: Work) -> None:
+    for _ in range(20):
+        done = threading.Event()
+        with work.lock:
+            work.tasks.append(done.set)
+            crew.wake_for_demand_locked()
+        assert done.wait(HANG)
+
+
+def test_demand_is_met_while_all_others_are_busy(crew: WorkerPool, work: Work) -> None:
+    go, met = threading.Event(), threading.Event()
+    busy = threading.Barrier(4)
+
+    def hold() -> None:
+        busy.wait(HANG)
+        go.wait(HANG)
+
+    try:
+        with work.lock:
+            work.tasks.extend([hold] * 3)
+            crew.wake_for_prefetch_locked()
+        busy.wait(HANG)
+        with work.lock:
+            work.demand.append(met.set)
+            crew.wake_for_kind_locked(remote=True)
+        assert met.wait(HANG)
+    finally:
+        go.set()

@@ -1,0 +1,126 @@
+"""What the channel answers itself, besides READs: it is given a socket pair for a device."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+
+from fusecache_mount.device.channel import DeviceChannel
+from fusecache_mount.kernel import protocol
+from fusecache_mount.kernel.nodeids import passthrough_nodeid
+
+TWIN = passthrough_nodeid(4711)
+
+
+class Files:
+    """Open files that have `backing` ready for the twin, 0: not."""
+
+    def __init__(self) -> None:
+        self.backing = 7
+        self.calls: list[str] = []
+
+    def open_passthrough(self, nodeid: int) -> int:
+        assert nodeid == TWIN
+        self.calls.append("open_whole")
+        return self.backing
+
+    def open_answered(self, nodeid: int) -> None:
+        self.calls.append("opened")
+
+    def release(self, nodeid: int) -> None:
+        self.calls.append("release")
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.files = Files()
+        self.channel = DeviceChannel(
+            device.detach(),
+            [],
+            cast(Any, None),
+            cast(Any, self.files),
+            limits=protocol.InitLimits(12),
+            requests_passthrough=True,
+            on_init=lambda _request, _reply: None,
+            on_end=lambda: None,
+        )
+        self.theirs = int(self.channel.pyfuse3_path.rpartition("/")[2])
+        self.channel.start(1)
+
+    def send(self, opcode: int, unique: int, nodeid: int, body: bytes) -> None:
+        header = protocol.IN_HEADER.pack(40 + len(body), opcode, unique, nodeid, 0, 0, 1, 0, 0)
+        self.kernel.send(header + body)
+
+    def send_open(self, unique: int, nodeid: int, flags: int) -> None:
+        self.send(protocol.OPEN, unique, nodeid, protocol.OPEN_IN.pack(flags, 0))
+
+    def answered(self) -> bytes:
+        """The reply that the kernel got."""
+        assert select.select([self.kernel], [], [], 20)[0]
+        return self.kernel.recv(4096)
+
+    def passed_on(self) -> int:
+        """The `unique` of the request that pyfuse3 got."""
+        assert select.select([self.theirs], [], [], 20)[0]
+        return int(protocol.IN_HEADER.unpack_from(os.read(self.theirs, 4096))[2])
+
+    def close(self) -> None:
+        self.kernel.close()
+        self.channel.close()
+        os.close(self.theirs)
+        os.close(self.channel._device)
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    yield made
+    made.close()
+
+
+def test_an_open_of_a_whole_file_does_not_pass_through_pyfuse3(bench: Bench) -> None:
+    bench.send_open(21, TWIN, os.O_RDONLY)
+    reply = bench.answered()
+    assert protocol.OUT_HEADER.unpack_from(reply) == (32, 0, 21)
+    assert struct.unpack_from("<QIi", reply, 16) == (TWIN, protocol.FOPEN_PASSTHROUGH, 7)
+    bench.files.backing = 0
+    bench.send_open(22, TWIN, os.O_RDONLY)
+    assert bench.passed_on() == 22  # and not 21
+    assert bench.files.calls == ["open_whole", "opened", "open_whole"]
+
+
+@pytest.mark.parametrize(
+    ("nodeid", "flags"), [(4711, os.O_RDONLY), (TWIN, os.O_RDWR), (TWIN, os.O_WRONLY), (TWIN, os.O_TRUNC)]
+)
+def test_all_other_opens_are_pyfuse3s(bench: Bench, nodeid: int, flags: int) -> None:
+    bench.send_open(23, nodeid, flags)
+    assert bench.passed_on() == 23
+    assert bench.files.calls == []
+
+
+def test_while_somebody_traces_opens_are_pyfuse3s(bench: Bench) -> None:
+    class Tracer:
+        def request_received(self, header: tuple[int, ...], request: memoryview) -> None:
+            pass
+
+    bench.channel.tracer = cast(Any, Tracer())
+    bench.send_open(24, TWIN, os.O_RDONLY)
+    assert bench.passed_on() == 24
+    assert bench.files.calls == []
+
+
+def test_whether_a_file_is_a_terminal_is_not_asked_of_pyfuse3(bench: Bench) -> None:
+    """Each open() of Python asks; the kernel remembers nothing of the answer."""
+    tcgets = 0x5401
+    bench.send(protocol.IOCTL, 25, TWIN, struct.pack("<QIIQII", TWIN, 0, tcgets, 0, 0, 0))
+    assert protocol.OUT_HEADER.unpack(bench.answered()) == (16, -errno.ENOTTY, 25)
+    bench.send_open(26, 4711, os.O_RDONLY)
+    assert bench.passed_on() == 26  # and not 25

@@ -1,0 +1,227 @@
+"""Opens with passthrough: what the channel's threads ask of Handles, with a store on the disk and no kernel."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from fusecache.catalog.entry import Entry
+from fusecache.errors import StoreError
+from fusecache.store.store import Store
+from fusecache.types import NodeId, ObjectVersion
+from fusecache_mount.device.backings import PassthroughState
+from fusecache_mount.fs.journal import OpenFileJournal
+from fusecache_mount.fs.open_files import OpenFileTable
+from fusecache_mount.kernel.nodeids import passthrough_nodeid
+from tests.unit.test_store import BLOCK, LIMIT, fill, version
+
+NODEID = NodeId(4711)
+TWIN = passthrough_nodeid(NODEID)
+
+
+class Kernel:
+    """Backings without a kernel."""
+
+    def __init__(self) -> None:
+        self.opened = 0
+        self.open_backings: set[int] = set()
+        self.error: OSError | None = None
+
+    def open_backing(self, fd: int) -> int:
+        self.opened += 1
+        if self.error is not None:
+            raise self.error
+        self.open_backings.add(self.opened)
+        return self.opened
+
+    def close_backing(self, backing_id: int) -> None:
+        self.open_backings.remove(backing_id)
+
+
+class Told:
+    """The parts of a loader that hear of opens."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+        self.session_tracker = self
+
+    def file_opened(self, version: ObjectVersion, *, is_passthrough: bool) -> bool:
+        self.heard.append(f"entered {'whole' if is_passthrough else 'in part'}")
+        return True
+
+    def file_read(self, version: ObjectVersion, source: str) -> None:
+        self.heard.append("follow")
+
+    def file_closed(self, version: ObjectVersion) -> None:
+        self.heard.append("left")
+
+
+class Bench:
+    def __init__(self, directory: Path, *, blocks: int = 4, inspector: object = None) -> None:
+        self.version = version("model.safetensors")
+        self.store = Store(directory / "cache", limit=LIMIT, free_floor=0, block_size=BLOCK)
+        stored = self.store.open(self.version)
+        fill(stored, range(blocks))
+        stored.close()
+        self.current = True
+        self.kernel = Kernel()
+        self.told = Told()
+        self.journal = OpenFileJournal(directory / "open", discard_existing=True)
+        name = b"model.safetensors"
+        entry = Entry(NODEID, NodeId(1), name, name.decode(), False, self.version, "", self.version.size, 0)
+        catalog = SimpleNamespace(
+            entry_by_nodeid=lambda _nodeid: entry, is_current=lambda _nodeid: self.current
+        )
+        self.handles = OpenFileTable(
+            cast(Any, catalog),
+            cast(Any, self.told),
+            self.store,
+            self.journal,
+            backings=cast(Any, self.kernel),
+            passthrough_state=PassthroughState(True, ""),
+            inspector=cast(Any, inspector),
+        )
+
+    def start(self) -> None:
+        """What handles.start() does, without an event loop."""
+        self.handles._job_thread.start()
+
+    def settle(self) -> None:
+        """Wait until all chores that were asked for are done."""
+        done = threading.Event()
+        self.handles.run_in_background(done.set)
+        assert done.wait(20)
+
+    def close(self) -> None:
+        if self.handles._job_thread.is_alive():
+            self.handles.close()
+        self.journal.close(remove=True)
+        self.store.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    made.close()
+
+
+def test_a_whole_file_has_one_backing_until_its_last_release(bench: Bench) -> None:
+    bench.start()
+    backing = bench.handles.open_passthrough(TWIN)
+    assert bench.kernel.open_backings == {backing}
+    assert bench.handles.open_passthrough(TWIN) == backing
+    assert (bench.handles.stats.passthrough_opens, bench.handles.count_open_nodeids()) == (2, (1, 0))
+    with pytest.raises(StoreError, match="in use"):
+        bench.store.evict(bench.version.id)
+    bench.handles.release(TWIN)
+    bench.settle()
+    assert bench.kernel.open_backings == {backing}
+    bench.handles.release(TWIN)
+    bench.settle()
+    assert bench.kernel.open_backings == set()
+    assert bench.store.evict(bench.version.id) > 0
+
+
+def test_the_journal_knows_of_an_open_before_it_is_answered(bench: Bench, tmp_path: Path) -> None:
+    backing = bench.handles.open_passthrough(TWIN)
+    found = OpenFileJournal(tmp_path / "open", discard_existing=False)
+    assert {nodeid: (each.backing_id, each.open_count) for nodeid, each in found.inherited_opens.items()} == {
+        TWIN: (backing, 1)
+    }
+    found.close(remove=False)
+
+
+def test_the_loader_hears_of_an_open_after_the_reply_and_once(bench: Bench) -> None:
+    bench.start()
+    for _ in range(2):
+        bench.handles.open_passthrough(TWIN)
+    bench.settle()
+    assert bench.told.heard == []
+    for _ in range(2):
+        bench.handles.open_answered(TWIN)
+    bench.settle()
+    assert bench.told.heard == ["entered whole", "follow"]
+    for _ in range(2):
+        bench.handles.release(TWIN)
+    bench.settle()
+    assert bench.told.heard == ["entered whole", "follow", "left"]
+
+
+def test_who_left_before_the_loader_heard_of_it_is_not_counted_as_a_reader(bench: Bench) -> None:
+    """The reply is out before `opened` is called, so that another thread may have the RELEASE already."""
+    bench.handles.open_passthrough(TWIN)
+    file = bench.handles._files[TWIN]
+    bench.handles.release(TWIN)
+    bench.handles.open_answered(TWIN)
+    bench.handles.run_in_background(lambda: bench.handles._report_passthrough_open(file))
+    bench.start()
+    bench.settle()
+    assert bench.told.heard == []
+    assert bench.kernel.open_backings == set()
+
+
+def test_an_open_after_the_last_release_has_a_backing_of_its_own(bench: Bench) -> None:
+    """The one before is closed by a chore that may still be waiting."""
+    first = bench.handles.open_passthrough(TWIN)
+    bench.handles.release(TWIN)
+    second = bench.handles.open_passthrough(TWIN)
+    bench.start()
+    bench.settle()
+    assert second != first
+    assert bench.kernel.open_backings == {second}
+
+
+def test_what_is_not_whole_is_left_to_others(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, blocks=3)
+    try:
+        assert bench.handles.open_passthrough(TWIN) == 0
+        assert bench.handles.stats.passthrough_opens == 0
+        assert bench.handles.count_open_nodeids() == (0, 0)
+    finally:
+        bench.close()
+
+
+def test_what_the_kernel_refused_is_left_to_others_and_not_tried_again(bench: Bench) -> None:
+    bench.kernel.error = OSError(errno.EINVAL, "Invalid argument")
+    assert bench.handles.open_passthrough(TWIN) == 0
+    bench.kernel.error = None
+    assert bench.handles.open_passthrough(TWIN) == 0
+    assert bench.kernel.opened == 1
+
+
+def test_an_old_version_is_left_to_others_also_while_it_is_open(bench: Bench) -> None:
+    assert bench.handles.open_passthrough(TWIN)
+    bench.current = False
+    assert bench.handles.open_passthrough(TWIN) == 0
+    assert bench.handles.stats.passthrough_opens == 1
+
+
+def test_what_an_inspector_has_to_pass_is_left_to_others(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, inspector=object())
+    try:
+        assert bench.handles.open_passthrough(TWIN) == 0
+    finally:
+        bench.close()
+
+
+def test_what_an_earlier_daemon_opened_is_left_to_others(bench: Bench, tmp_path: Path) -> None:
+    bench.handles.open_passthrough(TWIN)
+    journal = OpenFileJournal(tmp_path / "open", discard_existing=False)
+    later = OpenFileTable(
+        cast(Any, SimpleNamespace(is_current=lambda _nodeid: True)),
+        cast(Any, bench.told),
+        bench.store,
+        journal,
+        backings=cast(Any, bench.kernel),
+        passthrough_state=PassthroughState(True, ""),
+    )
+    assert later.open_passthrough(TWIN) == 0
+    assert later.count_open_nodeids() == (1, 0)
+    journal.close(remove=False)

@@ -1,0 +1,115 @@
+"""The exchange's client side, with nodes that a test makes silent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import xxhash
+
+from fusecache.peers.errors import PeerConnectTimeoutError
+from fusecache.peers.exchange.block_source import PeerBlockSource
+from fusecache.peers.member import Member
+from fusecache.peers.transport.client import PeerClient, TransferObserver
+from fusecache.peers.transport.wire import BlockRequest
+from tests.support.content import content
+from tests.support.scripted import ScriptedOrigin, version
+
+BLOCK = 4096
+FILE = version("a.safetensors", BLOCK)
+DATA = content(FILE.key, FILE.etag, 0, BLOCK)
+
+
+class Everybody:
+    """Of a membership, what a flight asks."""
+
+    def __init__(self) -> None:
+        self.alive = {"a", "me"}
+        self.suspected: list[str] = []
+
+    def members(self) -> tuple[Member, ...]:
+        return tuple(Member(name, f"http://{name}:1", 1 << 30) for name in ("a", "me"))
+
+    def is_alive(self, name: str) -> bool:
+        return name in self.alive
+
+    def mark_heard(self, name: str) -> None:
+        pass
+
+    def mark_suspect(self, name: str) -> None:
+        self.suspected.append(name)
+
+
+class ScriptedBlocks:
+    all_stored = True
+
+    def __iter__(self) -> Iterator[int | memoryview]:
+        yield xxhash.xxh3_64_intdigest(DATA)
+        yield memoryview(DATA)
+
+    def close(self) -> None:
+        pass
+
+
+class UnreachableClient(PeerClient):
+    """Connections to it come about after so many tries."""
+
+    def __init__(self, tries: int) -> None:
+        super().__init__("me")
+        self.tries_left = tries
+
+    def request_blocks(
+        self, url: str, request: BlockRequest, object_size: int, observer: TransferObserver
+    ) -> Any:
+        self.tries_left -= 1
+        if self.tries_left > 0:
+            raise PeerConnectTimeoutError(f"{url}: no connection within 2 s")
+        return ScriptedBlocks()
+
+
+def supplied(
+    client: UnreachableClient, members: Everybody, origin: ScriptedOrigin
+) -> tuple[bytes, PeerBlockSource]:
+    exchange = PeerBlockSource(
+        "me",
+        members,
+        client,
+        {"": origin},
+        stripe_bytes=BLOCK,
+        peer_workers=1,
+        concurrency=1,
+        fallback_requests=1,
+    )
+    assert exchange.ranking_of(FILE.id, 0)[0].name == "a", "choose another key"
+    given = exchange.send_blocks(
+        FILE, "", range(1), BLOCK, deadline=time.monotonic() + 20, cancelled=lambda: False, urgent=True
+    )
+    return b"".join(bytes(item) for item in given if isinstance(item, memoryview | bytes)), exchange
+
+
+@pytest.fixture
+def origin() -> ScriptedOrigin:
+    return ScriptedOrigin([FILE], chunk=BLOCK)
+
+
+def test_a_node_whose_connection_is_lost_once_is_asked_again(origin: ScriptedOrigin) -> None:
+    members = Everybody()
+    data, exchange = supplied(UnreachableClient(2), members, origin)
+    assert data == DATA
+    assert (exchange.stats.fallbacks, origin.reads) == (0, [])
+    assert members.suspected == ["a"]
+    assert exchange.traffic("a").errors == 0
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_node_that_stays_silent_or_is_gone_is_passed_over(origin: ScriptedOrigin, alive: bool) -> None:
+    members, client = Everybody(), UnreachableClient(9)
+    if not alive:
+        members.alive.remove("a")
+    data, exchange = supplied(client, members, origin)
+    assert data == DATA
+    assert exchange.stats.fallbacks == 1
+    assert 9 - client.tries_left == (2 if alive else 1)
+    assert exchange.traffic("a").errors == 1
