@@ -10,11 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-GROUND = {"types", "errors", "blocks", "config", ""}
+GROUND = {"types", "errors", "blocks", "events", "config", ""}
 ALLOWED: dict[str, set[str]] = {
     "types": {""},
     "errors": {""},
     "blocks": {""},
+    "events": {"types", ""},
     "config": {"errors", ""},
     "control": GROUND,
     "telemetry": GROUND,
@@ -36,6 +37,7 @@ PURE = (
     "fusecache/types.py",
     "fusecache/errors.py",
     "fusecache/blocks.py",
+    "fusecache/events.py",
     "fusecache/config",
     "fusecache/store/disk/format.py",
     "fusecache/store/eviction.py",
