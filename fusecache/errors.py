@@ -76,3 +76,14 @@ class ControlError(FusecacheError):
 
 class DaemonUnreachableError(ControlError):
     """No daemon answers for this mount, or not within the deadline."""
+
+
+def first_error(error: BaseException, preferred: type[BaseException] = FusecacheError) -> BaseException:
+    """The error to show for a group of them, however deep it is nested: the first one of type `preferred` if there is
+    one, else the first of any type. An error that is no group is returned as it is."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    found: BaseException = error.subgroup(preferred) or error
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found

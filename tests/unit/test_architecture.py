@@ -10,11 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-GROUND = {"types", "errors", "blocks", "events", "config", ""}
+GROUND = {"types", "errors", "blocks", "bounded", "events", "config", ""}
 ALLOWED: dict[str, set[str]] = {
     "types": {""},
     "errors": {""},
     "blocks": {""},
+    "bounded": {""},
     "events": {"types", ""},
     "config": {"errors", ""},
     "control": GROUND,
@@ -37,6 +38,7 @@ PURE = (
     "fusecache/types.py",
     "fusecache/errors.py",
     "fusecache/blocks.py",
+    "fusecache/bounded.py",
     "fusecache/events.py",
     "fusecache/config",
     "fusecache/store/disk/format.py",
