@@ -15,6 +15,7 @@ import pytest
 from fusecache_mount.device.channel import DeviceChannel
 from fusecache_mount.kernel import protocol
 from fusecache_mount.kernel.nodeids import passthrough_nodeid
+from fusecache_mount.kernel.protocol import Opcode
 
 TWIN = passthrough_nodeid(4711)
 
@@ -60,7 +61,7 @@ class Bench:
         self.kernel.send(header + body)
 
     def send_open(self, unique: int, nodeid: int, flags: int) -> None:
-        self.send(protocol.OPEN, unique, nodeid, protocol.OPEN_IN.pack(flags, 0))
+        self.send(Opcode.OPEN, unique, nodeid, protocol.OPEN_IN.pack(flags, 0))
 
     def answered(self) -> bytes:
         """The reply that the kernel got."""
@@ -120,7 +121,7 @@ def test_while_somebody_traces_opens_are_pyfuse3s(bench: Bench) -> None:
 def test_whether_a_file_is_a_terminal_is_not_asked_of_pyfuse3(bench: Bench) -> None:
     """Each open() of Python asks; the kernel remembers nothing of the answer."""
     tcgets = 0x5401
-    bench.send(protocol.IOCTL, 25, TWIN, struct.pack("<QIIQII", TWIN, 0, tcgets, 0, 0, 0))
+    bench.send(Opcode.IOCTL, 25, TWIN, struct.pack("<QIIQII", TWIN, 0, tcgets, 0, 0, 0))
     assert protocol.OUT_HEADER.unpack(bench.answered()) == (16, -errno.ENOTTY, 25)
     bench.send_open(26, 4711, os.O_RDONLY)
     assert bench.passed_on() == 26  # and not 25

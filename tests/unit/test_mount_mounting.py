@@ -11,6 +11,7 @@ import pytest
 
 from fusecache.cli import mounting as cli_mounting
 from fusecache.errors import MountError
+from fusecache_mount.kernel import syscalls
 from fusecache_mount.lifecycle import helper, launch, mounting
 
 _MOUNTINFO = r"""
@@ -138,10 +139,10 @@ def test_unmounting_what_is_not_mounted(tmp_path: Path) -> None:
 
 
 def test_no_fuse_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mounting, "FUSE_DEVICE", str(tmp_path / "fuse"))
+    monkeypatch.setattr(syscalls, "FUSE_DEVICE", str(tmp_path / "fuse"))
     with pytest.raises(MountError, match=r"fuse is missing: modprobe fuse .* --device"):
         mounting.mount("s3://b", tmp_path, allow_other=False)
-    assert mounting.clone_device(0, 3) == []
+    assert mounting.clone_devices(0, 3) == []
 
 
 def test_no_privilege_and_no_fusermount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,12 @@ import struct
 
 from fusecache_mount.kernel import protocol
 from fusecache_mount.kernel.nodeids import PASSTHROUGH_BIT, inode_number, is_passthrough, passthrough_nodeid
+from fusecache_mount.kernel.protocol import Opcode
 
 
 def init_request(flags: int, flags2: int) -> bytes:
     body = struct.pack("<IIIII44x", 7, 45, 131072, flags, flags2)
-    return protocol.IN_HEADER.pack(40 + len(body), protocol.INIT, 2, 0, 0, 0, 0, 0, 0) + body
+    return protocol.IN_HEADER.pack(40 + len(body), Opcode.INIT, 2, 0, 0, 0, 0, 0, 0) + body
 
 
 def init_reply(status: int = 0) -> bytearray:
@@ -76,13 +77,13 @@ def test_both_twins_show_one_inode_number() -> None:
     twin = passthrough_nodeid(1234)
     entry = struct.pack("<QQQQII", twin, 0, 0, 0, 0, 0) + struct.pack("<Q80x", twin)
     lookup = bytearray(protocol.OUT_HEADER.pack(16 + len(entry), 0, 1) + entry)
-    protocol.rewrite_inode_numbers(lookup, protocol.LOOKUP)
+    protocol.rewrite_inode_numbers(lookup, Opcode.LOOKUP)
     assert struct.unpack_from("<Q", lookup, 16)[0] == twin
     assert struct.unpack_from("<Q", lookup, 56)[0] == 1234
 
     attributes = struct.pack("<QII", 0, 0, 0) + struct.pack("<Q80x", twin)
     getattr_ = bytearray(protocol.OUT_HEADER.pack(16 + len(attributes), 0, 1) + attributes)
-    protocol.rewrite_inode_numbers(getattr_, protocol.GETATTR)
+    protocol.rewrite_inode_numbers(getattr_, Opcode.GETATTR)
     assert struct.unpack_from("<Q", getattr_, 32)[0] == 1234
 
 
@@ -94,7 +95,7 @@ def test_inode_numbers_in_a_directory() -> None:
         dirent = struct.pack("<QQII", twin, 1, len(name), 8) + name
         body += entry + dirent + b"\0" * (-len(dirent) % 8)
     reply = bytearray(protocol.OUT_HEADER.pack(16 + len(body), 0, 1) + body)
-    protocol.rewrite_inode_numbers(reply, protocol.READDIRPLUS)
+    protocol.rewrite_inode_numbers(reply, Opcode.READDIRPLUS)
     at, found = 16, []
     while at < len(reply):
         name_length = struct.unpack_from("<I", reply, at + 128 + 16)[0]
@@ -107,7 +108,7 @@ def test_inode_numbers_in_a_directory() -> None:
 
 
 def test_errors_are_not_rewritten() -> None:
-    for opcode in (protocol.LOOKUP, protocol.GETATTR, protocol.READDIRPLUS):
+    for opcode in (Opcode.LOOKUP, Opcode.GETATTR, Opcode.READDIRPLUS):
         reply = bytearray(protocol.error_reply(3, 2))
         protocol.rewrite_inode_numbers(reply, opcode)
         assert bytes(reply) == struct.pack("<IiQ", 16, -2, 3)
@@ -128,18 +129,18 @@ def test_nodeids() -> None:
 
 def test_what_a_trace_has_the_kernel_forget() -> None:
     entry = struct.pack("<QQQQII", 8, 0, 60, 50, 6, 5) + bytes(88)
-    for opcode in (protocol.LOOKUP, protocol.READDIRPLUS):
-        name = struct.pack("<QQII", 8, 1, 3, 8) + b"abc" + bytes(5) if opcode == protocol.READDIRPLUS else b""
+    for opcode in (Opcode.LOOKUP, Opcode.READDIRPLUS):
+        name = struct.pack("<QQII", 8, 1, 3, 8) + b"abc" + bytes(5) if opcode == Opcode.READDIRPLUS else b""
         reply = bytearray(protocol.OUT_HEADER.pack(0, 0, 1) + (entry + name) * (1 + bool(name)))
         protocol.rewrite_as_uncached(reply, opcode)
         for at in range(16, len(reply), len(entry + name)):
             assert struct.unpack_from("<QQQQII", reply, at) == (8, 0, 0, 50, 0, 5)
     opened = bytearray(protocol.OUT_HEADER.pack(32, 0, 1) + struct.pack("<QIi", 8, 0b1010, 3))
-    protocol.rewrite_as_uncached(opened, protocol.OPEN)
+    protocol.rewrite_as_uncached(opened, Opcode.OPEN)
     assert struct.unpack_from("<QIi", opened, 16) == (8, 0b1000, 3)
     failed = bytearray(protocol.OUT_HEADER.pack(16, -2, 1) + entry)
     assert bytes(failed[16:]) == entry
-    protocol.rewrite_as_uncached(failed, protocol.LOOKUP)
+    protocol.rewrite_as_uncached(failed, Opcode.LOOKUP)
     assert bytes(failed[16:]) == entry
 
 

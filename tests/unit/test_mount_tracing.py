@@ -14,7 +14,7 @@ from fusecache.cli.trace import escape_unprintable, summary_lines
 from fusecache.telemetry.trace import TraceSummary, describe_pattern
 from fusecache_mount.kernel import protocol
 from fusecache_mount.kernel.nodeids import passthrough_nodeid
-from fusecache_mount.tracing import requests
+from fusecache_mount.kernel.protocol import Opcode
 from fusecache_mount.tracing.tracer import AccessTracer
 
 MIB = 1 << 20
@@ -43,7 +43,7 @@ def traced(opcode: int, nodeid: int, body: bytes, status: int = 0, reply: bytes 
 
 
 def test_a_read() -> None:
-    event = traced(requests.READ, 8, struct.pack("<QQIIQII", 8, MIB, 4096, 0, 0, 0, 0))
+    event = traced(Opcode.READ, 8, struct.pack("<QQIIQII", 8, MIB, 4096, 0, 0, 0, 0))
     assert (event["op"], event["path"], event["offset"], event["size"]) == (
         "read",
         "llama/a.safetensors",
@@ -58,24 +58,24 @@ def test_a_read() -> None:
 
 def test_an_open_says_who_serves_it_and_how_long_the_file_is() -> None:
     flags = struct.pack("<II", os.O_RDONLY | os.O_NONBLOCK, 0)
-    event = traced(requests.OPEN, 8, flags)
+    event = traced(Opcode.OPEN, 8, flags)
     assert (event["flags"], event["length"], event["by"]) == ("O_RDONLY|O_NONBLOCK", 3 * MIB, "daemon")
-    assert traced(requests.OPEN, passthrough_nodeid(8), flags)["by"] == "passthrough"
+    assert traced(Opcode.OPEN, passthrough_nodeid(8), flags)["by"] == "passthrough"
 
 
 def test_a_name_that_does_not_exist() -> None:
     absent = protocol.OUT_HEADER.pack(144, 0, 10) + bytes(128)
-    event = traced(requests.LOOKUP, 7, b"adapter_config.json\0", 0, absent)
+    event = traced(Opcode.LOOKUP, 7, b"adapter_config.json\0", 0, absent)
     assert (event["path"], event["error"]) == ("llama/adapter_config.json", "ENOENT")
     there = protocol.OUT_HEADER.pack(144, 0, 10) + struct.pack("<Q", 8) + bytes(120)
-    assert traced(requests.LOOKUP, 1, b"llama\0", 0, there)["error"] is None
+    assert traced(Opcode.LOOKUP, 1, b"llama\0", 0, there)["error"] is None
 
 
 @pytest.mark.parametrize(
     ("opcode", "body", "found"),
     [
         (
-            requests.CREATE,
+            Opcode.CREATE,
             struct.pack("<IIII", os.O_WRONLY | os.O_CREAT, 0, 0, 0) + b"new\0",
             {"op": "create", "path": "llama/new", "flags": "O_WRONLY|O_CREAT"},
         ),
@@ -93,7 +93,7 @@ def test_a_name_that_does_not_exist() -> None:
         (44, struct.pack("<QQIIQII", 7, 0, 4096, 0, 0, 0, 0), {"op": "readdir", "path": "llama"}),
         (17, b"", {"op": "statfs"}),
         (99, b"", {"op": "request 99"}),
-        (requests.READ, b"short", {"op": "read", "path": "llama"}),
+        (Opcode.READ, b"short", {"op": "read", "path": "llama"}),
     ],
 )
 def test_other_requests(opcode: int, body: bytes, found: dict[str, Any]) -> None:
@@ -104,16 +104,16 @@ def test_other_requests(opcode: int, body: bytes, found: dict[str, Any]) -> None
 
 def test_what_the_kernel_does_on_its_own_account_is_no_event() -> None:
     trace = tracer()
-    for opcode in (requests.FORGET, requests.BATCH_FORGET, requests.INIT, requests.INTERRUPT):
+    for opcode in (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INIT, Opcode.INTERRUPT):
         trace.request_received(header(opcode, 3, 7), request(b""))
         trace.request_answered(3, 0)
     assert trace.take_events(10) == []
 
 
 def test_the_root_and_an_inode_that_is_gone_have_names_too() -> None:
-    assert traced(requests.GETATTR, 1, bytes(16))["path"] == "."
-    assert traced(requests.GETATTR, 99, bytes(16))["path"] == "?"
-    assert traced(requests.LOOKUP, 1, b"x\0")["path"] == "x"
+    assert traced(Opcode.GETATTR, 1, bytes(16))["path"] == "."
+    assert traced(Opcode.GETATTR, 99, bytes(16))["path"] == "?"
+    assert traced(Opcode.LOOKUP, 1, b"x\0")["path"] == "x"
 
 
 def test_events_that_nobody_fetches_are_counted_and_not_kept() -> None:

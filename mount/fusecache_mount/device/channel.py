@@ -36,7 +36,8 @@ from fusecache_mount.device.splice import ShortReadError, ThreadSplicers
 from fusecache_mount.kernel import protocol
 from fusecache_mount.kernel.errnos import errno_of
 from fusecache_mount.kernel.nodeids import is_passthrough
-from fusecache_mount.lifecycle.processes import ProcessLookup
+from fusecache_mount.kernel.processes import ProcessLookup
+from fusecache_mount.kernel.protocol import Opcode
 from fusecache_mount.tracing.tracer import AccessTracer
 
 _log = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ class DeviceChannel:
         self._start_thread("reply", self._reply_loop)
         if replayed_init is not None:
             self._init_request = replayed_init
-            self._pyfuse3_requests[protocol.IN_HEADER.unpack_from(replayed_init)[2]] = (-1, protocol.INIT, 0)
+            self._pyfuse3_requests[protocol.IN_HEADER.unpack_from(replayed_init)[2]] = (-1, Opcode.INIT, 0)
             self._pyfuse3_socket.send(replayed_init)
             if not self._init_answered.wait(30):
                 raise FusecacheError("pyfuse3 did not take over the connection")
@@ -243,26 +244,26 @@ class DeviceChannel:
             _, opcode, unique, nodeid, _, _, pid, *_ = fields
             if (tracer := self.tracer) is not None:
                 tracer.request_received(fields, view[:length])
-            if opcode == protocol.READ:
+            if opcode == Opcode.READ:
                 try:
                     self._answer_read(descriptor, unique, nodeid, pid, *read_in.unpack_from(buffer, 40)[1:])
                 except Exception:
                     _log.exception("a READ failed in an unforeseen way")
                     self._answer_with_error(descriptor, unique, errno.EIO)
                 continue
-            if opcode == protocol.RELEASE:
+            if opcode == Opcode.RELEASE:
                 self._open_files.release(nodeid)
                 self._try_write(descriptor, protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size, 0, unique))
                 self._report_answer(unique, 0)
                 continue
-            if opcode == protocol.IOCTL:  # Python's open() asks of every file whether it is a terminal
+            if opcode == Opcode.IOCTL:  # Python's open() asks of every file whether it is a terminal
                 self._try_write(descriptor, protocol.error_reply(unique, errno.ENOTTY))
                 self._report_answer(unique, errno.ENOTTY)
                 continue
-            if opcode == protocol.INTERRUPT:
+            if opcode == Opcode.INTERRUPT:
                 self._interrupt_request(descriptor, unique, protocol.INTERRUPT_IN.unpack_from(buffer, 40)[0])
                 continue
-            if opcode == protocol.OPEN and is_passthrough(nodeid):
+            if opcode == Opcode.OPEN and is_passthrough(nodeid):
                 try:
                     if self._answer_open(
                         descriptor, unique, nodeid, protocol.OPEN_IN.unpack_from(buffer, 40)[0]
@@ -272,7 +273,7 @@ class DeviceChannel:
                     _log.exception("an OPEN failed in an unforeseen way")
                     self._answer_with_error(descriptor, unique, errno.EIO)
                     continue
-            if opcode == protocol.INIT:
+            if opcode == Opcode.INIT:
                 self._init_request = bytes(view[:length])
             if opcode not in protocol.OPCODES_WITHOUT_REPLY:
                 self._pyfuse3_requests[unique] = (descriptor, opcode, nodeid)
@@ -306,7 +307,7 @@ class DeviceChannel:
     def _interrupt_open(self, unique: int, descriptor: int, opcode: int, nodeid: int) -> None:
         """Let go of who waits for an open that may take long. What pyfuse3 answers later is for nobody (see `_reply`);
         when it answers just now, the kernel takes the first answer, and the other one fails with ENOENT."""
-        if opcode != protocol.OPEN or not self._open_files.is_awaiting_attestation(nodeid):
+        if opcode != Opcode.OPEN or not self._open_files.is_awaiting_attestation(nodeid):
             return
         self._abandoned_opens.add(unique)
         self._try_write(descriptor, protocol.error_reply(unique, errno.EINTR))
@@ -323,7 +324,7 @@ class DeviceChannel:
         if not backing:
             return False
         reply = protocol.open_reply(unique, nodeid, backing)
-        self._write_reply(descriptor, protocol.OPEN, nodeid, reply, is_successful_open=True)
+        self._write_reply(descriptor, Opcode.OPEN, nodeid, reply, is_successful_open=True)
         self._open_files.open_answered(nodeid)
         return True
 
@@ -521,7 +522,7 @@ class DeviceChannel:
             if status == 0:
                 self._open_files.release(nodeid)
             return
-        if opcode == protocol.INIT:
+        if opcode == Opcode.INIT:
             asked = self._requests_passthrough and protocol.supports_passthrough(self._init_request)
             protocol.rewrite_init(reply, self._limits, passthrough=asked)
             if descriptor >= 0:
@@ -532,10 +533,10 @@ class DeviceChannel:
         if self.tracer is not None:
             protocol.rewrite_as_uncached(reply, opcode)
             self._report_answer(unique, status, reply)
-        opened = opcode == protocol.OPEN and status == 0
+        opened = opcode == Opcode.OPEN and status == 0
         if opened:
             if is_passthrough(nodeid):
                 protocol.rewrite_open(reply, self._open_files.backing_id(nodeid))
-        elif opcode in (protocol.LOOKUP, protocol.GETATTR, protocol.READDIRPLUS):
+        elif opcode in (Opcode.LOOKUP, Opcode.GETATTR, Opcode.READDIRPLUS):
             protocol.rewrite_inode_numbers(reply, opcode)
         self._write_reply(descriptor, opcode, nodeid, reply, is_successful_open=opened)

@@ -12,12 +12,9 @@ import fcntl
 import os
 import threading
 
-from fusecache_mount.kernel.protocol import OUT_HEADER
+from fusecache_mount.kernel.protocol import MAX_READ_PAGES, OUT_HEADER, PAGE_BYTES
 
 _F_SETPIPE_SZ = 1031
-_PAGE_BYTES = 4096
-_MAX_READ_PAGES = 256
-"""Of a READ: 1 MiB, fuse.max_pages_limit as delivered."""
 _EXTRA_PIPE_PAGES = 2
 """Slots of the pipe besides: the header, and one more page where the offset is not aligned."""
 
@@ -37,11 +34,11 @@ class Splicer:
     def _open_pipe(self) -> None:
         self._pipe_output, self._pipe_input = os.pipe2(os.O_CLOEXEC)
         self._pipe_pages = 16
-        for pages in (2 * _MAX_READ_PAGES, _MAX_READ_PAGES, _MAX_READ_PAGES // 4):
+        for pages in (2 * MAX_READ_PAGES, MAX_READ_PAGES, MAX_READ_PAGES // 4):
             try:
                 # a power of two; beyond fs.pipe-max-size (1 MiB as delivered) it takes CAP_SYS_RESOURCE
                 self._pipe_pages = (
-                    fcntl.fcntl(self._pipe_input, _F_SETPIPE_SZ, pages * _PAGE_BYTES) // _PAGE_BYTES
+                    fcntl.fcntl(self._pipe_input, _F_SETPIPE_SZ, pages * PAGE_BYTES) // PAGE_BYTES
                 )
                 break
             except OSError:
@@ -50,7 +47,7 @@ class Splicer:
     @property
     def max_reply_pages(self) -> int:
         """Pages of the largest reply that is not copied twice: what READs are best limited to."""
-        return min(_MAX_READ_PAGES, self._pipe_pages - _EXTRA_PIPE_PAGES)
+        return min(MAX_READ_PAGES, self._pipe_pages - _EXTRA_PIPE_PAGES)
 
     def close(self) -> None:
         """Close the pipe."""
@@ -69,7 +66,7 @@ class Splicer:
         Raises ShortReadError when the file does not give them (nothing was answered then), and OSError when
         the device does not take the reply: ENOENT if the request was interrupted.
         """
-        if length > self.max_reply_pages * _PAGE_BYTES:
+        if length > self.max_reply_pages * PAGE_BYTES:
             self._send_copied_reply(device_fd, unique, data_fd, offset, length)
             return
         header = OUT_HEADER.pack(OUT_HEADER.size + length, 0, unique)

@@ -2,7 +2,8 @@
 
 Source: include/uapi/linux/fuse.h of Linux 6.18 (protocol 7.45); all numbers are in the machine's byte order. A
 request is `fuse_in_header` (40 bytes) and its arguments, a reply `fuse_out_header` (16 bytes) and its results.
-Offsets named `*_OUT_*` count from the start of the reply, its header included. Pure: no I/O.
+Offsets named `*_OUT_*` count from the start of the reply, its header included. Pure: no I/O,
+and the standard library only.
 """
 
 from __future__ import annotations
@@ -10,27 +11,63 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 
 from fusecache_mount.kernel.nodeids import inode_number
 
-LOOKUP = 1
-FORGET = 2
-GETATTR = 3
-OPEN = 14
-READ = 15
-RELEASE = 18
-INIT = 26
-INTERRUPT = 36
-DESTROY = 38
-IOCTL = 39
-BATCH_FORGET = 42
-READDIRPLUS = 44
 
-OPCODES_WITHOUT_REPLY = frozenset({FORGET, BATCH_FORGET, INTERRUPT})
-"""Requests the kernel expects no reply to."""
+class Opcode(IntEnum):
+    """The operation that a request asks for: enum fuse_opcode, without locks, bmap and DAX, which a mount like ours
+    never gets."""
 
-UNIQUE_RESEND = 1 << 63
-"""Set in the `unique` of a request that the kernel sends again after FUSE_NOTIFY_RESEND."""
+    LOOKUP = 1
+    FORGET = 2
+    GETATTR = 3
+    SETATTR = 4
+    READLINK = 5
+    SYMLINK = 6
+    MKNOD = 8
+    MKDIR = 9
+    UNLINK = 10
+    RMDIR = 11
+    RENAME = 12
+    LINK = 13
+    OPEN = 14
+    READ = 15
+    WRITE = 16
+    STATFS = 17
+    RELEASE = 18
+    FSYNC = 20
+    SETXATTR = 21
+    GETXATTR = 22
+    LISTXATTR = 23
+    REMOVEXATTR = 24
+    FLUSH = 25
+    INIT = 26
+    OPENDIR = 27
+    READDIR = 28
+    RELEASEDIR = 29
+    FSYNCDIR = 30
+    ACCESS = 34
+    CREATE = 35
+    INTERRUPT = 36
+    DESTROY = 38
+    IOCTL = 39
+    POLL = 40
+    NOTIFY_REPLY = 41
+    BATCH_FORGET = 42
+    FALLOCATE = 43
+    READDIRPLUS = 44
+    RENAME2 = 45
+    LSEEK = 46
+    COPY_FILE_RANGE = 47
+    SYNCFS = 50
+    TMPFILE = 51
+    STATX = 52
+
+
+OPCODES_WITHOUT_REPLY = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT})
+"""Requests that the kernel expects no reply to."""
 
 NOTIFY_INVAL_ENTRY = 3
 NOTIFY_RESEND = 7
@@ -64,11 +101,12 @@ _INVAL_ENTRY = struct.Struct("<QII")
 _EXPIRE_ONLY = 1
 _DIRENT = struct.Struct("<QQII")
 
+PAGE_BYTES = 4096
+MAX_READ_PAGES = 256
+"""Of the largest READ: 1 MiB, fuse.max_pages_limit as delivered, and what the channel splices through one pipe."""
+
 IOC_BACKING_OPEN = (1 << 30) | (16 << 16) | (229 << 8) | 1
 IOC_BACKING_CLOSE = (1 << 30) | (4 << 16) | (229 << 8) | 2
-
-MIN_READ_BUFFER = 8192
-"""The kernel refuses to hand a request out to a smaller buffer, or to one below max_write and its headers."""
 
 _ENTRY_OUT = 128
 """Size of fuse_entry_out: nodeid, generation, timeouts (40 bytes), then fuse_attr, which begins with ino."""
@@ -82,7 +120,7 @@ class InitLimits:
     WRITE (which never comes: the least that the kernel allows)."""
 
     max_background: int
-    max_pages: int = 256
+    max_pages: int = MAX_READ_PAGES
     max_write: int = 4096
 
 
@@ -143,12 +181,12 @@ def rewrite_as_uncached(reply: bytearray, opcode: int) -> None:
     """
     if _status_of(reply) != 0:
         return
-    if opcode == OPEN and len(reply) >= 16 + _OPEN_OUT.size:
+    if opcode == Opcode.OPEN and len(reply) >= 16 + _OPEN_OUT.size:
         handle, flags, backing_id = _OPEN_OUT.unpack_from(reply, 16)
         _OPEN_OUT.pack_into(reply, 16, handle, flags & ~FOPEN_KEEP_CACHE, backing_id)
-    elif opcode == LOOKUP and len(reply) >= 16 + _ENTRY_OUT:
+    elif opcode == Opcode.LOOKUP and len(reply) >= 16 + _ENTRY_OUT:
         _expire_entry(reply, 16)
-    elif opcode == READDIRPLUS:
+    elif opcode == Opcode.READDIRPLUS:
         for at in _direntplus_offsets(reply):
             _expire_entry(reply, at)
 
@@ -164,14 +202,14 @@ def is_negative_lookup(reply: bytes | bytearray) -> bool:
 
 
 def rewrite_inode_numbers(reply: bytearray, opcode: int) -> None:
-    """Give both twins of a file the same st_ino; pyfuse3 sets it to the nodeid."""
+    """Give both nodeids of a file the same st_ino; pyfuse3 sets it to the nodeid."""
     if _status_of(reply) != 0:
         return
-    if opcode == LOOKUP and len(reply) >= 16 + _ENTRY_OUT:
+    if opcode == Opcode.LOOKUP and len(reply) >= 16 + _ENTRY_OUT:
         _clear_passthrough_bit(reply, 16 + 40)
-    elif opcode == GETATTR and len(reply) >= 16 + 24:
+    elif opcode == Opcode.GETATTR and len(reply) >= 16 + 24:
         _clear_passthrough_bit(reply, 16 + 16)
-    elif opcode == READDIRPLUS:
+    elif opcode == Opcode.READDIRPLUS:
         for at in _direntplus_offsets(reply):
             _clear_passthrough_bit(reply, at + 40)
             _clear_passthrough_bit(reply, at + _ENTRY_OUT)
@@ -204,6 +242,7 @@ def resend_notification() -> bytes:
 
 
 def inval_entry_notification(parent: int, name: bytes, *, expire_only: bool = False) -> bytes:
-    """FUSE_NOTIFY_INVAL_ENTRY: forget what `name` in `parent` is; with `expire` only ask again at its next use."""
+    """FUSE_NOTIFY_INVAL_ENTRY: forget what `name` in `parent` is; with `expire_only` only ask again at its next
+    use."""
     body = _INVAL_ENTRY.pack(parent, len(name), _EXPIRE_ONLY if expire_only else 0) + name + b"\0"
     return OUT_HEADER.pack(OUT_HEADER.size + len(body), NOTIFY_INVAL_ENTRY, 0) + body

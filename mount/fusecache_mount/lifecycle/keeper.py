@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fusecache_mount.kernel import syscalls
 from fusecache_mount.lifecycle import mounting
 
 EXIT_UPGRADE = 75
@@ -185,7 +186,7 @@ class Keeper:
         """In the child: never returns."""
         try:
             signal.set_wakeup_fd(-1)
-            mounting.set_parent_death_signal(signal.SIGKILL)
+            syscalls.set_parent_death_signal(signal.SIGKILL)
             if os.getppid() != keeper_pid:
                 os._exit(1)
             for fd in inherited_fds:

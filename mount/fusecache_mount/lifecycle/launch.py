@@ -66,7 +66,7 @@ def launch_mount(
     descriptors = [mounted.device_fd]
     started = False
     try:
-        clones = mounting.clone_device(mounted.device_fd, config.threads - 1)
+        clones = mounting.clone_devices(mounted.device_fd, config.threads - 1)
         settings = keeper.KeeperSettings(
             mountpoint=str(mountpoint),
             connection=mounted.connection,

@@ -8,41 +8,34 @@ sends the descriptor back. Nothing in here looks at a mountpoint itself, which c
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import fcntl
 import os
 import re
 import shutil
 import socket
-import struct
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fusecache.errors import MountError
+from fusecache_mount.kernel import syscalls
+from fusecache_mount.kernel.protocol import MAX_READ_PAGES, PAGE_BYTES
+from fusecache_mount.kernel.syscalls import MountFlag, UnmountFlag
 
 FSTYPE = "fuse.fusecache"
-FUSE_DEVICE = "/dev/fuse"
-MAX_READ_BYTES = 1 << 20
-"""Bytes of the largest READ: what the channel splices through one pipe."""
+MAX_READ_BYTES = MAX_READ_PAGES * PAGE_BYTES
 
 LIMITED_READ_AHEAD_BYTES = 1016 << 10
 """Bytes: one READ, as large as it comes. The kernel asks for half of that around a fault and twice as much behind a
 reader, so that little is taken for read that is not; with 8 MiB a tensor of 8 MiB looks like one of 24. Warm reads
 through the daemon are as fast with it (2.5 GB/s), those of a file that arrives at full speed lose some 5 %."""
 
-_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT, _MS_NOATIME = 1, 2, 4, 32, 1024
-_MNT_FORCE, _MNT_DETACH, _UMOUNT_NOFOLLOW = 1, 2, 8
-_IOC_CLONE = 0x8004E500
+_MOUNT_FLAGS = MountFlag.NOSUID | MountFlag.NODEV | MountFlag.NOATIME
 _MOUNTINFO = "/proc/self/mountinfo"
-_CONNECTIONS = "/sys/fs/fuse/connections"
 _PROGRAM_PATH = "/usr/bin:/bin:/usr/local/bin:/usr/sbin:/sbin"
 """Where to look for fusermount3 besides PATH, which may be empty under mount(8)."""
 _FUSERMOUNT_SECONDS = 30.0
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
@@ -99,10 +92,7 @@ def is_writable(mountpoint: Path | str) -> bool:
 
 def set_writable(mountpoint: Path, *, writable: bool) -> None:
     """Have the kernel hand changes on, or refuse them itself. May block on the daemon. Raises OSError."""
-    flags = _MS_REMOUNT | _MS_NOSUID | _MS_NODEV | _MS_NOATIME | (0 if writable else _MS_RDONLY)
-    if _libc.mount(None, os.fsencode(mountpoint), None, flags, None) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(mountpoint))
+    syscalls.remount(mountpoint, _MOUNT_FLAGS | (MountFlag(0) if writable else MountFlag.RDONLY))
 
 
 def is_mounted(mountpoint: Path | str, connection: int | None = None) -> bool:
@@ -130,30 +120,30 @@ def mount(source: str, mountpoint: Path, *, allow_other: bool) -> NewMount:
 def _mount_directly(source: str, mountpoint: Path, allow_other: bool) -> int:
     """Raises PermissionError where fusermount3 may help, and MountError."""
     try:
-        device = os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+        device = syscalls.open_fuse_device()
     except FileNotFoundError:
+        path = syscalls.FUSE_DEVICE
         raise MountError(
-            f"{FUSE_DEVICE} is missing: modprobe fuse on the host, or start the container with --device {FUSE_DEVICE}"
+            f"{path} is missing: modprobe fuse on the host, or start the container with --device {path}"
         ) from None
     except PermissionError:
         raise
     except OSError as error:
         raise MountError(
-            f"{FUSE_DEVICE}: {error.strerror}: modprobe fuse on the host, or allow the container the device"
+            f"{syscalls.FUSE_DEVICE}: {error.strerror}: modprobe fuse on the host, or allow the container the device"
         ) from None
     options = f"fd={device},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()}"
     options += f",default_permissions,max_read={MAX_READ_BYTES}" + (",allow_other" if allow_other else "")
-    flags = _MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOATIME
-    arguments = (os.fsencode(source), os.fsencode(mountpoint), FSTYPE.encode(), flags, options.encode())
-    if _libc.mount(*arguments) == 0:
-        return device
-    number = ctypes.get_errno()
-    os.close(device)
-    if number in (errno.EPERM, errno.EACCES):
-        raise PermissionError(number, os.strerror(number))
-    if number == errno.ENODEV:
-        raise MountError("this kernel has no FUSE: modprobe fuse")
-    raise MountError(f"mount {mountpoint}: {os.strerror(number)}")
+    try:
+        syscalls.mount_filesystem(source, mountpoint, FSTYPE, _MOUNT_FLAGS | MountFlag.RDONLY, options)
+    except OSError as error:
+        os.close(device)
+        if isinstance(error, PermissionError):
+            raise
+        if error.errno == errno.ENODEV:
+            raise MountError("this kernel has no FUSE: modprobe fuse") from None
+        raise MountError(f"mount {mountpoint}: {error.strerror}") from None
+    return device
 
 
 def _find_fusermount() -> str | None:
@@ -200,21 +190,15 @@ def _mount_by_fusermount(source: str, mountpoint: Path, allow_other: bool, reaso
     return descriptors[0]
 
 
-def clone_device(device_fd: int, count: int) -> list[int]:
+def clone_devices(device_fd: int, count: int) -> list[int]:
     """Up to `count` more descriptors of the same connection, each with a queue of its own; fewer where this user
     may not open the device."""
     clones: list[int] = []
     for _ in range(count):
         try:
-            clone = os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+            clones.append(syscalls.clone_device(device_fd))
         except OSError:
             break
-        try:
-            fcntl.ioctl(clone, _IOC_CLONE, struct.pack("=I", device_fd))
-        except OSError:
-            os.close(clone)
-            break
-        clones.append(clone)
     return clones
 
 
@@ -225,7 +209,7 @@ def set_read_ahead(mountpoint: Path, size: int) -> None:
     if device is None:
         raise MountError(f"{mountpoint} is not mounted")
     kib = max(1, size >> 10) if size else 0
-    Path(f"/sys/class/bdi/{device}/read_ahead_kb").write_text(f"{kib}\n", encoding="ascii")
+    syscalls.write_read_ahead(device, kib)
 
 
 class KernelReadAhead:
@@ -249,8 +233,7 @@ def abort_connection(connection: int) -> bool:
     """Fail all requests of a connection, also future ones, so that no process waits for it. False: the control
     file is not there (fusectl is not mounted) or not ours; then MNT_FORCE or closing the device has to do."""
     try:
-        with open(f"{_CONNECTIONS}/{connection}/abort", "w", encoding="ascii") as file:
-            file.write("1")
+        syscalls.abort_connection(connection)
     except OSError:
         return False
     return True
@@ -259,15 +242,17 @@ def abort_connection(connection: int) -> bool:
 def unmount(mountpoint: Path, *, lazy: bool = False, force: bool = False) -> None:
     """Unmount what is on top at a real path. `lazy`: now for new users, and for the others when they close their
     files; `force`: fail the requests under way, too. Raises OSError: EBUSY, EINVAL (not mounted), EPERM."""
-    flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0) | (_MNT_FORCE if force else 0)
-    if _libc.umount2(os.fsencode(mountpoint), flags) == 0:
+    flags = UnmountFlag.NOFOLLOW
+    if lazy:
+        flags |= UnmountFlag.DETACH
+    if force:
+        flags |= UnmountFlag.FORCE
+    try:
+        syscalls.umount2(mountpoint, flags)
         return
-    number = ctypes.get_errno()
-    if number != errno.EPERM:
-        raise OSError(number, os.strerror(number), str(mountpoint))
-    program = _find_fusermount()
-    if program is None:
-        raise OSError(number, os.strerror(number), str(mountpoint))
+    except OSError as error:
+        if error.errno != errno.EPERM or (program := _find_fusermount()) is None:
+            raise
     _unmount_by_fusermount(
         [program, "-u", *(["-z"] if lazy else []), "--", os.fspath(mountpoint)], mountpoint
     )
@@ -291,8 +276,3 @@ def _unmount_by_fusermount(command: Sequence[str], mountpoint: Path) -> None:
         if "busy" not in said:
             raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(mountpoint))
     raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(mountpoint))
-
-
-def set_parent_death_signal(signal_number: int) -> None:
-    """Have the kernel send this process a signal when its parent ends."""
-    _libc.prctl(1, signal_number, 0, 0, 0)

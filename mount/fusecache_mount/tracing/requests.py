@@ -10,63 +10,46 @@ import os
 import struct
 from typing import Any
 
-BODY_OFFSET = 40
-"""Where the arguments begin: behind fuse_in_header."""
+from fusecache_mount.kernel.protocol import IN_HEADER, READ_IN, Opcode
 
-LOOKUP, FORGET, GETATTR, SETATTR, READ, INIT, INTERRUPT = 1, 2, 3, 4, 15, 26, 36
-OPEN, CREATE, OPENDIR, DESTROY, NOTIFY_REPLY, BATCH_FORGET = 14, 35, 27, 38, 41, 42
+BODY_OFFSET = IN_HEADER.size
+"""Where the arguments begin in a request: behind fuse_in_header."""
 
-_OPERATION_NAMES = {
-    LOOKUP: "lookup",
-    GETATTR: "getattr",
-    SETATTR: "setattr",
-    5: "readlink",
-    6: "symlink",
-    8: "mknod",
-    9: "mkdir",
-    10: "unlink",
-    11: "rmdir",
-    12: "rename",
-    13: "link",
-    OPEN: "open",
-    READ: "read",
-    16: "write",
-    17: "statfs",
-    18: "release",
-    20: "fsync",
-    21: "setxattr",
-    22: "getxattr",
-    23: "listxattr",
-    24: "removexattr",
-    25: "flush",
-    OPENDIR: "opendir",
-    28: "readdir",
-    29: "releasedir",
-    30: "fsyncdir",
-    34: "access",
-    CREATE: "create",
-    39: "ioctl",
-    40: "poll",
-    43: "fallocate",
-    44: "readdir",
-    45: "rename",
-    46: "lseek",
-    47: "copy_file_range",
-    50: "syncfs",
-    51: "create",
-    52: "statx",
-}
-_KERNEL_OPCODES = frozenset({FORGET, INIT, INTERRUPT, DESTROY, NOTIFY_REPLY, BATCH_FORGET})
+_KERNEL_OPCODES = frozenset(
+    {
+        Opcode.FORGET,
+        Opcode.INIT,
+        Opcode.INTERRUPT,
+        Opcode.DESTROY,
+        Opcode.NOTIFY_REPLY,
+        Opcode.BATCH_FORGET,
+    }
+)
 """What the kernel does on its own account."""
+_COMMON_NAMES: dict[int, str] = {
+    Opcode.READDIRPLUS: "readdir",
+    Opcode.RENAME2: "rename",
+    Opcode.TMPFILE: "create",
+}
+"""Variants that a trace tells by the name of the operation they vary."""
 
-_NAME_OFFSETS = {LOOKUP: 0, 6: 0, 8: 16, 9: 8, 10: 0, 11: 0, 12: 8, 13: 8, CREATE: 16, 45: 16}
-"""Operation on a name in the directory -> where the name begins, behind BODY."""
-_XATTR_NAME_OFFSETS = {21: 8, 22: 8, 24: 0}
-"""Operation on an extended attribute -> where its name begins."""
+_NAME_OFFSETS: dict[int, int] = {
+    Opcode.LOOKUP: 0,
+    Opcode.SYMLINK: 0,
+    Opcode.MKNOD: 16,
+    Opcode.MKDIR: 8,
+    Opcode.UNLINK: 0,
+    Opcode.RMDIR: 0,
+    Opcode.RENAME: 8,
+    Opcode.LINK: 8,
+    Opcode.CREATE: 16,
+    Opcode.RENAME2: 16,
+}
+"""Operation on a name in the directory -> where the name begins, behind the header."""
+_XATTR_NAME_OFFSETS: dict[int, int] = {Opcode.SETXATTR: 8, Opcode.GETXATTR: 8, Opcode.REMOVEXATTR: 0}
+"""Operation on an extended attribute -> where its name begins, behind the header."""
 
 _U32 = struct.Struct("<I")
-_RANGE = struct.Struct("<QQI")
-"""fh, offset, size."""
 _OPEN_FLAG_NAMES = {
     os.O_TRUNC: "O_TRUNC",
     os.O_APPEND: "O_APPEND",
@@ -86,16 +69,20 @@ def is_program_request(opcode: int) -> bool:
 
 
 def operation_name(opcode: int) -> str:
-    """The name of the operation."""
-    return _OPERATION_NAMES.get(opcode, f"request {opcode}")
+    """The name of the operation, in lower case; "request N" for a number that is not known here."""
+    try:
+        known = Opcode(opcode)
+    except ValueError:
+        return f"request {opcode}"
+    return _COMMON_NAMES.get(known) or known.name.lower()
 
 
 def parse_arguments(opcode: int, body: memoryview) -> dict[str, Any]:
     """What the request says besides its inode: "name" below that directory, "flags", "offset" and "size", "xattr",
     "command", "whence". `body` is what follows the header."""
     try:
-        if opcode == READ:
-            _, offset, size = _RANGE.unpack_from(body)
+        if opcode == Opcode.READ:
+            _, offset, size = READ_IN.unpack_from(body)
             return {"offset": offset, "size": size}
         return _parse_rare_arguments(opcode, body)
     except struct.error:  # shorter than it should be: then it is told without its arguments
@@ -108,17 +95,17 @@ def _parse_rare_arguments(opcode: int, body: memoryview) -> dict[str, Any]:
         found["name"] = _decode_text(body, _NAME_OFFSETS[opcode])
     if opcode in _XATTR_NAME_OFFSETS:
         found["xattr"] = _decode_text(body, _XATTR_NAME_OFFSETS[opcode])
-    if opcode in (OPEN, CREATE, 51):
+    if opcode in (Opcode.OPEN, Opcode.CREATE, Opcode.TMPFILE):
         found["flags"] = _format_open_flags(_U32.unpack_from(body)[0])
-    elif opcode == GETATTR:
+    elif opcode == Opcode.GETATTR:
         if _U32.unpack_from(body)[0] & 1:
             found["by"] = "handle"
-    elif opcode == 16:
-        _, found["offset"], found["size"] = _RANGE.unpack_from(body)
-    elif opcode == 46:
-        _, found["offset"], whence = _RANGE.unpack_from(body)
+    elif opcode == Opcode.WRITE:
+        _, found["offset"], found["size"] = READ_IN.unpack_from(body)
+    elif opcode == Opcode.LSEEK:
+        _, found["offset"], whence = READ_IN.unpack_from(body)
         found["whence"] = _WHENCE_NAMES[whence] if whence < len(_WHENCE_NAMES) else str(whence)
-    elif opcode == 39:
+    elif opcode == Opcode.IOCTL:
         found["command"] = f"0x{_U32.unpack_from(body, 12)[0]:x}"
     return found
 

@@ -27,6 +27,8 @@ from typing import Any
 
 from fusecache_mount.kernel import protocol
 from fusecache_mount.kernel.nodeids import inode_number, is_passthrough
+from fusecache_mount.kernel.processes import read_tgid
+from fusecache_mount.kernel.protocol import Opcode
 from fusecache_mount.tracing import requests
 
 _log = logging.getLogger(__name__)
@@ -92,7 +94,7 @@ class AccessTracer:
 
     def _record_request(self, opcode: int, unique: int, nodeid: int, tid: int, body: memoryview) -> None:
         now = time.monotonic()
-        program = self._find_program(tid, must_read_anew=opcode != requests.READ)
+        program = self._find_program(tid, must_read_anew=opcode != Opcode.READ)
         path, length = self._describe_inode(inode_number(nodeid)) or ("?", 0)
         event: dict[str, Any] = {
             "t": round(now - self._started, 6),
@@ -107,10 +109,10 @@ class AccessTracer:
         if "name" in event:
             name = event.pop("name")
             event["path"] = f"{path}/{name}" if path else name
-        if opcode == requests.OPEN:
+        if opcode == Opcode.OPEN:
             event["length"] = length
             event["by"] = "passthrough" if is_passthrough(nodeid) else "daemon"
-        elif opcode == requests.READ:
+        elif opcode == Opcode.READ:
             self._mapping_monitor.request_mapping_check(program, inode_number(nodeid), path)
         self._pending[unique] = (opcode, event)
 
@@ -120,7 +122,7 @@ class AccessTracer:
         if event is None:
             return
         try:
-            if opcode == requests.LOOKUP and not status and protocol.is_negative_lookup(reply):
+            if opcode == Opcode.LOOKUP and not status and protocol.is_negative_lookup(reply):
                 status = errno.ENOENT
             event["ms"] = round((time.monotonic() - self._started - event["t"]) * 1000, 3)
             event["error"] = errno.errorcode.get(abs(status), str(abs(status))) if status else None
@@ -191,19 +193,11 @@ def _read_program(tid: int) -> Program:
     if tid == 0:
         return Program(0, "")
     try:
-        pid = _read_tgid(tid)
+        pid = read_tgid(tid)
         with open(f"/proc/{pid}/comm", "rb") as file:
             return Program(pid, file.read(64).rstrip(b"\n").decode("utf-8", "replace"))
     except (OSError, ValueError):
         return Program(tid, "")
-
-
-def _read_tgid(tid: int) -> int:
-    with open(f"/proc/{tid}/status", "rb") as file:
-        for line in file:
-            if line.startswith(b"Tgid:"):
-                return int(line.split()[1])
-    raise ValueError(tid)
 
 
 class _MappingMonitor:

@@ -1,8 +1,18 @@
-"""Which process a thread belongs to: a READ names the thread that asks."""
+"""Which process a thread belongs to: a request names the thread that asks. The standard library only."""
 
 from __future__ import annotations
 
 _MAX_THREADS = 4096
+
+
+def read_tgid(tid: int) -> int:
+    """The process of this thread, from /proc. Raises OSError for a thread that is gone, or that lives in a pid
+    namespace that this process can't see, and ValueError for a status without a process."""
+    with open(f"/proc/{tid}/status", "rb") as file:
+        for line in file:
+            if line.startswith(b"Tgid:"):
+                return int(line[5:])
+    raise ValueError(tid)
 
 
 class ProcessLookup:
@@ -18,16 +28,9 @@ class ProcessLookup:
         if found is None:
             if len(self._process_ids) >= _MAX_THREADS:
                 self._process_ids.clear()
-            found = self._process_ids[tid] = _read_tgid(tid)
+            try:
+                found = read_tgid(tid)
+            except (OSError, ValueError):
+                found = tid
+            self._process_ids[tid] = found
         return found
-
-
-def _read_tgid(tid: int) -> int:
-    try:
-        with open(f"/proc/{tid}/status", "rb") as file:
-            for line in file:
-                if line.startswith(b"Tgid:"):
-                    return int(line[5:])
-    except (OSError, ValueError):
-        pass
-    return tid
