@@ -15,19 +15,17 @@ from fusecache.cli.main import cli
 from fusecache.config.load import load_mount_config
 from fusecache.config.model import MountConfig, SourceConfig, Tuning
 from fusecache.config.peers import PeerSettings
+from fusecache.telemetry.metrics import METRICS
 from fusecache_mount.lifecycle.helper import translate_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = (
-    "README.md",
-    "ARCHITECTURE.md",
-    "CHANGELOG.md",
-    "SEMANTICS.md",
-    "docs/ENGINES.md",
-    "docs/OPTIONS.md",
-    "docs/PROTOCOL.md",
-    "docs/TRACE.md",
+DOCUMENTS = tuple(
+    str(file.relative_to(ROOT))
+    for file in [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 )
+GUIDES = ("README.md", "docs/MOUNTING.md", "docs/CLUSTER.md", "docs/OPERATIONS.md", "CONTRIBUTING.md")
+"""Whose commands and configurations are tried."""
+README_WORDS = 1500
 _LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _OPTIONS = {*MountConfig.model_fields, *SourceConfig.model_fields, *Tuning.model_fields, "config", "nonempty"}
@@ -61,15 +59,16 @@ def test_links_lead_somewhere(name: str) -> None:
 
 
 def commands() -> Iterator[list[str]]:
-    """Calls of fusecache in the README's shell blocks and unit files, in words."""
-    for block in blocks("README.md", "sh"):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words and words[0] == "fusecache":
-                yield words[1:]
-    for block in blocks("README.md", "ini"):
-        for call in re.findall(r"^Exec\w+=\S*/fusecache (.*)$", block, re.MULTILINE):
-            yield shlex.split(call)
+    """Calls of fusecache in the guides' shell blocks and unit files, in words."""
+    for name in GUIDES:
+        for block in blocks(name, "sh"):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words and words[0] == "fusecache":
+                    yield words[1:]
+        for block in blocks(name, "ini"):
+            for call in re.findall(r"^Exec\w+=\S*/fusecache (.*)$", block, re.MULTILINE):
+                yield shlex.split(call)
 
 
 def test_every_command_is_accepted() -> None:
@@ -103,7 +102,7 @@ def check_options(options: str) -> None:
         assert key in _OPTIONS | _FLAGS, option
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/OPTIONS.md"])
+@pytest.mark.parametrize("name", ["docs/MOUNTING.md", "docs/CLUSTER.md", "docs/OPTIONS.md"])
 def test_configuration_examples_load(name: str, tmp_path: Path) -> None:
     found = blocks(name, "toml")
     assert found
@@ -117,12 +116,12 @@ def test_configuration_examples_load(name: str, tmp_path: Path) -> None:
 
 def test_lines_of_fstab_and_calls_of_mount_are_accepted(tmp_path: Path) -> None:
     file = tmp_path / "fusecache.toml"
-    file.write_text(blocks("README.md", "toml")[0])
+    file.write_text(blocks("docs/MOUNTING.md", "toml")[0])
     file.chmod(0o600)
-    lines = [line.split() for block in blocks("README.md", "fstab") for line in block.splitlines()]
+    lines = [line.split() for block in blocks("docs/MOUNTING.md", "fstab") for line in block.splitlines()]
     calls = [
         shlex.split(line)
-        for block in blocks("README.md", "sh")
+        for block in blocks("docs/MOUNTING.md", "sh")
         for line in block.splitlines()
         if line.startswith("mount -t")
     ]
@@ -139,7 +138,7 @@ def test_lines_of_fstab_and_calls_of_mount_are_accepted(tmp_path: Path) -> None:
 
 
 def test_options_that_are_spoken_of_exist() -> None:
-    table = text("README.md").partition("## Tune it")[2].partition("## See it")[0]
+    table = text("docs/MOUNTING.md").partition("## Tune it")[2].partition("\n## ")[0]
     names = {name for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in spoken(cell)}
     assert len(names) > 8
     assert names <= _OPTIONS
@@ -150,16 +149,37 @@ def spoken(cell: str) -> list[str]:
     return [word for word in words if word not in ("tuning", "o")]
 
 
-@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md", "docs/ENGINES.md"])
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_shell_blocks_are_well_formed(name: str) -> None:
     for block in blocks(name, "sh"):
         done = subprocess.run(["bash", "-n", "-c", block], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md", "docs/ENGINES.md"])
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if name != "docs/RENAMES.md"])
 def test_files_that_are_named_exist(name: str) -> None:
     pattern = r"`((?:fusecache|mount|tests|benchmarks|scripts|docs)/[\w./]+)`"
     named = [path for path in re.findall(pattern, text(name)) if "results/" not in path]
     missing = [path for path in named if not (ROOT / path).exists()]
     assert not missing
+
+
+def test_the_readme_is_short() -> None:
+    assert len(text("README.md").split()) <= README_WORDS
+
+
+def test_operations_explains_every_metric() -> None:
+    table = text("docs/OPERATIONS.md").partition("## Metrics")[2].partition("\n## ")[0]
+    explained = set(re.findall(r"`(fusecache_\w+)(?:\{\w+\})?`", table))
+    assert explained == {metric.name for metric in METRICS} | {"fusecache_up", "fusecache_passthrough"}
+
+
+def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [ROOT / "scripts/site", tmp_path / "site"], capture_output=True, text=True, timeout=110, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {file.parent.name for file in (tmp_path / "site").glob("*/index.html")} >= {
+        "ARCHITECTURE",
+        "OPERATIONS",
+    }
