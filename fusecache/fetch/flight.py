@@ -1,15 +1,15 @@
-"""One flight: bring a run of blocks into the store and wake each block's waiters as it lands.
+"""One flight: bring a run of blocks into the store, and wake each block's waiters as it arrives.
 
-Runs in a worker thread; all bulk work (receiving, hashing, writing) lets the GIL go. Memory: one chunk of the
-origin's, and one block when the store can't take it. Without space, or with a broken disk, the blocks that
-somebody waits for are handed over from memory, and nobody notices.
+Runs in a worker thread; all bulk work (receiving, hashing, writing) lets the GIL go. Memory: one chunk of the block
+source's, and one block when the store can't take it. Without space, or with a broken disk, the blocks that a reader
+waits for are handed over from memory, and the reader notices nothing.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import xxhash
 
@@ -21,26 +21,23 @@ from fusecache.errors import (
     UnavailableError,
     VersionChangedError,
 )
-from fusecache.fetch.interface import BlockRestart, BlockSource, ExpectedChecksum
+from fusecache.fetch.block_source import BlockSource
 from fusecache.fetch.object_fetch import FlightPlan, ObjectFetch
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 _log = logging.getLogger(__name__)
 
 
 class FlightListener(Protocol):
-    """What a flight tells the loader. All methods take the loader's lock."""
+    """What a flight reports to the fetch service, and asks it. All methods take the service's lock."""
 
     def block_arrived(self, object_fetch: ObjectFetch, block: int, piece: bytes | None) -> None:
-        """The block is in the store, or only in `piece`."""
+        """The block is in the store (`piece` is None), or its bytes are `piece` and are nowhere else."""
 
     def blocks_claimed_elsewhere(self, object_fetch: ObjectFetch, blocks: range) -> None:
-        """Another process fetches these: look again soon."""
+        """Another process fetches these blocks: the service looks for them in the store soon."""
 
     def trim_to_waited(self, object_fetch: ObjectFetch, blocks: range) -> range:
-        """The shortest prefix of the blocks that holds all that somebody waits for."""
+        """The shortest prefix of the blocks that holds every block that a reader waits for."""
 
 
 def run_flight(
@@ -51,7 +48,10 @@ def run_flight(
     deadline: float,
     cancelled: Callable[[], bool],
 ) -> tuple[list[int], FusecacheError | None]:
-    """Do a job; returns its blocks that did not land though nothing failed, or what failed."""
+    """Do what the plan says; returns its blocks that did not arrive though nothing failed, and what failed.
+
+    Blocks, until `deadline`, a time.monotonic(), at most. Raises nothing.
+    """
     object_fetch = plan.object_fetch
     try:
         if plan.is_verification:
@@ -78,7 +78,8 @@ def run_flight(
 
 
 def verify_blocks(object_fetch: ObjectFetch, blocks: range, listener: FlightListener) -> list[int]:
-    """Hash blocks that an earlier run left in the data file; returns those that were bad or are gone."""
+    """Hash blocks that an earlier run left in the data file; returns those whose bytes were bad or are gone. Blocks on
+    the disk."""
     bad = []
     for block in blocks:
         if object_fetch.stored.verify_block(block):
@@ -98,10 +99,10 @@ def fetch_blocks(
     cancelled: Callable[[], bool],
     urgent: bool = True,
 ) -> list[int]:
-    """Fetch blocks; returns those that did not land though nothing failed.
+    """Fetch blocks; returns those that did not arrive though nothing failed. Blocks.
 
     `deadline` is a time.monotonic(). Raises what BlockSource.send_blocks raises, and StoreError when the store failed:
-    blocks that landed before that stay.
+    blocks that arrived before that stay.
     """
     with object_fetch.stored.claim_blocks(blocks) as granted:
         if len(granted) < len(blocks):
@@ -115,137 +116,132 @@ def fetch_blocks(
         ):
             return list(blocks)  # another process brought them while we asked
         reserved = object_fetch.byte_count(blocks)
+        left: list[int] = []
+        sink: _FlightSink
         if object_fetch.belongs_in_store(blocks.start) and object_fetch.stored.reserve_bytes(reserved):
-            sink: _MemorySink = _StoreSink(object_fetch, listener, reserved)
-            left: list[int] = []
+            sink = _StoreSink(object_fetch, blocks.start, listener, reserved)
         else:
             asked, blocks = blocks, listener.trim_to_waited(object_fetch, blocks)
             left = list(range(blocks.stop, asked.stop))
-            sink = _MemorySink(object_fetch, listener)
+            sink = _MemorySink(object_fetch, blocks.start, listener)
         if blocks:
             try:
-                items = block_source.send_blocks(
+                block_source.send_blocks(
                     object_fetch.version,
                     object_fetch.source,
                     blocks,
                     object_fetch.stored.block_size,
+                    sink,
                     deadline=deadline,
                     cancelled=cancelled,
                     urgent=urgent,
                 )
-                _receive_blocks(object_fetch, blocks, items, sink)
             finally:
                 sink.close()
         return left
 
 
-def _receive_blocks(
-    object_fetch: ObjectFetch,
-    blocks: range,
-    items: Iterator[Buffer | ExpectedChecksum | BlockRestart],
-    sink: _MemorySink,
-) -> None:
-    block_size, size = object_fetch.stored.block_size, object_fetch.version.size
-    block = blocks.start
-    offset = block * block_size
-    room = block_length(block, size, block_size)
-    expected: ExpectedChecksum | None = None
-    for item in items:
-        if isinstance(item, ExpectedChecksum | BlockRestart):
-            expected = item if isinstance(item, ExpectedChecksum) else None
-            if offset > block * block_size:
-                sink.restart_block()
-                offset = block * block_size
-                room = block_length(block, size, block_size)
-            continue
-        with memoryview(item) as view:
-            sink.write_bytes(offset, view)
-            at = 0
-            while at < len(view):
-                part = view[at : at + room]
-                sink.add_bytes(part)
-                at += len(part)
-                room -= len(part)
-                offset += len(part)
-                if room:
-                    continue
-                if expected is not None and not sink.matches_checksum(expected.checksum):
-                    expected.is_mismatch = True
-                    sink.restart_block()
-                    offset = block * block_size
-                    room = block_length(block, size, block_size)
-                    break
-                expected = None
-                sink.end_block(block)
-                block += 1
-                if block < blocks.stop:
-                    room = block_length(block, size, block_size)
+class _FlightSink:
+    """The block sink of one flight: counts and hashes the bytes of the open block, and reports each block that arrived.
 
+    State: `_block` is the block that is open or due, and grows when a block ends well; `_filled_bytes` of it were
+    written, and go back to 0 when it begins, ends or restarts. What becomes of the bytes is the subclass's.
+    """
 
-class _MemorySink:
-    """Keeps the blocks in memory for their waiters."""
-
-    def __init__(self, object_fetch: ObjectFetch, listener: FlightListener) -> None:
-        self._load = object_fetch
+    def __init__(self, object_fetch: ObjectFetch, first_block: int, listener: FlightListener) -> None:
+        self._object_fetch = object_fetch
         self._listener = listener
-        self._block_bytes = bytearray()
-
-    def write_bytes(self, offset: int, data: memoryview) -> None:
-        """Bytes for the data file."""
-
-    def add_bytes(self, data: memoryview) -> None:
-        """The next bytes of the current block."""
-        self._block_bytes += data
-
-    def end_block(self, block: int) -> None:
-        """All bytes of the block were added."""
-        piece, self._block_bytes = bytes(self._block_bytes), bytearray()
-        self._listener.block_arrived(self._load, block, piece)
-
-    def matches_checksum(self, checksum: int) -> bool:
-        """Whether the bytes of the current block have this xxh3_64."""
-        digest = xxhash.xxh3_64()
-        digest.update(self._block_bytes)
-        return (digest.intdigest() or 1) == checksum
-
-    def restart_block(self) -> None:
-        """Begin the current block anew."""
-        self._block_bytes = bytearray()
-
-    def close(self) -> None:
-        """The flight is over."""
-
-
-class _StoreSink(_MemorySink):
-    """Writes the blocks into the store, whose space was reserved."""
-
-    def __init__(self, object_fetch: ObjectFetch, listener: FlightListener, reserved_bytes: int) -> None:
-        super().__init__(object_fetch, listener)
-        self._reserved_bytes = reserved_bytes
+        self._block = first_block
+        self._filled_bytes = 0
+        self._expected_checksum: int | None = None
         self._digest = xxhash.xxh3_64()
 
-    def write_bytes(self, offset: int, data: memoryview) -> None:
-        self._load.stored.write(offset, data)
+    def begin_block(self, checksum: int | None) -> None:
+        """Open the block that is due, without bytes."""
+        self.restart_block()
+        self._expected_checksum = checksum
 
-    def add_bytes(self, data: memoryview) -> None:
-        self._digest.update(data)
+    def write(self, view: memoryview) -> None:
+        """Keep the bytes, and hash them."""
+        self._keep_bytes(self._filled_bytes, view)
+        self._digest.update(view)
+        self._filled_bytes += len(view)
 
-    def matches_checksum(self, checksum: int) -> bool:
-        return (self._digest.intdigest() or 1) == checksum
+    def end_block(self) -> bool:
+        """Report the block as arrived if its bytes have the checksum; otherwise forget them. Raises ValueError when the
+        source wrote more or less than the block has: that is a mistake in the program."""
+        block, stored = self._block, self._object_fetch.stored
+        length = block_length(block, self._object_fetch.version.size, stored.block_size)
+        if self._filled_bytes != length:
+            raise ValueError(f"{self._filled_bytes} bytes were written for block {block}, which has {length}")
+        checksum = self._digest.intdigest()
+        if self._expected_checksum is not None and (checksum or 1) != self._expected_checksum:
+            self.restart_block()
+            return False
+        piece = self._finish_block(block, length, checksum)
+        self.restart_block()
+        self._block += 1
+        self._listener.block_arrived(self._object_fetch, block, piece)
+        return True
 
     def restart_block(self) -> None:
+        """Forget the bytes of the open block."""
         self._digest.reset()
-
-    def end_block(self, block: int) -> None:
-        stored = self._load.stored
-        checksum = self._digest.intdigest()
-        self._digest.reset()
-        self._reserved_bytes -= block_length(block, self._load.version.size, stored.block_size)
-        stored.commit_block(block, checksum)
-        if not stored.is_present(block):
-            raise StoreError(f"{self._load.version.key}: the cache gave the object up")
-        self._listener.block_arrived(self._load, block, None)
+        self._filled_bytes = 0
 
     def close(self) -> None:
+        """The flight is over: give back what was reserved and not used."""
+
+    def _keep_bytes(self, offset: int, view: memoryview) -> None:
+        """Keep bytes that begin at this offset of the open block."""
+        raise NotImplementedError
+
+    def _finish_block(self, block: int, length: int, checksum: int) -> bytes | None:
+        """All bytes of the block were kept; returns them unless the store has them now."""
+        raise NotImplementedError
+
+
+class _MemorySink(_FlightSink):
+    """Keeps the open block in memory, and hands it over to the readers that wait for it."""
+
+    def __init__(self, object_fetch: ObjectFetch, first_block: int, listener: FlightListener) -> None:
+        super().__init__(object_fetch, first_block, listener)
+        self._block_bytes = bytearray()
+
+    def restart_block(self) -> None:
+        """Forget the bytes of the open block, which are in memory only."""
+        super().restart_block()
+        self._block_bytes = bytearray()
+
+    def _keep_bytes(self, offset: int, view: memoryview) -> None:
+        self._block_bytes += view
+
+    def _finish_block(self, block: int, length: int, checksum: int) -> bytes | None:
+        return bytes(self._block_bytes)
+
+
+class _StoreSink(_FlightSink):
+    """Writes the blocks into the store, where `reserved_bytes` are reserved for them."""
+
+    def __init__(
+        self, object_fetch: ObjectFetch, first_block: int, listener: FlightListener, reserved_bytes: int
+    ) -> None:
+        super().__init__(object_fetch, first_block, listener)
+        self._reserved_bytes = reserved_bytes
+
+    def close(self) -> None:
+        """Give back the space that was reserved for blocks that did not arrive."""
         if self._reserved_bytes > 0:
-            self._load.stored.unreserve_bytes(self._reserved_bytes)
+            self._object_fetch.stored.unreserve_bytes(self._reserved_bytes)
+
+    def _keep_bytes(self, offset: int, view: memoryview) -> None:
+        stored = self._object_fetch.stored
+        stored.write(self._block * stored.block_size + offset, view)
+
+    def _finish_block(self, block: int, length: int, checksum: int) -> bytes | None:
+        stored = self._object_fetch.stored
+        self._reserved_bytes -= length
+        stored.commit_block(block, checksum)
+        if not stored.is_present(block):
+            raise StoreError(f"{self._object_fetch.version.key}: the cache gave the object up")
+        return None

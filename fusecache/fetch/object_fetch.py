@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from fusecache.blocks import block_length, block_range
 from fusecache.errors import FusecacheError
-from fusecache.fetch.interface import Route
+from fusecache.fetch.block_source import Route
 from fusecache.fetch.waiter import Waiter
 from fusecache.store.object import StoredObject
 from fusecache.types import ObjectVersion

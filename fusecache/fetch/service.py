@@ -36,16 +36,14 @@ from fusecache.errors import (
 )
 from fusecache.fetch import flight
 from fusecache.fetch.attestation_gate import AttestationGate
+from fusecache.fetch.block_source import BlockSource, OriginBlockSource, Route
 from fusecache.fetch.copying import copy_stored_bytes, read_when_present
 from fusecache.fetch.interface import (
-    BlockSource,
     CatalogView,
     FetchSettings,
     FetchStats,
     Inspector,
-    OriginBlockSource,
     PeerProfiles,
-    Route,
     Shelf,
 )
 from fusecache.fetch.object_fetch import FlightPlan, ObjectFetch

@@ -10,7 +10,8 @@ import pytest
 import xxhash
 
 from fusecache.errors import UnavailableError
-from fusecache.fetch.interface import BlockRestart, ExpectedChecksum, FetchSettings, Route
+from fusecache.fetch.block_source import BlockSink, Route, write_chunks
+from fusecache.fetch.interface import FetchSettings
 from fusecache.fetch.service import FetchService
 from fusecache.store.store import Store
 from fusecache.types import ObjectVersion
@@ -58,11 +59,12 @@ class Script:
         source: str,
         blocks: range,
         block_size: int,
+        sink: BlockSink,
         *,
         deadline: float,
         cancelled: Callable[[], bool],
         urgent: bool,
-    ) -> Iterator[bytes | ExpectedChecksum | BlockRestart]:
+    ) -> None:
         self.asked.append((threading.current_thread().name.partition("-")[0], blocks))
         for block in blocks:
             data = DATA[block * BLOCK : min(SIZE, (block + 1) * BLOCK)]
@@ -70,16 +72,16 @@ class Script:
                 attempt = self.attempts[block] = self.attempts.get(block, 0) + 1
                 mischief = self.mischief(block, attempt)
                 if mischief == "break":
-                    yield data[:1000]
-                    yield BlockRestart()
+                    sink.begin_block(None)
+                    sink.write(memoryview(data)[:1000])
+                    sink.restart_block()
                     continue
                 if mischief == "fail":
                     raise UnavailableError("on purpose")
-                expect = ExpectedChecksum(xxhash.xxh3_64_intdigest(data) or 1)
-                yield expect
-                yield data[:5000]
-                yield (b"x" * (len(data) - 5000)) if mischief == "lie" else data[5000:]
-                if not expect.is_mismatch:
+                sink.begin_block(xxhash.xxh3_64_intdigest(data) or 1)
+                sink.write(memoryview(data)[:5000])
+                sink.write(memoryview(b"x" * (len(data) - 5000) if mischief == "lie" else data[5000:]))
+                if sink.end_block():
                     break
                 self.bad.append(block)
 
@@ -160,3 +162,32 @@ def test_what_is_not_kept_is_read_all_the_same(start: Callable[[Script], FetchSe
     fetch_service.release_fetch(object_fetch)
     assert not any(present[block] for block in range(BLOCKS) if block // 2 % 2)
     assert fetch_service.seconds_until_complete(object_fetch) == float("inf")
+
+
+class RecordedSink:
+    """Takes down what is written, and finds every block right."""
+
+    def __init__(self) -> None:
+        self.blocks: list[bytearray] = []
+
+    def begin_block(self, checksum: int | None) -> None:
+        assert checksum is None
+        self.blocks.append(bytearray())
+
+    def write(self, view: memoryview) -> None:
+        self.blocks[-1] += view
+
+    def end_block(self) -> bool:
+        return True
+
+    def restart_block(self) -> None:
+        raise AssertionError("nothing comes again")
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 10, 25, 1000])
+def test_chunks_are_cut_at_the_ends_of_blocks(chunk: int) -> None:
+    sink = RecordedSink()
+    data = bytes(range(34))
+    chunks = (data[start : start + chunk] for start in range(0, len(data), chunk))
+    write_chunks(chunks, range(2, 6), 10, 54, sink)
+    assert [bytes(block) for block in sink.blocks] == [data[:10], data[10:20], data[20:30], data[30:]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from fusecache.fetch.interface import Route
+from fusecache.fetch.block_source import Route
 from fusecache.fetch.object_fetch import FlightPlan, ObjectFetch
 from fusecache.fetch.scheduler import FetchScheduler
 from fusecache.fetch.waiter import Waiter

@@ -24,6 +24,8 @@ from tests.support.inside import BLOCK, DATA, DEADLINE, FILE, STRIPE, STRIPES, E
 from tests.support.scripted import ScriptedOrigin, Step
 from tests.support.servers import wait_until
 
+NO_SINK: Any = None
+"""Of flights to which no byte comes."""
 SILENCE = 1.0
 """Of the nodes of these tests."""
 
@@ -221,7 +223,7 @@ def test_a_node_that_says_nothing_is_passed_over(quick: None, origin: ScriptedOr
         fallback_requests=1,
     )
     flight = transfer_monitor.PeerTransfer(
-        FILE, range(4), BLOCK, time.monotonic() + DEADLINE, lambda: False, 0
+        FILE, range(4), BLOCK, time.monotonic() + DEADLINE, lambda: False, 0, NO_SINK
     )
     looks = transfer_monitor.TransferMonitor(ours, flight, everybody.found[0], may_hedge=False)
 
@@ -266,7 +268,7 @@ def test_what_a_node_waits_for_itself_is_not_its_slowness(
     )
     now = 100.0
     monkeypatch.setattr(transfer_monitor, "time", SimpleNamespace(monotonic=lambda: now))
-    flight = transfer_monitor.PeerTransfer(FILE, range(4), BLOCK, math.inf, lambda: False, 0)
+    flight = transfer_monitor.PeerTransfer(FILE, range(4), BLOCK, math.inf, lambda: False, 0, NO_SINK)
     looks = transfer_monitor.TransferMonitor(ours, flight, everybody.found[0], may_hedge=False)
     looks.all_stored = stored
     now += 1.0

@@ -14,12 +14,13 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from fusecache.errors import CancelledReadError, UnavailableError
-from fusecache.fetch.interface import BlockRestart, ExpectedChecksum, Route
+from fusecache.fetch.block_source import BlockSink, Route, write_chunks
+from fusecache.origin.base import Origin
 from fusecache.origin.slots import ResizableSemaphore
 from fusecache.peers.errors import (
     PeerBusyError,
@@ -39,14 +40,7 @@ from fusecache.peers.transport.wire import BlockRequest
 from fusecache.store.throughput import PeakThroughput
 from fusecache.types import ObjectId, ObjectVersion
 
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
-    from fusecache.origin.base import Origin
-
 _log = logging.getLogger(__name__)
-
-TransferItems = Generator["Buffer | ExpectedChecksum | BlockRestart", None, None]
 
 _NOT_STORED_TTL = 10.0
 """Seconds for which a node that had nothing of an object is not asked again whether it has."""
@@ -266,14 +260,15 @@ class PeerBlockSource:
         source: str,
         blocks: range,
         block_size: int,
+        sink: BlockSink,
         *,
         deadline: float,
         cancelled: Callable[[], bool],
         urgent: bool,
-    ) -> TransferItems:
-        """See loader.Supplier."""
+    ) -> None:
+        """Write the blocks into the sink: from the nodes that have them or fetch them, or else from the origin."""
         flight = PeerTransfer(
-            version, blocks, block_size, deadline, cancelled, blocks.start, is_urgent=urgent
+            version, blocks, block_size, deadline, cancelled, blocks.start, sink, is_urgent=urgent
         )
         order = self.ranking_of(version.id, self.stripe_of(blocks.start, block_size))
         may_have = functools.partial(self._may_have, version.id)
@@ -282,14 +277,14 @@ class PeerBlockSource:
             order, self._own_name, flight.failed_nodes, self.peer_health.admit_request, may_have, members
         ):
             if turn.member is None:
-                yield from self._read_from_origin(flight, source, turn.is_owner)
+                self._read_from_origin(flight, source, turn.is_owner)
                 return
             flight.substitutes = turn.substitutes
-            yield from self._ask_node(flight, turn.member, turn.stored_only)
+            self._ask_node(flight, turn.member, turn.stored_only)
             if not flight.remaining:
                 return
 
-    def _read_from_origin(self, transfer: PeerTransfer, source: str, is_owner: bool) -> TransferItems:
+    def _read_from_origin(self, transfer: PeerTransfer, source: str, is_owner: bool) -> None:
         if not is_owner:
             with self._lock:
                 self.stats.fallbacks += 1
@@ -297,8 +292,11 @@ class PeerBlockSource:
         with slots.hold_slot(time.monotonic, transfer.deadline, transfer.cancelled):
             offset = transfer.next_block * transfer.block_size
             length = min(transfer.blocks.stop * transfer.block_size, transfer.version.size) - offset
-            yield from self._origins[source].read_range(
+            chunks = self._origins[source].read_range(
                 transfer.version, offset, length, deadline=transfer.deadline, cancelled=transfer.cancelled
+            )
+            write_chunks(
+                chunks, transfer.remaining, transfer.block_size, transfer.version.size, transfer.sink
             )
 
     def _may_have(self, object_id: ObjectId, member: Member) -> bool:
@@ -308,7 +306,7 @@ class PeerBlockSource:
 
     # -- one node
 
-    def _ask_node(self, transfer: PeerTransfer, member: Member, stored_only: bool = False) -> TransferItems:
+    def _ask_node(self, transfer: PeerTransfer, member: Member, stored_only: bool = False) -> None:
         """What this node gives of what is left, which may be nothing. Raises CancelledReadError, UnavailableError."""
         asking = policy.RedirectState(member, member)
         silent: set[str] = set()
@@ -316,7 +314,7 @@ class PeerBlockSource:
             self._raise_if_over(transfer)
             target = asking.target
             try:
-                yield from self._stream_blocks(
+                self._stream_blocks(
                     transfer,
                     target,
                     stored_only=stored_only,
@@ -349,7 +347,7 @@ class PeerBlockSource:
                 self._record_failure(target, error, is_redirected=asking.is_redirected)
             if transfer.has_partial_block:
                 transfer.has_partial_block = False
-                yield BlockRestart()
+                transfer.sink.restart_block()
             if asking.is_redirected:
                 asking.return_to_member()
                 continue
@@ -420,7 +418,7 @@ class PeerBlockSource:
 
     def _stream_blocks(
         self, transfer: PeerTransfer, member: Member, *, stored_only: bool, no_redirect: bool, hops: int
-    ) -> TransferItems:
+    ) -> None:
         request = self._build_request(transfer, stored_only=stored_only, no_redirect=no_redirect, hops=hops)
         stripe = (transfer.version.id, self.stripe_of(transfer.next_block, transfer.block_size))
         watch = TransferMonitor(self, transfer, member, may_hedge=not stored_only)
@@ -445,7 +443,7 @@ class PeerBlockSource:
                             items, close = iter(answer), answer.close
                             watch.all_stored = answer.all_stored
                         stack.callback(close)
-                        yield from self._yield_blocks(transfer, items, watch)
+                        self._receive_blocks(transfer, items, watch)
                     self.peer_health.request_succeeded(watch.member.name)
                     return
                 except _HedgedError as hedged:
@@ -454,7 +452,7 @@ class PeerBlockSource:
                         _log.info("node %s is slow: %s goes on", watch.member.name, hedged.member.name)
                     if transfer.has_partial_block:
                         transfer.has_partial_block = False
-                        yield BlockRestart()
+                        transfer.sink.restart_block()
                     watch.switch_member(hedged.member)
                     items, close = hedged.answer, hedged.close
                     if waits_for is not None:
@@ -475,28 +473,25 @@ class PeerBlockSource:
             known = traffic.first_byte_seconds
             traffic.first_byte_seconds = seconds if known is None else 0.8 * known + 0.2 * seconds
 
-    def _yield_blocks(
+    def _receive_blocks(
         self, transfer: PeerTransfer, items: Iterator[int | memoryview], monitor: TransferMonitor
-    ) -> TransferItems:
-        expected: ExpectedChecksum | None = None
+    ) -> None:
         left = 0
         for item in items:
             if isinstance(item, int):
-                expected = ExpectedChecksum(item)
                 left = min(
                     transfer.block_size, transfer.version.size - transfer.next_block * transfer.block_size
                 )
-                yield expected
+                transfer.sink.begin_block(item)
                 continue
-            assert expected is not None
             transfer.has_partial_block = True
             left -= len(item)
             monitor.received_bytes += len(item)
-            yield item
+            transfer.sink.write(item)
             if left:
                 continue
             transfer.has_partial_block = False
-            if expected.is_mismatch:
+            if not transfer.sink.end_block():
                 self._record_bad_block(monitor.member, transfer)
                 raise PeerError(f"{monitor.member.url}: sent wrong bytes")
             transfer.next_block += 1
@@ -565,6 +560,7 @@ class PeerBlockSource:
                 transfer.deadline,
                 transfer.cancelled,
                 transfer.next_block,
+                transfer.sink,
                 is_urgent=transfer.is_urgent,
                 failed_nodes=list(transfer.failed_nodes)
                 if stored_only

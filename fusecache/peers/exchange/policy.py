@@ -9,7 +9,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from dataclasses import dataclass
 
-from fusecache.fetch.interface import Route
+from fusecache.fetch.block_source import Route
 from fusecache.peers.member import Member, hash_seed
 from fusecache.peers.membership.placement import fetch_order, find_stripe_owners, stripe_count
 from fusecache.types import ObjectId, ObjectVersion

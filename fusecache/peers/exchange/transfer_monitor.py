@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from fusecache.fetch.block_source import BlockSink
 from fusecache.peers.member import Member
 from fusecache.types import ObjectVersion
 
@@ -38,6 +39,7 @@ class PeerTransfer:
     deadline: float
     cancelled: Callable[[], bool]
     next_block: int
+    sink: BlockSink
     has_partial_block: bool = False
     is_urgent: bool = True
     failed_nodes: list[str] = field(default_factory=list)
