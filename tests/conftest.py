@@ -18,11 +18,13 @@ _KEEP = {"FUSECACHE_TEST_RUN", "FUSECACHE_TEST_DEADLINE"}
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No credentials, endpoints or options of whoever runs the tests; no metadata service."""
+    """No credentials, endpoints or options of the person who runs the tests; no metadata service; locks that check
+    who holds them."""
     for name in list(os.environ):
         if name.startswith(_FOREIGN) and name not in _KEEP:
             monkeypatch.delenv(name)
     nothing = tmp_path_factory.getbasetemp() / "no-such-file"
+    monkeypatch.setenv("FUSECACHE_DEBUG_LOCKS", "1")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(nothing))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(nothing))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

@@ -10,13 +10,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-GROUND = {"types", "errors", "blocks", "bounded", "events", "config", ""}
+GROUND = {"types", "errors", "blocks", "bounded", "events", "locking", "config", ""}
 ALLOWED: dict[str, set[str]] = {
     "types": {""},
     "errors": {""},
     "blocks": {""},
     "bounded": {""},
     "events": {"types", ""},
+    "locking": {""},
     "config": {"errors", ""},
     "control": GROUND,
     "telemetry": GROUND,
