@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from fusecache.control.mountinfo import find_top_mount, read_mountinfo
+
 ROOT = Path(__file__).resolve().parent.parent
 PR_SET_PDEATHSIG = 1
 GRPC_OFFSET = 10000
@@ -148,15 +150,12 @@ def run(arguments: Sequence[str], *, timeout: float, env: Mapping[str, str] | No
 
 def is_mounted(path: Path) -> bool:
     """Whether something is mounted exactly here; never touches the mount, which may hang."""
-    wanted = str(path).replace(" ", "\\040")
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return any(line.split()[4] == wanted for line in lines)
+    return find_top_mount(path) is not None
 
 
 def mounts_below(folder: Path) -> list[Path]:
     """Mountpoints in this folder, the innermost first."""
-    points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    below = [Path(point.replace("\\040", " ")) for point in points if point.startswith(f"{folder}/")]
+    below = [line.mountpoint for line in read_mountinfo() if folder in line.mountpoint.parents]
     return sorted(below, key=lambda path: len(path.parts), reverse=True)
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import median
+from fusecache.control.mountinfo import find_file_system
 
 
 @dataclass(frozen=True)
@@ -160,14 +161,7 @@ def machine_facts(work: Path) -> dict[str, Any]:
 
 def file_system_of(path: Path) -> str:
     """Type of the file system that holds this path."""
-    best, kind = "", "?"
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        before, _, after = line.partition(" - ")
-        mountpoint = before.split()[4]
-        inside = str(path.resolve()).startswith(mountpoint.rstrip("/") + "/") or mountpoint == "/"
-        if inside and len(mountpoint) >= len(best):
-            best, kind = mountpoint, after.split()[0]
-    return kind
+    return find_file_system(path.resolve())[1]
 
 
 def _first(lines: Iterable[str], name: str) -> str:

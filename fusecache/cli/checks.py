@@ -11,7 +11,7 @@ from typing import Literal
 
 from fusecache.config.model import MountConfig, default_cache_dir
 from fusecache.config.units import format_size
-from fusecache.control.mounts import find_file_system
+from fusecache.control.mountinfo import find_file_system
 from fusecache.errors import ConfigError
 
 MIN_PASSTHROUGH_KERNEL = (6, 9)

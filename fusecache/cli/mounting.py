@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from fusecache.cli.output import show_progress
 from fusecache.config.load import load_mount_config
+from fusecache.control.memfd import make_sealed_memfd
 
 _PROGRAM_PREFIX = "fusecache_mount.lifecycle."
 _LAUNCH_FLAGS = frozenset({"nonempty"})
@@ -64,7 +64,8 @@ def mount_command(
     dropped = own | (_WORDS_ADDED_BY_MOUNT8 if mount8 else frozenset())
     settings = load_mount_config(source, mountpoint, [w for w in words if w not in dropped], config)
     flags = [f"--{word}" for word in sorted(own)]
-    with _open_config_memfd(settings.dump_with_secrets()) as fd:
+    fd = make_sealed_memfd("fusecache-config", settings.dump_with_secrets())
+    try:
         command = _program_command("launch", "--config", str(fd), *flags)
         if foreground:
             os.set_inheritable(fd, True)
@@ -72,6 +73,8 @@ def mount_command(
             os.execv(command[0], [*command, "--foreground"])  # noqa: S606  no process of ours in between
         with show_progress(f"mounting {source or 'the sources'} on {mountpoint}"):
             return _run_program(command, (fd,))
+    finally:
+        os.close(fd)
 
 
 @click.command("umount")
@@ -95,18 +98,6 @@ def umount_command(mountpoint: str, lazy: bool, timeout: float) -> int:
 def _program_command(module: str, *arguments: str) -> list[str]:
     # -P: what lies in the current directory must not be imported
     return [sys.executable, "-P", "-m", _PROGRAM_PREFIX + module, *arguments]
-
-
-@contextmanager
-def _open_config_memfd(data: bytes) -> Iterator[int]:
-    fd = os.memfd_create("fusecache-config", os.MFD_CLOEXEC)
-    try:
-        with os.fdopen(os.dup(fd), "wb") as file:
-            file.write(data)
-        os.lseek(fd, 0, os.SEEK_SET)
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def _run_program(command: list[str], descriptors: tuple[int, ...]) -> int:

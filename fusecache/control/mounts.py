@@ -1,36 +1,33 @@
 """Which fusecache mounts this machine has, and where their daemons listen.
 
-Reads /proc/self/mountinfo only: nothing in here looks at a mountpoint itself, which could hang when its
-daemon is gone.
+The mounts come from the mount table: nothing in here looks at a mountpoint itself, which could hang when its daemon is
+gone.
 
-    <runtime_dir>/<mount_id>/control.sock     the daemon's control socket (see control.py)
+    <runtime_dir>/<mount_id>/control.sock     the daemon's control socket
     <runtime_dir>/<mount_id>/log              its log, unless log_file says otherwise
 """
 
 from __future__ import annotations
 
 import os
-import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
 from fusecache.config.model import default_runtime_dir
+from fusecache.control.mountinfo import FSTYPE, MOUNTINFO, read_mountinfo
 from fusecache.errors import MountError
 
-FSTYPE = "fuse.fusecache"
 SOCKET_NAME = "control.sock"
 LOG_NAME = "log"
-_MOUNTINFO = Path("/proc/self/mountinfo")
-_OCTAL_ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 
 @dataclass(frozen=True)
 class Mount:
-    """One line of mountinfo. `device` is "major:minor"; `user` is the uid that made the mount."""
+    """One fusecache mount. `device_number` is "major:minor"; `user_id` is the uid of the user who mounted it."""
 
     mountpoint: Path
     source: str
@@ -38,37 +35,17 @@ class Mount:
     user_id: int
 
 
-def list_mounts(mountinfo: Path = _MOUNTINFO) -> list[Mount]:
+def list_mounts(mountinfo: Path = MOUNTINFO) -> list[Mount]:
     """All fusecache mounts in this mount namespace; of several on one mountpoint, the one on top."""
     found: dict[Path, Mount] = {}
-    for fields, extra in _parse_mountinfo(mountinfo):
-        mountpoint = Path(os.fsdecode(_unescape(fields[4])))
-        found.pop(mountpoint, None)
-        if extra[0] == FSTYPE.encode():
-            user = re.search(rb"(?:^|,)user_id=(\d+)", extra[2])
-            found[mountpoint] = Mount(
-                mountpoint,
-                _unescape(extra[1]).decode("utf-8", "replace"),
-                fields[2].decode(),
-                int(user[1]) if user else 0,
-            )
+    for line in read_mountinfo(mountinfo):
+        found.pop(line.mountpoint, None)
+        if line.fstype == FSTYPE:
+            found[line.mountpoint] = Mount(line.mountpoint, line.source, line.device_number, line.user_id)
     return list(found.values())
 
 
-def _parse_mountinfo(mountinfo: Path) -> Iterator[tuple[list[bytes], list[bytes]]]:
-    for line in mountinfo.read_bytes().splitlines():
-        before, separator, after = line.partition(b" - ")
-        fields, extra = before.split(b" "), after.split(b" ")
-        if separator and len(fields) >= 6 and len(extra) >= 3:
-            yield fields, extra
-
-
-def _unescape(text: bytes) -> bytes:
-    """mountinfo writes space, tab, newline and backslash as three octal digits."""
-    return _OCTAL_ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), text)
-
-
-def resolve_mountpoint(path: str | Path, mountinfo: Path = _MOUNTINFO) -> Path:
+def resolve_mountpoint(path: str | Path, mountinfo: Path = MOUNTINFO) -> Path:
     """The absolute real path of a mountpoint. Resolves its parents only if the path is no mount of ours:
     an lstat of a mountpoint whose daemon is gone hangs or fails."""
     plain = Path(os.path.abspath(path))
@@ -79,13 +56,13 @@ def resolve_mountpoint(path: str | Path, mountinfo: Path = _MOUNTINFO) -> Path:
     return below if below in known else Path(os.path.realpath(below))
 
 
-def find_mount(path: str | Path, mountinfo: Path = _MOUNTINFO) -> Mount | None:
+def find_mount(path: str | Path, mountinfo: Path = MOUNTINFO) -> Mount | None:
     """The fusecache mount whose mountpoint is `path`."""
     wanted = resolve_mountpoint(path, mountinfo)
     return next((mount for mount in list_mounts(mountinfo) if mount.mountpoint == wanted), None)
 
 
-def find_containing_mount(path: str | Path, mountinfo: Path = _MOUNTINFO) -> tuple[Mount, str] | None:
+def find_containing_mount(path: str | Path, mountinfo: Path = MOUNTINFO) -> tuple[Mount, str] | None:
     """The fusecache mount that `path` lies in, and the path below its root ("" for the root)."""
     plain = Path(os.path.abspath(path))
     known = {mount.mountpoint: mount for mount in list_mounts(mountinfo)}
@@ -97,28 +74,18 @@ def find_containing_mount(path: str | Path, mountinfo: Path = _MOUNTINFO) -> tup
     return None
 
 
-def find_file_system(path: Path, mountinfo: Path = _MOUNTINFO) -> tuple[Path, str]:
-    """(mountpoint, type) of the file system of any type that holds `path`, a real path."""
-    best, kind = Path("/"), "unknown"
-    for fields, extra in _parse_mountinfo(mountinfo):
-        mountpoint = Path(os.fsdecode(_unescape(fields[4])))
-        if path.is_relative_to(mountpoint) and len(mountpoint.parts) >= len(best.parts):
-            best, kind = mountpoint, extra[0].decode()
-    return best, kind
-
-
 def compute_mount_id(mountpoint: Path) -> str:
-    """What a mount's folder below the runtime directory is called: 16 hex digits of its real path."""
+    """The name of a mount's folder below the runtime directory: 16 hex digits that stand for its real path."""
     return xxhash.xxh3_64_hexdigest(os.fsencode(mountpoint))
 
 
 def control_socket_path(runtime_dir: Path, mountpoint: Path) -> Path:
-    """Where the daemon of `mountpoint` (a real path) listens."""
+    """The path of the socket at which the daemon of `mountpoint` (a real path) listens."""
     return runtime_dir / compute_mount_id(mountpoint) / SOCKET_NAME
 
 
 def serve_mountpoint(node: str) -> Path:
-    """What stands for the mountpoint of a node that serves without a mount."""
+    """The path that stands for the mountpoint of a node that serves without a mount."""
     return Path("/fusecache-serve") / node
 
 

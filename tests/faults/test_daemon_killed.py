@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fusecache_mount.lifecycle import mounting
+from fusecache_mount.lifecycle import fuse_mount
 from tests.support.content import check, content
 from tests.support.faulty import FaultyServer
 from tests.support.kept import ended
@@ -256,6 +256,6 @@ def test_daemon_and_keeper_both(mounting_it: Mounting, faulty_s3: FaultyServer) 
         os.close(fd)
     done = mount.command("umount", str(mount.path))
     assert done.stderr == ""
-    assert mounting.device_number_of(mount.path) is None
+    assert fuse_mount.device_number_of(mount.path) is None
     mount = mounting_it()
     is_right(path, "shard.bin", _SIZE)

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from fusecache.errors import ConfigError, FusecacheError, MountError
-from fusecache_mount.lifecycle import keeper, launch, mounting, unmount
+from fusecache_mount.lifecycle import fuse_mount, launch, unmount
+from fusecache_mount.lifecycle.keeper_files import find_keeper_by_directory
 from tests.support.kept import Kept, ended, is_keeper, kept
 from tests.support.mounting import command, needs_fuse
 
@@ -52,7 +53,7 @@ def test_not_empty(mount: Kept) -> None:
     refused(mount, r"is not empty \(it holds 'precious'\).*-o nonempty")
     mount.launch(nonempty=True)
     assert not (mount.mountpoint / "precious").exists()
-    mounting.unmount(mount.mountpoint)
+    fuse_mount.unmount(mount.mountpoint)
     assert (mount.mountpoint / "precious").exists()
 
 
@@ -155,7 +156,7 @@ def test_unmounting_below_a_mount(mount: Kept) -> None:
 def test_unmounting_twice(mount: Kept) -> None:
     pid = mount.launch()
     unmount.unmount_and_wait(str(mount.mountpoint), lazy=False, timeout=10)
-    assert keeper.find_keeper_by_directory(mount.directory) is None
+    assert find_keeper_by_directory(mount.directory) is None
     assert not is_keeper(pid)
     with pytest.raises(MountError, match="is not mounted"):
         unmount.unmount_and_wait(str(mount.mountpoint), lazy=False, timeout=10)

@@ -17,7 +17,15 @@ from pathlib import Path
 import pytest
 
 from fusecache.errors import MountError
-from fusecache_mount.lifecycle import keeper, mounting
+from fusecache_mount.lifecycle import fuse_mount
+from fusecache_mount.lifecycle.keeper_files import (
+    CONNECTION_OPTION,
+    PID_NAME,
+    find_keeper_by_connection,
+    find_keeper_by_directory,
+)
+from fusecache_mount.lifecycle.keeper_protocol import KEEPER_MODULE
+from fusecache_mount.lifecycle.restart_policy import MAX_RESTARTS
 from tests.support.kept import Kept, ended, kept
 from tests.support.mounting import needs_fuse
 from tests.support.servers import wait_until
@@ -39,7 +47,7 @@ def test_a_mount_answers_when_launch_returns(mount: Kept) -> None:
     assert mount.told[0]["init"] is None
     assert mount.told[0]["runtime_dir"] == str(mount.work / "run")
     assert mount.directory.name == mount.told[0]["mount_id"]
-    assert keeper.find_keeper_by_directory(mount.directory) == pid
+    assert find_keeper_by_directory(mount.directory) == pid
     lines = [line for line in Path("/proc/self/mounts").read_text().splitlines() if str(mount.work) in line]
     assert [line.split()[:3] for line in lines] == [
         ["s3://bucket/prefix", str(mount.mountpoint), "fuse.fusecache"]
@@ -82,7 +90,7 @@ def test_a_killed_daemon_is_replaced_under_a_reader(mount: Kept) -> None:
 
 def test_an_upgrade_does_not_count_as_a_restart(mount: Kept) -> None:
     pid = mount.launch()
-    for number in range(keeper.MAX_RESTARTS + 2):
+    for number in range(MAX_RESTARTS + 2):
         os.kill(pid, signal.SIGUSR1)
         assert ended(mount.told[number]["pid"])
         assert (mount.mountpoint / "file").read_bytes() == HELLO
@@ -95,7 +103,7 @@ def test_sigterm_unmounts(mount: Kept) -> None:
     mount.kill(pid, signal.SIGTERM)
     assert mount.connection is None
     assert ended(mount.told[0]["pid"])
-    assert not (mount.directory / keeper.PID_NAME).exists()
+    assert not (mount.directory / PID_NAME).exists()
     assert list(mount.mountpoint.iterdir()) == []
 
 
@@ -129,9 +137,9 @@ def test_sigterm_with_a_reader_that_hangs(mount: Kept) -> None:
 
 def test_somebody_else_unmounts(mount: Kept) -> None:
     pid = mount.launch()
-    mounting.unmount(mount.mountpoint)
+    fuse_mount.unmount(mount.mountpoint)
     assert ended(pid)
-    assert not (mount.directory / keeper.PID_NAME).exists()
+    assert not (mount.directory / PID_NAME).exists()
 
 
 @pytest.mark.parametrize(
@@ -150,7 +158,7 @@ def test_a_daemon_that_fails_at_the_start_is_the_reason(mount: Kept, mode: str, 
     assert mount.connection is None
     assert len(mount.told) == 1
     assert ended(mount.told[0]["pid"])
-    assert keeper.find_keeper_by_directory(mount.directory) is None
+    assert find_keeper_by_directory(mount.directory) is None
 
 
 def test_a_daemon_that_is_stuck_at_the_start(mount: Kept) -> None:
@@ -175,7 +183,7 @@ def test_restarts_have_an_end_and_leave_nothing(mount: Kept) -> None:
     mount.kill(mount.told[0]["pid"])
     assert ended(pid)
     assert mount.connection is None
-    assert len(mount.told) == 1 + keeper.MAX_RESTARTS
+    assert len(mount.told) == 1 + MAX_RESTARTS
     assert "giving up" in mount.log()
 
 
@@ -188,7 +196,7 @@ def test_a_daemon_that_is_stuck_after_a_restart_is_killed(mount: Kept) -> None:
     mount.mode("serve")
     assert (mount.mountpoint / "file").read_bytes() == HELLO
     assert len(mount.told) == 3
-    assert keeper.find_keeper_by_directory(mount.directory) == pid
+    assert find_keeper_by_directory(mount.directory) == pid
 
 
 def test_without_the_keeper_the_daemon_ends(mount: Kept) -> None:
@@ -197,14 +205,14 @@ def test_without_the_keeper_the_daemon_ends(mount: Kept) -> None:
     assert ended(mount.told[0]["pid"])
     with pytest.raises(OSError, match="not connected"):
         os.statvfs(mount.mountpoint)
-    assert keeper.find_keeper_by_directory(mount.directory) is None
+    assert find_keeper_by_directory(mount.directory) is None
 
 
 def test_an_earlier_keeper_that_still_lives_is_waited_for(mount: Kept) -> None:
     first = mount.launch()
     with (mount.mountpoint / "file").open("rb"):
-        mounting.unmount(mount.mountpoint, lazy=True)
-        assert keeper.find_keeper_by_directory(mount.directory) == first
+        fuse_mount.unmount(mount.mountpoint, lazy=True)
+        assert find_keeper_by_directory(mount.directory) == first
     assert mount.launch() != first
 
 
@@ -222,20 +230,18 @@ def test_of_two_keepers_of_one_number_the_youngest_is_found() -> None:
         sys.executable,
         "-c",
         "import time; time.sleep(60)",
-        "fusecache_mount.lifecycle.keeper",
-        "--connection",
+        KEEPER_MODULE,
+        CONNECTION_OPTION,
     ]
-    assert keeper.find_keeper_by_connection(number) is None
+    assert find_keeper_by_connection(number) is None
     with contextlib.ExitStack() as stack:
         pids = []
         for _ in range(3):
             process = stack.enter_context(subprocess.Popen([*words, str(number)]))
             stack.callback(process.kill)
             pids.append(process.pid)
-            wait_until(
-                lambda: keeper.find_keeper_by_connection(number) == pids[-1], "the youngest keeper", 10
-            )
+            wait_until(lambda: find_keeper_by_connection(number) == pids[-1], "the youngest keeper", 10)
             time.sleep(0.05)  # longer than a clock tick, in which they are told apart
         os.kill(pids[-1], signal.SIGKILL)
         assert ended(pids[-1])
-        assert keeper.find_keeper_by_connection(number) == pids[-2]
+        assert find_keeper_by_connection(number) == pids[-2]

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from fusecache_mount.lifecycle import keeper, mounting
+from fusecache_mount.lifecycle import fuse_mount, mounting
+from fusecache_mount.lifecycle.keeper_files import find_keeper_by_connection, find_keeper_by_directory
 from tests.support.content import content
 from tests.support.kept import ended
 from tests.support.mounting import command, needs_fuse
@@ -50,14 +51,14 @@ class Place:
 
     @property
     def connection(self) -> int | None:
-        device = mounting.device_number_of(self.mountpoint)
-        return None if device is None else int(device.partition(":")[2])
+        device = fuse_mount.device_number_of(self.mountpoint)
+        return None if device is None else fuse_mount.connection_number(device)
 
     @property
     def keeper(self) -> int:
         connection = self.connection
         assert connection is not None
-        pid = keeper.find_keeper_by_connection(connection)
+        pid = find_keeper_by_connection(connection)
         assert pid is not None
         return pid
 
@@ -93,12 +94,12 @@ def place(tmp_path: Path) -> Iterator[Place]:
         yield made
     finally:
         while (connection := made.connection) is not None:
-            mounting.abort_connection(connection)
-            pid = keeper.find_keeper_by_connection(connection)
+            fuse_mount.abort_connection(connection)
+            pid = find_keeper_by_connection(connection)
             if pid is not None:
                 os.kill(pid, signal.SIGKILL)
                 ended(pid)
-            mounting.unmount(made.mountpoint, lazy=True, force=True)
+            fuse_mount.unmount(made.mountpoint, lazy=True, force=True)
 
 
 @pytest.fixture
@@ -172,7 +173,7 @@ def test_a_source_that_does_not_exist(place: Place) -> None:
     assert str(missing) in done.stderr
     assert done.stderr.count("\n") == 1
     assert place.connection is None
-    assert keeper.find_keeper_by_directory(next((place.work / "run").iterdir())) is None
+    assert find_keeper_by_directory(next((place.work / "run").iterdir())) is None
 
 
 def test_nonempty(place: Place) -> None:
@@ -393,7 +394,7 @@ def test_the_call_of_mount_fuse(place: Place) -> None:
 @needs_root
 def test_fusermount(place: Place) -> None:
     """The way of users without privileges; root may go it, too."""
-    if mounting._find_fusermount() is None:
+    if fuse_mount.find_fusermount() is None:
         pytest.skip("fusermount3 is not installed")
     device = mounting._mount_by_fusermount("s3://b/a,b\\c", place.mountpoint, False, "denied")
     try:
@@ -407,5 +408,5 @@ def test_fusermount(place: Place) -> None:
         poll.register(device, select.POLLIN)
         assert poll.poll(10_000)  # the kernel's INIT waits
     finally:
-        mounting.unmount(place.mountpoint, lazy=True)
+        fuse_mount.unmount(place.mountpoint, lazy=True)
         os.close(device)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fusecache_mount.lifecycle import mounting
+from fusecache_mount.lifecycle import fuse_mount
 from tests.support.live import HANG, asked, kill_daemon, status
 from tests.support.mounting import RealMount, failing, mounted, needs_fuse
 from tests.support.servers import wait_until
@@ -77,7 +77,7 @@ def serves_as_before(mount: RealMount) -> bool:
     before = status(mount)
     (mount.path / "llama" / SHARDS[0]).read_bytes()
     passed = status(mount)["opens"]["passthrough"] - before["opens"]["passthrough"]
-    return passed == (before["mode"]["now"] == "passthrough") and not mounting.is_writable(mount.path)
+    return passed == (before["mode"]["now"] == "passthrough") and not fuse_mount.is_writable(mount.path)
 
 
 def test_a_load_of_safetensors(mount: RealMount) -> None:
@@ -133,7 +133,7 @@ def test_the_pages_that_a_mapping_touches(mount: RealMount) -> None:
     file = file_of(summary, path)
     assert (file["reads"], file["mapped"] > 0, file["pattern"]) == (4, True, "random")
     assert file["share"] == pytest.approx(4 * PAGE / file["length"], abs=1e-4)
-    read_ahead = Path(f"/sys/class/bdi/{mounting.device_number_of(mount.path)}/read_ahead_kb")
+    read_ahead = Path(f"/sys/class/bdi/{fuse_mount.device_number_of(mount.path)}/read_ahead_kb")
     assert int(read_ahead.read_text()) > 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from fusecache.config.model import MountConfig, SourceConfig
-from fusecache_mount.lifecycle import keeper, launch, mounting
+from fusecache_mount.kernel.syscalls import wait_for_exit
+from fusecache_mount.lifecycle import fuse_mount, launch
+from fusecache_mount.lifecycle.keeper_files import find_keeper_by_connection
+from fusecache_mount.lifecycle.keeper_protocol import KEEPER_MODULE
 
 STANDIN = Path(__file__).with_name("standin.py")
 _END = 20.0
@@ -22,22 +24,13 @@ _END = 20.0
 
 def ended(pid: int) -> bool:
     """Wait until a process, child or not, has ended."""
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        return bool(poll.poll(_END * 1000))
-    finally:
-        os.close(fd)
+    return wait_for_exit(pid, _END)
 
 
 def is_keeper(pid: int) -> bool:
     """Whether this process is a keeper still."""
     try:
-        return b"fusecache_mount.lifecycle.keeper" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return KEEPER_MODULE.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
 
@@ -88,15 +81,15 @@ class Kept:
         assert connection is not None
         with contextlib.suppress(OSError):
             self._aborts.append(os.open(f"/sys/fs/fuse/connections/{connection}/abort", os.O_WRONLY))
-        pid = keeper.find_keeper_by_connection(connection)
+        pid = find_keeper_by_connection(connection)
         assert pid is not None
         self.keepers.append(pid)
         return pid
 
     @property
     def connection(self) -> int | None:
-        device = mounting.device_number_of(self.mountpoint)
-        return None if device is None else int(device.partition(":")[2])
+        device = fuse_mount.device_number_of(self.mountpoint)
+        return None if device is None else fuse_mount.connection_number(device)
 
     @property
     def told(self) -> list[dict[str, Any]]:
@@ -118,14 +111,14 @@ class Kept:
                 os.write(fd, b"1")
             os.close(fd)
         if self.connection is not None:
-            mounting.abort_connection(self.connection)
-            left = keeper.find_keeper_by_connection(self.connection)
+            fuse_mount.abort_connection(self.connection)
+            left = find_keeper_by_connection(self.connection)
             self.keepers += [left] if left is not None else []
         for pid in self.keepers:
             if is_keeper(pid):
                 self.kill(pid)
         while self.connection is not None:
-            mounting.unmount(self.mountpoint, lazy=True, force=True)
+            fuse_mount.unmount(self.mountpoint, lazy=True, force=True)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fusecache.control import mounts, rpc
-from fusecache_mount.lifecycle import keeper, mounting
+from fusecache_mount.lifecycle import fuse_mount
+from fusecache_mount.lifecycle.keeper_files import find_keeper_by_connection
 from tests.support.content import check
 from tests.support.faulty import FaultyServer, Request
 from tests.support.kept import ended
@@ -43,9 +44,9 @@ def asked(mount: RealMount, operation: str, **arguments: Any) -> Any:
 
 def keeper_pid(mount: RealMount) -> int:
     """The keeper of a mount, also when its daemon does not answer."""
-    device = mounting.device_number_of(mount.path)
+    device = fuse_mount.device_number_of(mount.path)
     assert device is not None
-    pid = keeper.find_keeper_by_connection(int(device.partition(":")[2]))
+    pid = find_keeper_by_connection(fuse_mount.connection_number(device))
     assert pid is not None
     return pid
 

@@ -94,8 +94,7 @@ def main() -> int:
         with contextlib.suppress(FileNotFoundError):  # interrupted
             os.write(given.device, reply)
         if opcode == 26:
-            exchange = {"init": base64.b64encode(request).decode(), "reply": base64.b64encode(reply).decode()}
-            keeper.send(json.dumps(exchange).encode())
+            keeper.send(json.dumps({"init": base64.b64encode(request).decode()}).encode())
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from fusecache.cli import checks, checks_source
 from fusecache.cli import main as cli
 from fusecache.config.load import load_mount_config
 from fusecache.config.model import SourceConfig, Tuning
-from fusecache.control import mounts
+from fusecache.control.mountinfo import find_file_system
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_cache_file_system(
     mountinfo.write_text(
         f"1 0 0:1 / / rw - btrfs / rw\n2 1 0:2 / {tmp_path} rw - {kind} x rw\n3 2 0:3 / {tmp_path}/y rw - xfs x rw\n"
     )
-    monkeypatch.setattr(checks, "find_file_system", lambda path: mounts.find_file_system(path, mountinfo))
+    monkeypatch.setattr(checks, "find_file_system", lambda path: find_file_system(path, mountinfo))
     found = checks.check_file_system(tmp_path / "not" / "yet")
     assert found.state == state
     assert text in found.detail

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from fusecache.cli import mounting as cli_mounting
+from fusecache.control import mountinfo as mountinfo_module
+from fusecache.control.memfd import make_sealed_memfd
 from fusecache.errors import MountError
 from fusecache_mount.kernel import syscalls
-from fusecache_mount.lifecycle import helper, launch, mounting
+from fusecache_mount.lifecycle import fuse_mount, helper, mounting
 
 _MOUNTINFO = r"""
 22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
@@ -30,8 +32,8 @@ junk
 def mountinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "mountinfo"
     path.write_text(_MOUNTINFO)
-    found = mounting.read_mountinfo(str(path))
-    monkeypatch.setattr(mounting, "read_mountinfo", lambda: found)
+    found = mountinfo_module.read_mountinfo(path)
+    monkeypatch.setattr(mountinfo_module, "read_mountinfo", lambda path: found)
 
 
 @pytest.mark.usefixtures("mountinfo")
@@ -47,14 +49,14 @@ def mountinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_mount_on_top(mountpoint: str, device: str | None) -> None:
-    assert mounting.device_number_of(mountpoint) == device
-    assert mounting.is_mounted(mountpoint) is (device is not None)
+    assert fuse_mount.device_number_of(mountpoint) == device
+    assert fuse_mount.is_mounted(mountpoint) is (device is not None)
 
 
 @pytest.mark.usefixtures("mountinfo")
 def test_another_mount_at_the_same_place() -> None:
-    assert mounting.is_mounted("/models", 40)
-    assert not mounting.is_mounted("/models", 41)
+    assert fuse_mount.is_mounted("/models", 40)
+    assert not fuse_mount.is_mounted("/models", 41)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,7 @@ def test_calls_of_mount_fuse(arguments: list[str], is_call: bool) -> None:
 
 
 def test_a_memfd_is_sealed() -> None:
-    fd = launch.make_sealed_memfd("test", b"secret")
+    fd = make_sealed_memfd("test", b"secret")
     try:
         with pytest.raises(PermissionError):
             os.write(fd, b"x")
@@ -130,12 +132,12 @@ def test_read_ahead_of_what_is_not_mounted(tmp_path: Path) -> None:
 
 
 def test_aborting_what_is_not_there() -> None:
-    assert mounting.abort_connection(999_999_999) is False
+    assert fuse_mount.abort_connection(999_999_999) is False
 
 
 def test_unmounting_what_is_not_mounted(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=str(tmp_path)):
-        mounting.unmount(tmp_path)
+        fuse_mount.unmount(tmp_path)
 
 
 def test_no_fuse_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +152,7 @@ def test_no_privilege_and_no_fusermount(tmp_path: Path, monkeypatch: pytest.Monk
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(mounting, "_mount_directly", refuse)
-    monkeypatch.setattr(mounting, "_find_fusermount", lambda: None)
+    monkeypatch.setattr(mounting, "find_fusermount", lambda: None)
     with pytest.raises(MountError, match=r"needs root .* or fusermount3: apt-get install fuse3"):
         mounting.mount("s3://b", tmp_path, allow_other=False)
 
@@ -159,16 +161,32 @@ def test_what_fusermount_says_is_the_reason(tmp_path: Path, monkeypatch: pytest.
     program = tmp_path / "fusermount3"
     program.write_text("#!/bin/sh\necho 'fusermount3: option allow_other only allowed if ...' >&2\nexit 1\n")
     program.chmod(0o755)
-    monkeypatch.setattr(mounting, "_find_fusermount", lambda: str(program))
+    monkeypatch.setattr(mounting, "find_fusermount", lambda: str(program))
     with pytest.raises(MountError, match=r"denied, and fusermount3 says: option allow_other only allowed"):
         mounting._mount_by_fusermount("s3://b", tmp_path, True, "denied")
 
 
-def test_the_keeper_imports_no_library() -> None:
+def test_the_keeper_imports_the_standard_library_only() -> None:
     """It is resident beside every daemon, and must not fail with them."""
-    script = (
-        "import sys, fusecache_mount.lifecycle.keeper; print(*sorted({m.split('.')[0] for m in sys.modules}))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    script = "import sys; before = set(sys.modules); import fusecache_mount.lifecycle.keeper as keeper"
+    script += "; print(*(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
-    assert not loaded & {"pydantic", "pyfuse3", "trio", "fsspec", "structlog", "xxhash", "click", "rich"}
+    foreign = {name for name in loaded if name.split(".")[0] not in sys.stdlib_module_names}
+    packages = {"fusecache", "fusecache.control", "fusecache_mount", "fusecache_mount.kernel"}
+    assert foreign - packages == {
+        "fusecache.control.mountinfo",
+        "fusecache_mount.kernel.syscalls",
+        "fusecache_mount.lifecycle",
+        *(
+            f"fusecache_mount.lifecycle.{name}"
+            for name in (
+                "daemon_process",
+                "fuse_mount",
+                "keeper",
+                "keeper_files",
+                "keeper_protocol",
+                "restart_policy",
+            )
+        ),
+    }

@@ -1,4 +1,5 @@
-"""System calls around mounts that Python has no function for. The standard library only: the keeper lives on it.
+"""System calls around mounts that Python has no function for, and waiting for the end of a process. The standard
+library only: the keeper lives on it.
 
 Each function makes one call, and raises OSError with the call's errno. None looks at what is mounted, and none asks
 another program for help.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import select
 import struct
 from enum import IntFlag
 from pathlib import Path
@@ -98,3 +100,18 @@ def write_read_ahead(device_number: str, kib: int) -> None:
 def set_parent_death_signal(signal_number: int) -> None:
     """Have the kernel send this process a signal when its parent ends."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0)
+
+
+def wait_for_exit(pid: int, timeout: float) -> bool:
+    """Wait at most `timeout` seconds for the end of a process, a child or not; returns whether it has ended. A child is
+    not reaped. Raises OSError where there is no descriptor to spare."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(int(timeout * 1000)))
+    finally:
+        os.close(fd)

@@ -9,11 +9,9 @@ EXIT_UPGRADE when asked to make way for a new version of itself, and with 1 when
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
 import functools
 import gc
-import json
 import logging
 import os
 import signal
@@ -24,7 +22,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyfuse3
 import trio
@@ -58,14 +55,18 @@ from fusecache_mount.fs.journal import OpenFileJournal
 from fusecache_mount.fs.open_files import OpenFileTable
 from fusecache_mount.fs.operations import AttributePolicy, Operations
 from fusecache_mount.kernel import protocol
-from fusecache_mount.lifecycle import mounting
+from fusecache_mount.lifecycle import fuse_mount, mounting
+from fusecache_mount.lifecycle.keeper_protocol import (
+    EXIT_UPGRADE,
+    MAX_MESSAGE_BYTES,
+    DaemonMessage,
+    StartMessage,
+)
 from fusecache_mount.lifecycle.service import ControlService, DaemonInfo
 from fusecache_mount.tracing.session import TraceController
 
 _log = logging.getLogger("fusecache.daemon")
 
-EXIT_UPGRADE = 75
-_MAX_MESSAGE_BYTES = 1 << 20
 _MAX_REQUEST_TASKS = 1000
 """Requests, other than READs, under way at once: opens may wait for their file."""
 _GC_THRESHOLDS = (20_000, 20, 50)
@@ -82,19 +83,21 @@ class KeeperLink:
     device_fd: int
     clone_fds: list[int]
     keeper_socket: socket.socket
-    start_message: dict[str, Any]
-    """Its first message: {"restarts", "init", "mount_id", "runtime_dir", "privileged", "why"}."""
+    start_message: StartMessage
 
-    def send_message(self, **message: Any) -> None:
+    def send_message(self, message: DaemonMessage) -> None:
         """Send the keeper a message; a keeper that is gone is no reason to stop serving."""
-        with contextlib.suppress(OSError):
-            self.keeper_socket.send(json.dumps(message).encode())
+        _send_to_keeper(self.keeper_socket, message)
 
     @property
     def answered_init(self) -> bytes | None:
         """The kernel's INIT request, if an earlier daemon on this device answered it."""
-        found = self.start_message.get("init")
-        return base64.b64decode(found) if found else None
+        return self.start_message.answered_init
+
+
+def _send_to_keeper(keeper_socket: socket.socket, message: DaemonMessage) -> None:
+    with contextlib.suppress(OSError):
+        keeper_socket.send(message.to_json())
 
 
 class MountCatalogView:
@@ -154,8 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keeper", type=int, required=True)
     parser.add_argument("--config", type=int, required=True)
     given = parser.parse_args(arguments)
-    keeper = socket.socket(fileno=given.keeper)
-    keeper_link = KeeperLink(given.device, [int(fd) for fd in given.clones.split(",") if fd], keeper, {})
+    keeper_socket = socket.socket(fileno=given.keeper)
     try:
         with os.fdopen(given.config, "rb") as file:
             file.seek(0)
@@ -163,13 +165,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         configure_logging(
             config.log_level, config.log_format, file=config.log_file, secrets=config.secret_values()
         )
-        keeper_link.start_message = json.loads(keeper.recv(_MAX_MESSAGE_BYTES))
-        facts = DaemonInfo(int(keeper_link.start_message.get("restarts", 0)), os.getppid(), started)
+        keeper_link = KeeperLink(
+            given.device,
+            [int(fd) for fd in given.clones.split(",") if fd],
+            keeper_socket,
+            StartMessage.from_json(keeper_socket.recv(MAX_MESSAGE_BYTES)),
+        )
+        facts = DaemonInfo(keeper_link.start_message.restarts, os.getppid(), started)
         return trio.run(functools.partial(_build_and_serve, config, keeper_link, facts))
     except BaseExceptionGroup as group:
-        return _report_failure(keeper_link, _first_error(group))
+        return _report_failure(keeper_socket, _first_error(group))
     except Exception as error:
-        return _report_failure(keeper_link, error)
+        return _report_failure(keeper_socket, error)
 
 
 def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -179,13 +186,14 @@ def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return found
 
 
-def _report_failure(keeper_link: KeeperLink, error: BaseException) -> int:
+def _report_failure(keeper_socket: socket.socket, error: BaseException) -> int:
     if isinstance(error, FusecacheError):
         _log.error("%s", error)
-        keeper_link.send_message(error=str(error))
+        _send_to_keeper(keeper_socket, DaemonMessage(error=str(error)))
     else:
         _log.error("the daemon failed: %s: %s", type(error).__name__, error, exc_info=error)
-        keeper_link.send_message(error=f"the daemon failed ({type(error).__name__}: {error}): see its log")
+        failure = f"the daemon failed ({type(error).__name__}: {error}): see its log"
+        _send_to_keeper(keeper_socket, DaemonMessage(error=failure))
     return 1
 
 
@@ -384,7 +392,7 @@ async def _serve_until_unmounted(
                         config, keeper_link, open_files, fetch_service.store, keeper_link.answered_init or b""
                     )
                 )
-            keeper_link.send_message(ready=True)
+            keeper_link.send_message(DaemonMessage(is_ready=True))
             _log.info("serving %s", config.mountpoint)
             await pyfuse3.main(max_tasks=_MAX_REQUEST_TASKS)
             nursery.cancel_scope.cancel()
@@ -438,10 +446,9 @@ def _decide_passthrough(config: MountConfig, keeper_link: KeeperLink) -> Passthr
         return PassthroughState(False, "turned off (passthrough=off)")
     if config.verify == "always":
         return PassthroughState(False, "verify=always: every read is checked by the daemon")
-    if not keeper_link.start_message.get("privileged", True):
-        return PassthroughState(
-            False, str(keeper_link.start_message.get("why") or "it needs CAP_SYS_ADMIN: mount as root")
-        )
+    if not keeper_link.start_message.is_privileged:
+        reason = keeper_link.start_message.unprivileged_reason
+        return PassthroughState(False, reason or "it needs CAP_SYS_ADMIN: mount as root")
     return PassthroughState(True, "")
 
 
@@ -453,9 +460,7 @@ def _report_init(
     init_request: bytes,
     init_reply: bytes,
 ) -> None:
-    keeper_link.send_message(
-        init=base64.b64encode(init_request).decode(), reply=base64.b64encode(init_reply).decode()
-    )
+    keeper_link.send_message(DaemonMessage(answered_init=init_request))
     open_files.run_in_background(
         lambda: _configure_kernel(config, keeper_link, open_files, store, init_request)
     )
@@ -474,7 +479,7 @@ def _configure_kernel(
     except (OSError, FusecacheError) as error:
         _log.info("the kernel's read-ahead stays as it is: %s", error)
     with contextlib.suppress(OSError):
-        if mounting.is_writable(config.mountpoint):  # a daemon that was killed while somebody traced
+        if fuse_mount.is_writable(config.mountpoint):  # a daemon that was killed while somebody traced
             mounting.set_writable(config.mountpoint, writable=False)
     passthrough = open_files.passthrough_state
     if not passthrough.is_active:

@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import errno
-import fcntl
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -28,8 +25,12 @@ from typing import NoReturn
 
 from fusecache.config.model import MountConfig, make_default_cache_dir
 from fusecache.control import mounts
+from fusecache.control.memfd import make_sealed_memfd
 from fusecache.errors import ConfigError, FusecacheError, MountError
-from fusecache_mount.lifecycle import keeper, mounting
+from fusecache_mount.kernel.syscalls import wait_for_exit
+from fusecache_mount.lifecycle import fuse_mount, mounting
+from fusecache_mount.lifecycle.keeper_files import CONNECTION_OPTION, find_keeper_by_directory
+from fusecache_mount.lifecycle.keeper_protocol import DAEMON_COMMAND, KEEPER_MODULE, KeeperSettings
 
 _ANSWER_TIMEOUT = 30.0
 """Seconds in which a mount that is ready has to answer a statfs."""
@@ -39,7 +40,6 @@ _KEEPER_EXIT_TIMEOUT = 15.0
 """Seconds that the keeper of an earlier mount, or of a failed one, gets to end."""
 _FOREGROUND_STOP_DEADLINE = 8.0
 """Below the 10 s after which docker stop kills."""
-_MEMFD_SEALS = 0x1 | 0x2 | 0x4 | 0x8
 
 
 def launch_mount(
@@ -47,7 +47,7 @@ def launch_mount(
     foreground: bool,
     *,
     nonempty: bool = False,
-    daemon_command: Sequence[str] = keeper.DAEMON_COMMAND,
+    daemon_command: Sequence[str] = DAEMON_COMMAND,
     ready_deadline: float = 600.0,
     stop_deadline: float = _FOREGROUND_STOP_DEADLINE,
     backoff: float = 1.0,
@@ -67,7 +67,7 @@ def launch_mount(
     started = False
     try:
         clones = mounting.clone_devices(mounted.device_fd, config.threads - 1)
-        settings = keeper.KeeperSettings(
+        settings = KeeperSettings(
             mountpoint=str(mountpoint),
             connection=mounted.connection,
             mount_id=mounts.compute_mount_id(mountpoint),
@@ -83,12 +83,12 @@ def launch_mount(
             backoff=backoff,
             daemon_command=list(daemon_command),
         )
-        given = make_sealed_memfd("fusecache-settings", json.dumps(dataclasses.asdict(settings)).encode())
+        given = make_sealed_memfd("fusecache-settings", settings.to_json())
         private = make_sealed_memfd("fusecache-config", config.dump_with_secrets())
         descriptors += [*clones, given, private]
-        command = [sys.executable, "-P", "-m", "fusecache_mount.lifecycle.keeper", "--settings", str(given)]
+        command = [sys.executable, "-P", "-m", KEEPER_MODULE, "--settings", str(given)]
         command += ["--device", str(mounted.device_fd), "--config", str(private)]
-        command += ["--clones", ",".join(map(str, clones)), "--connection", str(mounted.connection)]
+        command += ["--clones", ",".join(map(str, clones)), CONNECTION_OPTION, str(mounted.connection)]
         if foreground:
             _exec_keeper(command, descriptors)
         _start_keeper(command, descriptors, log, mountpoint)
@@ -96,8 +96,8 @@ def launch_mount(
     finally:
         if not started:
             with contextlib.suppress(OSError):
-                if mounting.is_mounted(mountpoint, mounted.connection):
-                    mounting.unmount(mountpoint, lazy=True)
+                if fuse_mount.is_mounted(mountpoint, mounted.connection):
+                    fuse_mount.unmount(mountpoint, lazy=True)
         for fd in descriptors:
             os.close(fd)
         if log is not None:
@@ -108,16 +108,6 @@ def mount_table_source(config: MountConfig) -> str:
     """What the mount table shows: the URL, which holds no password (SourceConfig sees to it), or "fusecache" for
     several sources. Not the program's name of another mount: engines change their behaviour for some."""
     return config.sources[0].url if len(config.sources) == 1 else "fusecache"
-
-
-def make_sealed_memfd(name: str, data: bytes) -> int:
-    """A sealed memory file: readable by who inherits it, and nobody can change it."""
-    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    with os.fdopen(os.dup(fd), "wb") as file:
-        file.write(data)
-    os.lseek(fd, 0, os.SEEK_SET)
-    fcntl.fcntl(fd, 1033, _MEMFD_SEALS)  # F_ADD_SEALS
-    return fd
 
 
 # -- checks
@@ -195,26 +185,12 @@ def _check_paths_outside(config: MountConfig) -> None:
 
 def _check_earlier_mount_ended(mountpoint: Path, mount_runtime_dir: Path) -> None:
     """An earlier mount here may be unmounted already, and live on until its files are closed."""
-    pid = keeper.find_keeper_by_directory(mount_runtime_dir)
+    pid = find_keeper_by_directory(mount_runtime_dir)
     if pid is not None and not wait_for_exit(pid, _KEEPER_EXIT_TIMEOUT):
         raise MountError(
             f"{mountpoint}: files of the earlier mount are still open (its keeper is process {pid}): close them, "
             f"or kill {pid} and mount again"
         )
-
-
-def wait_for_exit(pid: int, timeout: float) -> bool:
-    """Wait at most `timeout` seconds for a process that need not be a child; whether it has ended."""
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        return bool(poll.poll(int(timeout * 1000)))
-    finally:
-        os.close(fd)
 
 
 def _open_log_file(config: MountConfig, mount_runtime_dir: Path) -> int:

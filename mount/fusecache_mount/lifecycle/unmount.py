@@ -19,9 +19,12 @@ from pathlib import Path
 from threading import Event
 
 from fusecache.control import mounts, rpc
+from fusecache.control.mountinfo import find_file_system
 from fusecache.errors import ControlError, FusecacheError, MountError
-from fusecache_mount.lifecycle import keeper, mounting
-from fusecache_mount.lifecycle.launch import statfs_errno, wait_for_exit
+from fusecache_mount.kernel.syscalls import wait_for_exit
+from fusecache_mount.lifecycle import fuse_mount
+from fusecache_mount.lifecycle.keeper_files import find_keeper_by_connection
+from fusecache_mount.lifecycle.launch import statfs_errno
 
 _BUSY_RETRY_TIMEOUT = 1.0
 """Seconds in which a mount that is busy is tried again: a scanner or a shell completion lets go by itself."""
@@ -37,8 +40,8 @@ def unmount_and_wait(path: str, *, lazy: bool, timeout: float) -> None:
     mount = mounts.find_mount(path)
     if mount is None:
         raise MountError(_explain_not_mounted(path))
-    connection = int(mount.device_number.partition(":")[2])
-    pid = keeper.find_keeper_by_connection(connection)
+    connection = fuse_mount.connection_number(mount.device_number)
+    pid = find_keeper_by_connection(connection)
     if pid is None:
         _unmount_without_keeper(mount, connection, lazy=lazy)
         return
@@ -59,7 +62,7 @@ def _explain_not_mounted(path: str) -> str:
     if not os.path.lexists(path):
         return f"{path} does not exist"
     real = mounts.resolve_mountpoint(path)
-    around, kind = mounts.find_file_system(real)
+    around, kind = find_file_system(real)
     if around == real and real != Path("/"):
         return f"{path} is a mount of type {kind}, not of fusecache: umount {path}"
     inside = mounts.find_containing_mount(path)
@@ -72,7 +75,7 @@ def _unmount_retrying_busy(mount: mounts.Mount, grace: float) -> None:
     pause = Event()
     while True:
         try:
-            mounting.unmount(mount.mountpoint)
+            fuse_mount.unmount(mount.mountpoint)
             return
         except OSError as error:
             if error.errno == errno.EBUSY and time.monotonic() < until:
@@ -86,16 +89,16 @@ def _unmount_without_keeper(mount: mounts.Mount, connection: int, *, lazy: bool)
     number = statfs_errno(mount.mountpoint)
     dead = number == errno.ENOTCONN or (number is None and lazy)
     if dead:
-        mounting.abort_connection(connection)
+        fuse_mount.abort_connection(connection)
     try:
-        mounting.unmount(mount.mountpoint, lazy=lazy, force=dead and os.geteuid() == 0)
+        fuse_mount.unmount(mount.mountpoint, lazy=lazy, force=dead and os.geteuid() == 0)
     except OSError as error:
         raise _make_mount_error(error, mount.mountpoint, mount.device_number) from None
 
 
 def _unmount_lazily(mountpoint: Path) -> None:
     try:
-        mounting.unmount(mountpoint, lazy=True)
+        fuse_mount.unmount(mountpoint, lazy=True)
     except OSError as error:
         raise _make_mount_error(error, mountpoint, "") from None
 

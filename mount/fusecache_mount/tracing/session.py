@@ -22,7 +22,7 @@ from fusecache.config.model import MountConfig
 from fusecache.errors import ConfigError, MountError
 from fusecache_mount.device.channel import DeviceChannel
 from fusecache_mount.fs.open_files import OpenFileTable
-from fusecache_mount.lifecycle import mounting
+from fusecache_mount.lifecycle import fuse_mount, mounting
 from fusecache_mount.tracing.tracer import AccessTracer
 
 _log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class TraceController:
         Raises ConfigError when a trace is running already, and MountError for what this mount can't do."""
         if self.is_running:
             raise ConfigError("a trace of this mount is running already: end that one first")
-        device = mounting.device_number_of(self._config.mountpoint)
+        device = fuse_mount.device_number_of(self._config.mountpoint)
         if device is None:
             raise MountError(f"{self._config.mountpoint} is not mounted")
         self.is_running = True
@@ -107,7 +107,7 @@ class TraceController:
         stream.tracer.stop()
         mountpoint = self._config.mountpoint
         try:
-            if stream.passes_writes and mounting.is_writable(mountpoint):
+            if stream.passes_writes and fuse_mount.is_writable(mountpoint):
                 mounting.set_writable(mountpoint, writable=False)
             if stream.is_exact:
                 mounting.set_read_ahead(mountpoint, self._config.read_ahead)
