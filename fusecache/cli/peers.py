@@ -12,7 +12,7 @@ from fusecache.cli import target
 from fusecache.cli.output import format_duration, make_table, print_json, print_table
 from fusecache.config.model import default_runtime_dir
 from fusecache.config.units import format_size
-from fusecache.control import mounts, rpc
+from fusecache.control import client, mounts
 
 _TIMEOUT = 20.0
 
@@ -36,7 +36,7 @@ def peers_command(mountpoint: str | None, node: str | None, runtime_dir: Path | 
     if node is not None:
         directory = runtime_dir or default_runtime_dir()
         socket = mounts.control_socket_path(directory.absolute(), mounts.serve_mountpoint(node))
-        report = rpc.call_daemon(socket, "peers", timeout=_TIMEOUT)
+        report = client.call_daemon(socket, "peers", timeout=_TIMEOUT)
     else:
         report = target.call_mount_daemon(target.require_only_mount(mountpoint), "peers", timeout=_TIMEOUT)
     if as_json:

@@ -17,8 +17,8 @@ import trio
 
 from fusecache.config.load import load_mount_config
 from fusecache.config.model import MountConfig, make_default_cache_dir
-from fusecache.control import rpc
 from fusecache.control.mounts import SOCKET_NAME, make_mount_runtime_dir, serve_mountpoint
+from fusecache.control.server import serve_requests
 from fusecache.errors import ConfigError, FusecacheError
 from fusecache.fetch.interface import FetchSettings
 from fusecache.fetch.service import FetchService
@@ -127,7 +127,7 @@ async def _serve_node(config: MountConfig) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with trio.open_nursery() as nursery:
                 handlers = {"status": on_status, "peers": on_peers}
-                await nursery.start(functools.partial(rpc.serve_requests, directory / SOCKET_NAME, handlers))
+                await nursery.start(functools.partial(serve_requests, directory / SOCKET_NAME, handlers))
                 await nursery.start(cluster.run, loader)
                 print(f"fusecache: serving as node {config.peers.node}", file=sys.stderr, flush=True)
                 async for _ in signals:

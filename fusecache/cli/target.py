@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fusecache.control import mounts, rpc
+from fusecache.control import client, mounts
 from fusecache.errors import ControlError, DaemonUnreachableError, MountError
 
 
@@ -43,7 +43,7 @@ def call_mount_daemon(mount: mounts.Mount, op: str, /, *, timeout: float = 30.0,
     """The answer of the mount's daemon. Raises ControlError naming the mountpoint."""
     socket: Path = mounts.find_control_socket(mount)
     try:
-        return rpc.call_daemon(socket, op, timeout=timeout, **args)
+        return client.call_daemon(socket, op, timeout=timeout, **args)
     except DaemonUnreachableError as error:
         raise DaemonUnreachableError(
             f"{mount.mountpoint}: {error}: if it does not come back, "

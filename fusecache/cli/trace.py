@@ -16,7 +16,7 @@ import click
 from fusecache.cli import target
 from fusecache.cli.output import print_error
 from fusecache.config.units import format_size
-from fusecache.control import mounts, rpc
+from fusecache.control import client, mounts
 from fusecache.errors import ConfigError, ControlError, DaemonUnreachableError
 from fusecache.telemetry.trace import TraceSummary
 
@@ -126,7 +126,7 @@ def _print_trace(
     stopped = False
     try:
         with (
-            rpc.StreamedCall(socket, "trace", timeout=_TIMEOUT, exact=exact, writes=writes) as following,
+            client.StreamedCall(socket, "trace", timeout=_TIMEOUT, exact=exact, writes=writes) as following,
             _interrupts_caught(bool(command)) as asked,
         ):
             for item in following:

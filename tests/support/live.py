@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fusecache.control import mounts, rpc
+from fusecache.control import client, mounts
 from fusecache_mount.lifecycle import fuse_mount
 from fusecache_mount.lifecycle.keeper_files import find_keeper_by_connection
 from tests.support.content import check
@@ -39,7 +39,9 @@ def asked(mount: RealMount, operation: str, **arguments: Any) -> Any:
     """What the daemon itself answers: quicker than the command."""
     found = mounts.find_mount(mount.path)
     assert found is not None
-    return rpc.call_daemon(mounts.find_control_socket(found, mount.env), operation, timeout=HANG, **arguments)
+    return client.call_daemon(
+        mounts.find_control_socket(found, mount.env), operation, timeout=HANG, **arguments
+    )
 
 
 def keeper_pid(mount: RealMount) -> int:

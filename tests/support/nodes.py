@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cluster.lab import Host
-from fusecache.control import mounts, rpc
+from fusecache.control import client, mounts
 from tests.support import live
 from tests.support.content import content
 from tests.support.mounting import RealMount, command, mounted
@@ -111,7 +111,7 @@ class Nodes:
         if name in self.mounts:
             return live.asked(self.mounts[name], operation)
         socket = mounts.control_socket_path(self.work / name / "run", mounts.serve_mountpoint(name))
-        return rpc.call_daemon(socket, operation, timeout=live.HANG)
+        return client.call_daemon(socket, operation, timeout=live.HANG)
 
     def states(self, name: str) -> dict[str, str]:
         """State of each member as one node sees it."""

@@ -16,7 +16,7 @@ import xxhash
 from fusecache.cli import main as cli
 from fusecache.cli import output
 from fusecache.cli.cache import is_named_by
-from fusecache.control import mounts, rpc
+from fusecache.control import mounts, server
 from fusecache.errors import ControlError, StoreError
 from fusecache.store.store import Store
 from fusecache.types import ObjectVersion
@@ -84,7 +84,7 @@ def run_daemon(path: Path, daemon: Daemon) -> Callable[[], None]:
     async def serve() -> None:
         handlers = dict.fromkeys(("status", "ls", "evict", "pin", "refresh", "fetch"), daemon.handle)
         async with trio.open_nursery() as nursery:
-            await nursery.start(rpc.serve_requests, path, handlers)
+            await nursery.start(server.serve_requests, path, handlers)
             token = trio.lowlevel.current_trio_token()
             ends.append(lambda: token.run_sync_soon(nursery.cancel_scope.cancel))
             ready.set()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import trio
 
-from fusecache.control import rpc
+from fusecache.control import client, protocol, server
 from fusecache.errors import ControlError, DaemonUnreachableError, MountError
 
 
@@ -71,7 +71,7 @@ async def count(request: dict[str, Any]) -> object:
     return STREAMS[-1]
 
 
-HANDLERS: dict[str, rpc.Handler] = {
+HANDLERS: dict[str, server.Handler] = {
     "echo": echo,
     "refuse": refuse,
     "crash": crash,
@@ -85,7 +85,7 @@ async def served(path: Path) -> AsyncIterator[None]:
     async with trio.open_nursery() as nursery:
 
         async def run(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-            await rpc.serve_requests(path, HANDLERS, task_status=task_status)
+            await server.serve_requests(path, HANDLERS, task_status=task_status)
 
         await nursery.start(run)
         yield
@@ -93,7 +93,7 @@ async def served(path: Path) -> AsyncIterator[None]:
 
 
 async def ask(path: Path, op: str, timeout: float = 10.0, **args: Any) -> Any:
-    return await trio.to_thread.run_sync(lambda: rpc.call_daemon(path, op, timeout=timeout, **args))
+    return await trio.to_thread.run_sync(lambda: client.call_daemon(path, op, timeout=timeout, **args))
 
 
 async def exchange(path: Path, data: bytes) -> bytes:
@@ -150,7 +150,7 @@ async def test_a_crash_tells_no_internals(tmp_path: Path, caplog: pytest.LogCapt
         (b'{"op": 3}\n', "no op"),
         (b'{"op": "nonsense"}\n', "another version"),
         (b"\xff\n", "not JSON"),
-        (b"x" * (rpc.MAX_REQUEST_BYTES + 1), "longer"),
+        (b"x" * (protocol.MAX_REQUEST_BYTES + 1), "longer"),
     ],
 )
 async def test_bad_requests_get_an_error(tmp_path: Path, data: bytes, error: str) -> None:
@@ -167,7 +167,7 @@ async def test_a_request_ends_at_its_deadline(tmp_path: Path, autojump_clock: tr
     async with served(path):
         reply = json.loads(await exchange(path, b'{"op": "hang", "deadline": 5}\n'))
     assert reply == {"ok": False, "error": "hang: not done within 5 s"}
-    assert 5 <= trio.current_time() < rpc.DEFAULT_DEADLINE
+    assert 5 <= trio.current_time() < protocol.DEFAULT_DEADLINE
 
 
 async def test_a_silent_client_is_dropped(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
@@ -183,7 +183,7 @@ async def test_a_stale_socket_is_replaced_and_a_live_one_is_not(tmp_path: Path) 
     async with served(path):
         assert await ask(path, "echo", value=3) == 3
         with pytest.raises(MountError, match="another daemon"):
-            await rpc.serve_requests(path, HANDLERS)
+            await server.serve_requests(path, HANDLERS)
         assert await ask(path, "echo", value=4) == 4
 
 
@@ -197,14 +197,14 @@ async def test_a_foreign_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(MountError, match="somebody else"):
-        await rpc.serve_requests(tmp_path / "link" / "control.sock", HANDLERS)
+        await server.serve_requests(tmp_path / "link" / "control.sock", HANDLERS)
 
 
 def test_nobody_listens(tmp_path: Path) -> None:
     with pytest.raises(DaemonUnreachableError, match="no daemon"):
-        rpc.call_daemon(tmp_path / "control.sock", "status")
+        client.call_daemon(tmp_path / "control.sock", "status")
     with pytest.raises(DaemonUnreachableError, match="no daemon"):
-        rpc.call_daemon(tmp_path / "missing" / "control.sock", "status")
+        client.call_daemon(tmp_path / "missing" / "control.sock", "status")
 
 
 @contextmanager
@@ -229,13 +229,13 @@ def answering(path: Path, reply: bytes) -> Iterator[None]:
 @pytest.mark.parametrize("reply", [b"", b'{"ok": true', b"junk\n", b"[]\n", b"{}\n"])
 def test_a_broken_reply(tmp_path: Path, reply: bytes) -> None:
     with answering(tmp_path / "s", reply), pytest.raises(DaemonUnreachableError, match="went away"):
-        rpc.call_daemon(tmp_path / "s", "status")
+        client.call_daemon(tmp_path / "s", "status")
 
 
 def test_a_stream_that_is_ahead_of_who_wants_one_answer(tmp_path: Path) -> None:
     items = b'{"ok": true, "item": 1}\n{"ok": true, "item": 2}\n'
     with answering(tmp_path / "s", items), pytest.raises(ControlError, match="stream"):
-        rpc.call_daemon(tmp_path / "s", "count")
+        client.call_daemon(tmp_path / "s", "count")
 
 
 def test_a_stuck_daemon(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_a_stuck_daemon(tmp_path: Path) -> None:
         listening.bind(str(path))
         listening.listen()
         with pytest.raises(DaemonUnreachableError, match=r"within 0\.05 s"):
-            rpc.call_daemon(path, "status", timeout=0.05)
+            client.call_daemon(path, "status", timeout=0.05)
 
 
 async def closed(stream: Numbers) -> None:
@@ -259,7 +259,7 @@ async def test_a_stream_goes_on_until_the_client_wants_the_end(tmp_path: Path) -
 
     def follow() -> tuple[list[Any], Any]:
         found = []
-        with rpc.StreamedCall(path, "count") as following:
+        with client.StreamedCall(path, "count") as following:
             for item in following:
                 found.append(item[0])
                 if len(found) == 5:
@@ -304,7 +304,7 @@ async def test_a_client_that_goes_away_ends_its_stream(tmp_path: Path) -> None:
 async def test_a_client_that_takes_nothing_ends_its_stream(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rpc, "STREAM_TIMEOUT", 0.05)
+    monkeypatch.setattr(server, "STREAM_TIMEOUT", 0.05)
     path = tmp_path / "control.sock"
     async with served(path):
         stream = await trio.open_unix_socket(str(path))
@@ -339,13 +339,33 @@ async def test_call_wants_one_answer(tmp_path: Path) -> None:
 
 async def test_nobody_answers_who_follows(tmp_path: Path) -> None:
     with pytest.raises(DaemonUnreachableError, match="no daemon listens"):
-        rpc.StreamedCall(tmp_path / "control.sock", "count")
+        client.StreamedCall(tmp_path / "control.sock", "count")
     path = tmp_path / "control.sock"
     async with served(path):
 
         def follow() -> None:
-            with rpc.StreamedCall(path, "refuse") as following:
+            with client.StreamedCall(path, "refuse") as following:
                 list(following)
 
         with pytest.raises(ControlError, match="not today"):
             await trio.to_thread.run_sync(follow)
+
+
+def test_lines_come_whole_however_they_are_cut() -> None:
+    buffer = protocol.LineBuffer(5)
+    found = []
+    for byte in b"one\n\nthree\n":
+        buffer.feed(bytes([byte]))
+        while (line := buffer.next_line()) is not None:
+            found.append(line)
+    assert found == [b"one", b"", b"three"]
+    buffer.feed(b"a\nb\nc")
+    assert [buffer.next_line() for _ in range(3)] == [b"a", b"b", None]
+
+
+@pytest.mark.parametrize("data", [b"123456", b"123456\n"])
+def test_a_line_has_its_limit(data: bytes) -> None:
+    buffer = protocol.LineBuffer(5)
+    buffer.feed(data)
+    with pytest.raises(protocol.LineTooLongError, match="longer than 5 bytes"):
+        buffer.next_line()

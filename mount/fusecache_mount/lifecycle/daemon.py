@@ -33,8 +33,8 @@ from fusecache.attest.signing import ManifestKey
 from fusecache.catalog.catalog import Catalog
 from fusecache.catalog.entry import CatalogSource
 from fusecache.config.model import MountConfig
-from fusecache.control import rpc
 from fusecache.control.mounts import SOCKET_NAME, make_mount_runtime_dir
+from fusecache.control.server import serve_requests
 from fusecache.errors import ConfigError, FusecacheError
 from fusecache.fetch.interface import FetchSettings
 from fusecache.fetch.service import FetchService
@@ -376,7 +376,7 @@ async def _serve_until_unmounted(
                         nursery.cancel_scope.cancel()
 
             nursery.start_soon(watch_signals)
-            await nursery.start(rpc.serve_requests, mount_runtime_dir / SOCKET_NAME, control_service.handlers)
+            await nursery.start(serve_requests, mount_runtime_dir / SOCKET_NAME, control_service.handlers)
             if cluster is not None:
                 stack.callback(cluster.close)
                 cluster.render_metrics = lambda: render_metrics(StatusCollector(control_service.build_status))

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Event
 
-from fusecache.control import mounts, rpc
+from fusecache.control import client, mounts
 from fusecache.control.mountinfo import find_file_system
 from fusecache.errors import ControlError, FusecacheError, MountError
 from fusecache_mount.kernel.syscalls import wait_for_exit
@@ -47,7 +47,7 @@ def unmount_and_wait(path: str, *, lazy: bool, timeout: float) -> None:
         return
     if lazy:
         with contextlib.suppress(ControlError):
-            rpc.call_daemon(mounts.find_control_socket(mount), "drain", timeout=max(0.1, timeout))
+            client.call_daemon(mounts.find_control_socket(mount), "drain", timeout=max(0.1, timeout))
         used = any(find_processes_using(mount.mountpoint, mount.device_number))
         _unmount_lazily(mount.mountpoint)
         if not used:
