@@ -20,7 +20,7 @@ from benchmarks.processes import python_module, run
 from benchmarks.tools import Bucket
 
 if TYPE_CHECKING:
-    from fusecache.origin.base import Origin
+    from fusecache.origin.interface import Origin
     from fusecache.types import ObjectVersion
 
 BLOCK = 1 << 20

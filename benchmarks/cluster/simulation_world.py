@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.cluster.simulation_network import SimulatedClock, SimulatedNetwork
 from fusecache.config.model import Tuning
-from fusecache.config.peers import PeerSettings
+from fusecache.config.peer_settings import PeerSettings
 from fusecache.peers.exchange import policy
 from fusecache.peers.member import Member
 from fusecache.peers.membership.placement import find_stripe_owners, rank_members, stripe_count

@@ -18,9 +18,9 @@ from typing import TypeVar, TypeVarTuple, Unpack
 
 import trio
 
-from fusecache.catalog import saved
 from fusecache.catalog.entry import CatalogSource, Entry
-from fusecache.catalog.keys import SkipReason
+from fusecache.catalog.names import SkipReason
+from fusecache.catalog.saved_listing import load_listing, save_listing
 from fusecache.catalog.tree import Tree, build_tree, find_changed_names
 from fusecache.errors import FusecacheError, NotFoundError, OriginError, UnavailableError
 from fusecache.types import NodeId, ObjectVersion
@@ -229,7 +229,7 @@ class Listing:
     def _load_saved_tree(self) -> Tree | None:
         if self._directory is None:
             return None
-        versions = saved.load_listing(self._directory, self.source.identity)
+        versions = load_listing(self._directory, self.source.identity)
         if versions is None:
             return None
         return build_tree(self.source.name, versions, is_taken=self._is_taken, empty_mtime_ns=self._born_ns)
@@ -237,7 +237,7 @@ class Listing:
     def _save_versions(self, versions: Sequence[ObjectVersion]) -> None:
         assert self._directory is not None
         try:
-            saved.save_listing(self._directory, self.source.identity, versions)
+            save_listing(self._directory, self.source.identity, versions)
         except OSError as error:
             _log.warning("the listing of %s can't be saved: %s", self.source.identity, error.strerror)
         except Exception:

@@ -18,7 +18,7 @@ from operator import attrgetter
 import xxhash
 
 from fusecache.catalog.entry import ROOT, Entry
-from fusecache.catalog.keys import SkipReason, encode_name, find_name_problem
+from fusecache.catalog.names import SkipReason, encode_name, find_name_problem
 from fusecache.types import NodeId, ObjectVersion
 
 _NODEID_MASK = (1 << 62) - 1

@@ -16,9 +16,9 @@ from pydantic.fields import FieldInfo
 
 from fusecache.config.load import IGNORED_OPTIONS, SECRET_KEYS
 from fusecache.config.model import MountConfig, SourceConfig, Tuning
-from fusecache.config.peers import PeerSettings
+from fusecache.config.peer_settings import PeerSettings
 from fusecache.config.units import format_size
-from fusecache.config.values import Amount, Bytes, Gid, Mode, Seconds, Uid
+from fusecache.config.value_types import Amount, Bytes, Gid, Mode, Seconds, Uid
 from fusecache.telemetry.metrics import METRICS
 
 _INTRODUCTION = """\

@@ -18,7 +18,7 @@ from fusecache.cli.output import print_error
 from fusecache.config.units import format_size
 from fusecache.control import client, mounts
 from fusecache.errors import ConfigError, ControlError, DaemonUnreachableError
-from fusecache.telemetry.trace import TraceSummary
+from fusecache.telemetry.trace_summary import TraceSummary
 
 _TIMEOUT = 30.0
 _MAX_LISTED = 20

@@ -25,8 +25,8 @@ from fusecache.config.model import (
     default_cache_dir,
     default_runtime_dir,
 )
-from fusecache.config.peers import PeerSettings
-from fusecache.config.toml import LocatedSetting, SourceTable, read_toml
+from fusecache.config.peer_settings import PeerSettings
+from fusecache.config.toml_reader import LocatedSetting, SourceTable, read_toml
 from fusecache.errors import ConfigError
 
 ENV_PREFIX = "FUSECACHE_"

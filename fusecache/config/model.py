@@ -16,10 +16,10 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from fusecache.config.machine import file_system_size, usable_memory
-from fusecache.config.peers import PeerSettings
+from fusecache.config.machine_sizes import file_system_size, usable_memory
+from fusecache.config.peer_settings import PeerSettings
 from fusecache.config.units import format_size, resolve_amount
-from fusecache.config.values import AbsolutePath, Amount, Bytes, Gid, Mode, Seconds, SettingsModel, Uid
+from fusecache.config.value_types import AbsolutePath, Amount, Bytes, Gid, Mode, Seconds, SettingsModel, Uid
 from fusecache.errors import ConfigError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]*://")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from fusecache.blocks import block_length
-from fusecache.origin.base import Origin
+from fusecache.origin.interface import Origin
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:

@@ -58,7 +58,7 @@ from fusecache.store.throughput import Throughput
 from fusecache.types import ObjectId, ObjectVersion
 
 if TYPE_CHECKING:
-    from fusecache.origin.base import Origin
+    from fusecache.origin.interface import Origin
 
 _log = logging.getLogger(__name__)
 

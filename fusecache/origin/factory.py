@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fusecache.config.model import SourceConfig, Tuning
 from fusecache.errors import ConfigError
-from fusecache.origin.base import Origin, OriginBackend
-from fusecache.origin.remote import RetryingOrigin
+from fusecache.origin.interface import Origin, OriginBackend
+from fusecache.origin.retrying import RetryingOrigin
 
 
 def open_origin(config: SourceConfig, tuning: Tuning) -> Origin:
@@ -30,10 +30,10 @@ def _make_backend(config: SourceConfig, tuning: Tuning) -> OriginBackend:
             if config.engine == "fsspec" or (config.engine == "auto" and not s3.works_without_s3fs()):
                 return s3
             if config.engine == "auto":
-                from fusecache.origin.native import NativeBackend, supports_endpoint
+                from fusecache.origin.plain_http_engine import PlainHttpEngine, supports_endpoint
 
                 if supports_endpoint(s3.endpoint):
-                    return NativeBackend(s3, tuning)
+                    return PlainHttpEngine(s3, tuning)
             backend = s3
         else:
             from fusecache.origin.gcs import GcsBackend
@@ -42,9 +42,9 @@ def _make_backend(config: SourceConfig, tuning: Tuning) -> OriginBackend:
             if config.engine == "fsspec":
                 return gcs
             backend = gcs
-        from fusecache.origin.obstore_engine import ObstoreBackend
+        from fusecache.origin.obstore_engine import ObstoreEngine
 
-        return ObstoreBackend(backend, tuning)
+        return ObstoreEngine(backend, tuning)
     if scheme in ("file", "local"):
         from fusecache.origin.local import LocalBackend
 
@@ -53,9 +53,9 @@ def _make_backend(config: SourceConfig, tuning: Tuning) -> OriginBackend:
             raise ConfigError(f"{config.url}: write it with an absolute path, like file:///data/models")
         return LocalBackend(root)
     if scheme in ("http", "https"):
-        from fusecache.origin.web import WebBackend
+        from fusecache.origin.http import HttpBackend
 
-        return WebBackend(config, tuning)
-    from fusecache.origin.generic import GenericBackend
+        return HttpBackend(config, tuning)
+    from fusecache.origin.any_fsspec import AnyFsspecBackend
 
-    return GenericBackend(config)
+    return AnyFsspecBackend(config)

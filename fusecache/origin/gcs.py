@@ -21,8 +21,15 @@ import google.auth.exceptions
 
 from fusecache.config.model import SourceConfig, Tuning
 from fusecache.errors import AccessDeniedError, ConfigError, NotFoundError, OriginError
-from fusecache.origin import aio, failures
-from fusecache.origin.base import PAGE_KEYS, ListPage, parse_metadata_sha256
+from fusecache.origin.aiohttp_bodies import (
+    ErrorTranslator,
+    bytes_to_skip,
+    call_on_loop,
+    close_session_soon,
+    stream_body,
+)
+from fusecache.origin.errors_from_answers import error_from_status, version_changed_error
+from fusecache.origin.interface import PAGE_KEYS, ListPage, parse_metadata_sha256
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
@@ -35,7 +42,7 @@ _TOKEN_LIFETIME = timedelta(minutes=5)
 
 
 class GcsBackend:
-    """See fusecache.origin.base.Backend."""
+    """See fusecache.origin.interface.Backend."""
 
     engine = "fsspec"
     scheme: Literal["gs"] = "gs"
@@ -85,7 +92,7 @@ class GcsBackend:
         """See Backend."""
         session = self._fs._session
         if session is not None:
-            aio.close_session_soon(self._fs.loop, session)
+            close_session_soon(self._fs.loop, session)
 
     def object_url(self, key: str) -> str:
         """URL of an object, for messages."""
@@ -121,7 +128,7 @@ class GcsBackend:
             query["generation"] = version.etag
         item = self._request_json(where, self._object_path(version.key), query, timeout)
         if self._make_version(version.key, item) != version:
-            raise failures.version_changed_error(where)
+            raise version_changed_error(where)
         metadata = item.get("metadata")
         return parse_metadata_sha256(metadata.get("sha256")) if isinstance(metadata, dict) else None
 
@@ -133,7 +140,7 @@ class GcsBackend:
             return error
         except OriginError as error:
             return error
-        return failures.version_changed_error(self.object_url(version.key))
+        return version_changed_error(self.object_url(version.key))
 
     def request_range(
         self, version: ObjectVersion, offset: int, length: int, timeout: float
@@ -146,7 +153,7 @@ class GcsBackend:
         ranged = {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
         filesystem = self._fs
         with _GcsErrorTranslator(where):
-            answer = aio.call_on_loop(
+            answer = call_on_loop(
                 filesystem.loop,
                 self._send_request,
                 self._object_path(version.key),
@@ -159,11 +166,11 @@ class GcsBackend:
             if answer.status == 404:
                 raise self.missing_object_error(version, timeout)
             if answer.status >= 300:
-                raise failures.error_from_status(where, answer.status, "", answer.headers.get("Retry-After"))
+                raise error_from_status(where, answer.status, "", answer.headers.get("Retry-After"))
             generation = answer.headers.get("x-goog-generation")
             if version.etag and generation not in (None, version.etag):
-                raise failures.version_changed_error(where)
-            skip = aio.bytes_to_skip(
+                raise version_changed_error(where)
+            skip = bytes_to_skip(
                 where,
                 answer.status,
                 answer.headers.get("Content-Range"),
@@ -171,14 +178,14 @@ class GcsBackend:
                 version.size,
                 offset,
             )
-            parts = aio.stream_body(
+            parts = stream_body(
                 filesystem.loop, where, answer.content.read, skip, length, timeout, _GcsErrorTranslator
             )
             if generation is None and version.etag:
                 # An emulator that may not have looked at ours: look again before any byte is given out.
                 held = list(parts)
                 if self.stat_object(version.key, timeout) != version:
-                    raise failures.version_changed_error(where)
+                    raise version_changed_error(where)
                 yield from held
             else:
                 yield from parts
@@ -212,13 +219,13 @@ class GcsBackend:
                 return answer.status, answer.headers.get("Retry-After"), await answer.read()
 
         with _GcsErrorTranslator(where):
-            status, after, body = aio.call_on_loop(
+            status, after, body = call_on_loop(
                 self._fs.loop, ask, timeout=timeout + self._tuning.connect_timeout
             )
             if status >= 300:
                 if status == 404 and path == "o":
-                    raise failures.error_from_status(where, status, "NoSuchBucket")
-                raise failures.error_from_status(where, status, _error_reason(body), after)
+                    raise error_from_status(where, status, "NoSuchBucket")
+                raise error_from_status(where, status, _error_reason(body), after)
             return json.loads(body)
 
     def _make_version(self, key: str, item: Any) -> ObjectVersion:
@@ -250,7 +257,7 @@ def _error_reason(body: bytes) -> str:
         return ""
 
 
-class _GcsErrorTranslator(aio.ErrorTranslator):
+class _GcsErrorTranslator(ErrorTranslator):
     def translate_error(self, error: Exception) -> OriginError | None:
         if isinstance(error, google.auth.exceptions.GoogleAuthError | gcsfs.retry.HttpError):
             return AccessDeniedError(

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fusecache.errors import NotFoundError
-from fusecache.origin import failures
-from fusecache.origin.base import ListPage
+from fusecache.origin.errors_from_answers import error_from_exception, truncated_error, version_changed_error
+from fusecache.origin.interface import ListPage
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _CHUNK_BYTES = 4 << 20
 
 
 class LocalBackend:
-    """See fusecache.origin.base.Backend."""
+    """See fusecache.origin.interface.Backend."""
 
     engine = "fsspec"
 
@@ -79,9 +79,9 @@ class LocalBackend:
                     data = os.pread(descriptor, min(length, _CHUNK_BYTES), offset)
                     same = self._make_version(version.key, os.fstat(descriptor))
                 if same != version:
-                    raise failures.version_changed_error(where)
+                    raise version_changed_error(where)
                 if not data:
-                    raise failures.truncated_error(where)
+                    raise truncated_error(where)
                 offset += len(data)
                 length -= len(data)
                 yield data
@@ -107,4 +107,4 @@ def _translated_os_errors(where: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise failures.error_from_exception(where, error) from None
+        raise error_from_exception(where, error) from None

@@ -22,8 +22,15 @@ import obstore.store
 
 from fusecache.config.model import Tuning
 from fusecache.errors import NotFoundError, OriginError
-from fusecache.origin import failures
-from fusecache.origin.base import ListPage
+from fusecache.origin.errors_from_answers import (
+    connection_error,
+    error_from_exception,
+    error_from_status,
+    timeout_error,
+    truncated_error,
+    version_changed_error,
+)
+from fusecache.origin.interface import ListPage
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
@@ -47,8 +54,8 @@ _MAX_UNREADABLE_ANSWERS = 3
 """After so many answers that obstore can't read, the backend moves the bytes for good."""
 
 
-class ObstoreBackend:
-    """See fusecache.origin.base.Backend."""
+class ObstoreEngine:
+    """See fusecache.origin.interface.Backend."""
 
     engine = "obstore"
 
@@ -113,13 +120,13 @@ class ObstoreBackend:
     ) -> None:
         """Trust no server to honour the condition."""
         if meta["size"] != version.size:
-            raise failures.version_changed_error(where)
+            raise version_changed_error(where)
         gcs = self._backend.scheme == "gs"
         tag = (meta["version"] or version.etag) if gcs else meta["e_tag"]
         if version.etag and tag != version.etag:
-            raise failures.version_changed_error(where)
+            raise version_changed_error(where)
         if tuple(answered_range) != requested_range:
-            raise failures.truncated_error(where)
+            raise truncated_error(where)
 
     def _translate_error(
         self, where: str, error: Exception, version: ObjectVersion, timeout: float
@@ -215,18 +222,18 @@ def translate_obstore_error(where: str, error: Exception) -> OriginError:
     status = _STATUS_CODE.search(text)
     if status:
         code = _ERROR_CODE.search(text)
-        return failures.error_from_status(where, int(status[1]), code[1] if code else "")
+        return error_from_status(where, int(status[1]), code[1] if code else "")
     if "Received redirect" in text:
-        return failures.error_from_status(where, 301)
+        return error_from_status(where, 301)
     if isinstance(error, obstore.exceptions.PreconditionError):
-        return failures.version_changed_error(where)
+        return version_changed_error(where)
     if isinstance(error, obstore.exceptions.PermissionDeniedError | obstore.exceptions.UnauthenticatedError):
-        return failures.error_from_status(where, 403)
+        return error_from_status(where, 403)
     if not isinstance(error, obstore.exceptions.BaseError):
-        return failures.error_from_exception(where, error)
+        return error_from_exception(where, error)
     kinds = _ERROR_KIND.findall(text)
     if "Timeout" in kinds or "TimedOut" in text:
-        return failures.timeout_error(where)
+        return timeout_error(where)
     if "UnexpectedEof" in kinds:
-        return failures.truncated_error(where)
-    return failures.connection_error(where, kinds[0] if kinds else type(error).__name__)
+        return truncated_error(where)
+    return connection_error(where, kinds[0] if kinds else type(error).__name__)

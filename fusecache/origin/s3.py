@@ -25,8 +25,15 @@ from botocore.parsers import ResponseParserError
 
 from fusecache.config.model import SourceConfig, Tuning
 from fusecache.errors import AccessDeniedError, ConfigError, OriginError
-from fusecache.origin import aio, failures
-from fusecache.origin.base import PAGE_KEYS, ListPage, parse_metadata_sha256
+from fusecache.origin.aiohttp_bodies import ErrorTranslator, bytes_to_skip, stream_body
+from fusecache.origin.errors_from_answers import (
+    connection_error,
+    error_from_status,
+    timeout_error,
+    truncated_error,
+    version_changed_error,
+)
+from fusecache.origin.interface import PAGE_KEYS, ListPage, parse_metadata_sha256
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
@@ -40,7 +47,7 @@ they expire."""
 
 
 class S3Backend:
-    """See fusecache.origin.base.Backend."""
+    """See fusecache.origin.interface.Backend."""
 
     engine = "fsspec"
     scheme: Literal["s3"] = "s3"
@@ -157,7 +164,7 @@ class S3Backend:
             **condition,
         )
         if version.etag and normalize_etag(answer.get("ETag")) != version.etag:
-            raise failures.version_changed_error(self.object_url(version.key))
+            raise version_changed_error(self.object_url(version.key))
         kind = answer.get("ChecksumType") or ("COMPOSITE" if "-" in version.etag else "FULL_OBJECT")
         found = parse_metadata_sha256(answer.get("ChecksumSHA256")) if kind == "FULL_OBJECT" else None
         return found or parse_metadata_sha256(answer.get("Metadata", {}).get("sha256"))
@@ -181,8 +188,8 @@ class S3Backend:
         body = answer["Body"]
         try:
             if version.etag and normalize_etag(answer.get("ETag")) != version.etag:
-                raise failures.version_changed_error(where)
-            skip = aio.bytes_to_skip(
+                raise version_changed_error(where)
+            skip = bytes_to_skip(
                 where,
                 answer["ResponseMetadata"]["HTTPStatusCode"],
                 answer.get("ContentRange"),
@@ -190,7 +197,7 @@ class S3Backend:
                 version.size,
                 offset,
             )
-            yield from aio.stream_body(
+            yield from stream_body(
                 filesystem.loop, where, body.read, skip, length, timeout, _S3ErrorTranslator
             )
         finally:
@@ -300,7 +307,7 @@ def _no_credentials_error(where: str) -> AccessDeniedError:
     )
 
 
-class _S3ErrorTranslator(aio.ErrorTranslator):
+class _S3ErrorTranslator(ErrorTranslator):
     """Turn what botocore raises, and s3fs makes of it, into errors of ours."""
 
     def translate_error(self, error: Exception) -> OriginError | None:
@@ -315,9 +322,9 @@ class _S3ErrorTranslator(aio.ErrorTranslator):
             code = str(cause.response.get("Error", {}).get("Code", ""))
             headers = {k.lower(): v for k, v in meta.get("HTTPHeaders", {}).items()}
             status = int(meta.get("HTTPStatusCode") or (code if code.isdigit() else 0))
-            return failures.error_from_status(where, status, code, headers.get("retry-after"))
+            return error_from_status(where, status, code, headers.get("retry-after"))
         if isinstance(error, botocore.parsers.ResponseParserError):
-            return failures.truncated_error(where)
+            return truncated_error(where)
         names = botocore.exceptions
         if isinstance(cause, names.NoCredentialsError | names.PartialCredentialsError):
             return _no_credentials_error(where)
@@ -326,12 +333,12 @@ class _S3ErrorTranslator(aio.ErrorTranslator):
                 f"{where}: the AWS credentials can't be renewed ({type(cause).__name__}): log in again"
             )
         if isinstance(cause, names.ReadTimeoutError | names.ConnectTimeoutError):
-            return failures.timeout_error(where)
+            return timeout_error(where)
         if isinstance(
             cause,
             names.ConnectionError | names.HTTPClientError | ResponseParserError | names.IncompleteReadError,
         ):
-            return failures.connection_error(where, type(cause).__name__)
+            return connection_error(where, type(cause).__name__)
         if isinstance(cause, names.ParamValidationError):
             return OriginError(f"{where}: S3 has no such name: check the URL")
         if isinstance(cause, names.BotoCoreError):

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import trio
 
 import fusecache
-from fusecache.config.peers import PeerSettings, is_loopback, split_address
+from fusecache.config.peer_settings import PeerSettings, is_loopback, split_address
 from fusecache.errors import ConfigError, FusecacheError
 from fusecache.fetch.service import FetchService
 from fusecache.peers.coverage import PeerSupplyEstimate
@@ -41,7 +41,7 @@ from fusecache.store.interface import BlockStore
 from fusecache.types import ObjectId
 
 if TYPE_CHECKING:
-    from fusecache.origin.base import Origin
+    from fusecache.origin.interface import Origin
 
 _log = logging.getLogger(__name__)
 

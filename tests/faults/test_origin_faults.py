@@ -19,7 +19,7 @@ from fusecache.errors import (
     UnavailableError,
     VersionChangedError,
 )
-from fusecache.origin.base import Origin
+from fusecache.origin.interface import Origin
 from fusecache.types import ObjectVersion
 from tests.support.content import check, content
 from tests.support.faulty import FaultyServer, everything, gets, lists

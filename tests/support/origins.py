@@ -13,8 +13,8 @@ from typing import Any
 import fsspec
 
 from fusecache.config.model import SourceConfig, Tuning
-from fusecache.origin.base import Origin
 from fusecache.origin.factory import open_origin
+from fusecache.origin.interface import Origin
 from tests.support.servers import GcsBucket, S3Bucket
 
 QUICK = Tuning(

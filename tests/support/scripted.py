@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from fusecache.errors import CancelledReadError, NotFoundError, UnavailableError
-from fusecache.origin.base import OriginStats, never_cancelled
+from fusecache.origin.interface import OriginStats, never_cancelled
 from fusecache.types import ObjectVersion
 from tests.support.content import content
 

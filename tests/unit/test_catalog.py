@@ -15,7 +15,7 @@ import trio.testing
 from fusecache.catalog import listing as listing_module
 from fusecache.catalog.catalog import Catalog
 from fusecache.catalog.entry import ROOT, Entry
-from fusecache.catalog.saved import load_listing, save_listing, saved_path
+from fusecache.catalog.saved_listing import load_listing, save_listing, saved_path
 from fusecache.errors import (
     AccessDeniedError,
     ConfigError,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusecache.catalog.entry import ROOT
-from fusecache.catalog.keys import NAME_MAX, SkipReason
+from fusecache.catalog.names import NAME_MAX, SkipReason
 from fusecache.catalog.tree import FIRST_CURSOR, Tree, build_tree, find_changed_names
 from fusecache.types import ObjectVersion
 

@@ -9,7 +9,7 @@ import pytest
 
 from fusecache.cli import options
 from fusecache.config.model import MountConfig, SourceConfig, Tuning
-from fusecache.config.peers import PeerSettings
+from fusecache.config.peer_settings import PeerSettings
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "OPTIONS.md"
 

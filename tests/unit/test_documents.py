@@ -14,7 +14,7 @@ import pytest
 from fusecache.cli.main import cli
 from fusecache.config.load import load_mount_config
 from fusecache.config.model import MountConfig, SourceConfig, Tuning
-from fusecache.config.peers import PeerSettings
+from fusecache.config.peer_settings import PeerSettings
 from fusecache.telemetry.metrics import METRICS
 from fusecache_mount.lifecycle.helper import translate_arguments
 

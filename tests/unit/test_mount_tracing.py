@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fusecache.cli.trace import escape_unprintable, summary_lines
-from fusecache.telemetry.trace import TraceSummary, describe_pattern
+from fusecache.telemetry.trace_summary import TraceSummary, describe_pattern
 from fusecache_mount.kernel import protocol
 from fusecache_mount.kernel.nodeids import passthrough_nodeid
 from fusecache_mount.kernel.protocol import Opcode

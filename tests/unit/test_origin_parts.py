@@ -20,12 +20,17 @@ from fusecache.errors import (
     UnavailableError,
     VersionChangedError,
 )
-from fusecache.origin.aio import bytes_to_skip
-from fusecache.origin.base import never_cancelled
+from fusecache.origin.adaptive_limiter import AdaptiveLimiter
+from fusecache.origin.aiohttp_bodies import bytes_to_skip
+from fusecache.origin.backoff import Backoff
+from fusecache.origin.errors_from_answers import (
+    error_from_exception,
+    error_from_status,
+    is_temporary,
+    parse_retry_after,
+)
 from fusecache.origin.factory import open_origin
-from fusecache.origin.failures import error_from_exception, error_from_status, is_temporary, parse_retry_after
-from fusecache.origin.limiter import AdaptiveLimiter
-from fusecache.origin.retry import Backoff
+from fusecache.origin.interface import never_cancelled
 from fusecache.origin.s3 import normalize_etag
 from tests.support.servers import wait_until
 
@@ -140,7 +145,7 @@ def test_pauses_grow_and_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
         bounds.append(high)
         return 0.0
 
-    monkeypatch.setattr("fusecache.origin.retry.random.uniform", record)
+    monkeypatch.setattr("fusecache.origin.backoff.random.uniform", record)
     backoff = Backoff(0.1, 0.5)
     for _ in range(5):
         backoff.wait_before_retry(TemporaryOriginError("x"), later(), never_cancelled)

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusecache.errors import CancelledReadError, UnavailableError
-from fusecache.origin.slots import ResizableSemaphore
 from fusecache.peers.exchange import policy
 from fusecache.peers.exchange.breaker import PeerHealth
 from fusecache.peers.member import Member
 from fusecache.peers.membership.placement import rank_members
+from fusecache.semaphore import ResizableSemaphore
 from fusecache.types import ObjectId, ObjectVersion
 
 OBJECT = ObjectId("ab" * 16)

@@ -17,7 +17,7 @@ import pytest
 import trio
 import xxhash
 
-from fusecache.config.peers import PeerSettings
+from fusecache.config.peer_settings import PeerSettings
 from fusecache.errors import UnavailableError
 from fusecache.peers.errors import (
     PeerBusyError,

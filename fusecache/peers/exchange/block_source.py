@@ -20,8 +20,7 @@ from typing import Protocol
 
 from fusecache.errors import CancelledReadError, UnavailableError
 from fusecache.fetch.block_source import BlockSink, Route, write_chunks
-from fusecache.origin.base import Origin
-from fusecache.origin.slots import ResizableSemaphore
+from fusecache.origin.interface import Origin
 from fusecache.peers.errors import (
     PeerBusyError,
     PeerConnectTimeoutError,
@@ -37,6 +36,7 @@ from fusecache.peers.member import Member
 from fusecache.peers.membership.placement import rank_members
 from fusecache.peers.transport.client import PeerClient
 from fusecache.peers.transport.wire import BlockRequest
+from fusecache.semaphore import ResizableSemaphore
 from fusecache.store.throughput import PeakThroughput
 from fusecache.types import ObjectId, ObjectVersion
 

@@ -16,7 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
-from fusecache.config.peers import PeerSettings
+from fusecache.config.peer_settings import PeerSettings
 from fusecache.errors import ConfigError
 from fusecache.peers.transport.wire import NAME_PATTERN, RequestError
 

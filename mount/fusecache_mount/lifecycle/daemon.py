@@ -38,8 +38,8 @@ from fusecache.control.server import serve_requests
 from fusecache.errors import ConfigError, FusecacheError
 from fusecache.fetch.interface import FetchSettings
 from fusecache.fetch.service import FetchService
-from fusecache.origin.base import Origin
 from fusecache.origin.factory import open_origin
+from fusecache.origin.interface import Origin
 from fusecache.peers.node import PeerNode
 from fusecache.prefetch.profiles.profile_store import ProfileStore
 from fusecache.store.attestation import AttestationPolicy

@@ -17,7 +17,7 @@ from fusecache.catalog.entry import Entry
 from fusecache.config.model import MountConfig
 from fusecache.errors import AttestationError, ConfigError, FusecacheError, NotFoundError
 from fusecache.fetch.service import FetchService
-from fusecache.origin.base import Origin
+from fusecache.origin.interface import Origin
 from fusecache.peers.node import PeerNode
 from fusecache.prefetch.profiles.profile_store import ProfileStore
 from fusecache.store.disk.format import AttestationState

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 
 from fusecache.errors import CancelledReadError, OriginError, UnavailableError
-from fusecache.origin.retry import raise_last_error
-from fusecache.origin.slots import ResizableSemaphore
+from fusecache.origin.backoff import raise_last_error
+from fusecache.semaphore import ResizableSemaphore
 
 _MIN_SLOTS = 4
 """Never fewer slots: with one, a single request that stalls, or one key that is throttled for good, would stop all."""

@@ -16,7 +16,13 @@ import aiohttp
 import fsspec.asyn
 
 from fusecache.errors import FusecacheError, OriginError, TemporaryOriginError
-from fusecache.origin import failures
+from fusecache.origin.errors_from_answers import (
+    connection_error,
+    error_from_exception,
+    timeout_error,
+    truncated_error,
+    version_changed_error,
+)
 
 _HOP_BYTES = 1 << 20
 """Bytes per hop to the asyncio thread: a hop costs about 0.1 ms, aiohttp's pieces have 64-256 KiB."""
@@ -56,15 +62,15 @@ class ErrorTranslator:
 
     def _translate_common_error(self, error: Exception) -> OriginError:
         if isinstance(error, asyncio.TimeoutError):
-            return failures.timeout_error(self.where)
+            return timeout_error(self.where)
         if isinstance(error, aiohttp.ClientPayloadError):
-            return failures.truncated_error(self.where)
+            return truncated_error(self.where)
         if isinstance(error, aiohttp.InvalidURL):
             return OriginError(f"{self.where}: not a valid URL: check it")
         if isinstance(error, aiohttp.ClientError):
             # Its text may quote headers: only its kind is passed on.
-            return failures.connection_error(self.where, type(error).__name__)
-        return failures.error_from_exception(self.where, error)
+            return connection_error(self.where, type(error).__name__)
+        return error_from_exception(self.where, error)
 
 
 def bytes_to_skip(
@@ -78,13 +84,13 @@ def bytes_to_skip(
     found = _CONTENT_RANGE.fullmatch(content_range or "")
     if found:
         if found[3] != "*" and int(found[3]) != size:
-            raise failures.version_changed_error(where)
+            raise version_changed_error(where)
         if int(found[1]) > offset:
             raise TemporaryOriginError(f"{where}: the server answered another range than was asked for")
         return offset - int(found[1])
     if status == 200:
         if content_length is not None and content_length != size:
-            raise failures.version_changed_error(where)
+            raise version_changed_error(where)
         return offset
     raise TemporaryOriginError(f"{where}: the server answered {status} without saying which range")
 
@@ -116,13 +122,13 @@ def stream_body(
         with translator(where):
             parts = call_on_loop(loop, some, min(skip, _HOP_BYTES), timeout=whole)
         if not parts:
-            raise failures.truncated_error(where)
+            raise truncated_error(where)
         skip -= sum(map(len, parts))
     while length > 0:
         with translator(where):
             parts = call_on_loop(loop, some, min(length, _HOP_BYTES), timeout=whole)
         if not parts:
-            raise failures.truncated_error(where)
+            raise truncated_error(where)
         for part in parts:
             length -= len(part)
             yield part

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 
-from fusecache.config.values import AbsolutePath, Bytes, Seconds, SettingsModel
+from fusecache.config.value_types import AbsolutePath, Bytes, Seconds, SettingsModel
 
 _NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _SEPARATOR = re.compile(r"[;\s]+")

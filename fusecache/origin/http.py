@@ -18,9 +18,16 @@ from yarl import URL
 
 from fusecache.config.model import SourceConfig, Tuning
 from fusecache.errors import OriginError
-from fusecache.origin import aio, failures
-from fusecache.origin.base import ListPage
-from fusecache.origin.generic import identity_from_url
+from fusecache.origin.aiohttp_bodies import (
+    ErrorTranslator,
+    bytes_to_skip,
+    call_on_loop,
+    close_session_soon,
+    stream_body,
+)
+from fusecache.origin.any_fsspec import identity_from_url
+from fusecache.origin.errors_from_answers import error_from_status, version_changed_error
+from fusecache.origin.interface import ListPage
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
@@ -32,8 +39,8 @@ _MAX_HEAD_REQUESTS = 16
 _UNCOMPRESSED = {"Accept-Encoding": "identity"}
 
 
-class WebBackend:
-    """See fusecache.origin.base.Backend."""
+class HttpBackend:
+    """See fusecache.origin.interface.Backend."""
 
     engine = "fsspec"
 
@@ -54,7 +61,7 @@ class WebBackend:
                 URL(self._root_url + "/", encoded=True), timeout=self._client_timeout(timeout)
             ) as answer:
                 if answer.status >= 300:
-                    raise failures.error_from_status(self.identity, answer.status)
+                    raise error_from_status(self.identity, answer.status)
             found = await self._fs._find(self._root_url + "/", withdirs=False)
             slots = asyncio.Semaphore(_MAX_HEAD_REQUESTS)
 
@@ -64,13 +71,13 @@ class WebBackend:
 
             return list(await asyncio.gather(*map(one, found)))
 
-        with aio.ErrorTranslator(self.identity):
-            return ListPage(aio.call_on_loop(self._fs.loop, everything, timeout=self._tuning.deadline))
+        with ErrorTranslator(self.identity):
+            return ListPage(call_on_loop(self._fs.loop, everything, timeout=self._tuning.deadline))
 
     def stat_object(self, key: str, timeout: float) -> ObjectVersion:
         """See Backend."""
-        with aio.ErrorTranslator(f"{self.identity}/{key}"):
-            version: ObjectVersion = aio.call_on_loop(
+        with ErrorTranslator(f"{self.identity}/{key}"):
+            version: ObjectVersion = call_on_loop(
                 self._fs.loop, self._stat_object, key, timeout, timeout=timeout + self._tuning.connect_timeout
             )
             return version
@@ -85,7 +92,7 @@ class WebBackend:
             timeout=self._client_timeout(timeout),
         ) as answer:
             if answer.status >= 300:
-                raise failures.error_from_status(where, answer.status, "", answer.headers.get("Retry-After"))
+                raise error_from_status(where, answer.status, "", answer.headers.get("Retry-After"))
             length = answer.headers.get("Content-Length")
             if length is None:
                 raise OriginError(f"{where}: the server does not tell its size: it can't be mounted")
@@ -120,14 +127,14 @@ class WebBackend:
                 timeout=self._client_timeout(timeout),
             )
 
-        with aio.ErrorTranslator(where):
-            answer = aio.call_on_loop(self._fs.loop, begin, timeout=timeout + self._tuning.connect_timeout)
+        with ErrorTranslator(where):
+            answer = call_on_loop(self._fs.loop, begin, timeout=timeout + self._tuning.connect_timeout)
         try:
             if answer.status >= 300:
-                raise failures.error_from_status(where, answer.status, "", answer.headers.get("Retry-After"))
+                raise error_from_status(where, answer.status, "", answer.headers.get("Retry-After"))
             if version.etag and _version_tag(answer.headers) != version.etag:
-                raise failures.version_changed_error(where)
-            skip = aio.bytes_to_skip(
+                raise version_changed_error(where)
+            skip = bytes_to_skip(
                 where,
                 answer.status,
                 answer.headers.get("Content-Range"),
@@ -135,7 +142,7 @@ class WebBackend:
                 version.size,
                 offset,
             )
-            yield from aio.stream_body(self._fs.loop, where, answer.content.read, skip, length, timeout)
+            yield from stream_body(self._fs.loop, where, answer.content.read, skip, length, timeout)
         finally:
             self._fs.loop.call_soon_threadsafe(answer.close)
 
@@ -146,7 +153,7 @@ class WebBackend:
         """See Backend."""
         session = self._fs._session
         if session is not None:
-            aio.close_session_soon(self._fs.loop, session)
+            close_session_soon(self._fs.loop, session)
 
     def _object_url(self, key: str) -> URL:
         return URL(f"{self._root_url}/{quote(key)}", encoded=True)

@@ -17,8 +17,9 @@ import fsspec.asyn
 
 from fusecache.config.model import SourceConfig
 from fusecache.errors import ConfigError, NotFoundError, OriginError
-from fusecache.origin import aio, failures
-from fusecache.origin.base import ListPage, parse_metadata_sha256
+from fusecache.origin.aiohttp_bodies import ErrorTranslator
+from fusecache.origin.errors_from_answers import truncated_error, version_changed_error
+from fusecache.origin.interface import ListPage, parse_metadata_sha256
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
@@ -52,8 +53,8 @@ _TIME_FIELDS = (
 )
 
 
-class GenericBackend:
-    """See fusecache.origin.base.Backend."""
+class AnyFsspecBackend:
+    """See fusecache.origin.interface.Backend."""
 
     engine = "fsspec"
 
@@ -80,7 +81,7 @@ class GenericBackend:
     def list_page(self, token: str | None, timeout: float) -> ListPage:
         """See Backend: all in one page."""
         self._fs.invalidate_cache()
-        with aio.ErrorTranslator(self.identity):
+        with ErrorTranslator(self.identity):
             found = self._call_filesystem("find", self._root, detail=True, withdirs=False)
             if not found and not self._root_exists():
                 raise NotFoundError(f"{self.identity}: does not exist: check the URL")
@@ -101,7 +102,7 @@ class GenericBackend:
     def stat_object(self, key: str, timeout: float) -> ObjectVersion:
         """See Backend."""
         where = f"{self.identity}/{key}"
-        with aio.ErrorTranslator(where):
+        with ErrorTranslator(where):
             self._fs.invalidate_cache()
             info = self._call_filesystem("info", self._full_path(key), timeout=timeout)
         if info.get("type", "file") != "file":
@@ -111,11 +112,11 @@ class GenericBackend:
     def read_metadata_sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
         """See Backend: where the file system tells one, as hf:// does of what is in LFS."""
         where = f"{self.identity}/{version.key}"
-        with aio.ErrorTranslator(where):
+        with ErrorTranslator(where):
             self._fs.invalidate_cache()
             info = self._call_filesystem("info", self._full_path(version.key), timeout=timeout)
         if self._make_version(version.key, info) != version:
-            raise failures.version_changed_error(where)
+            raise version_changed_error(where)
         lfs = info.get("lfs")
         return parse_metadata_sha256(info.get("sha256")) or parse_metadata_sha256(
             lfs.get("sha256") if isinstance(lfs, Mapping) else None
@@ -128,14 +129,14 @@ class GenericBackend:
         where = f"{self.identity}/{version.key}"
         while length > 0:
             size = min(length, _CHUNK_BYTES)
-            with aio.ErrorTranslator(where):
+            with ErrorTranslator(where):
                 data = self._call_filesystem(
                     "cat_file", self._full_path(version.key), start=offset, end=offset + size, timeout=timeout
                 )
             if self.stat_object(version.key, timeout) != version:
-                raise failures.version_changed_error(where)
+                raise version_changed_error(where)
             if not data:
-                raise failures.truncated_error(where)
+                raise truncated_error(where)
             data = memoryview(data)[:size]
             offset += len(data)
             length -= len(data)

@@ -28,8 +28,15 @@ import botocore.credentials
 
 from fusecache.config.model import Tuning
 from fusecache.errors import OriginError
-from fusecache.origin import aio, failures
-from fusecache.origin.base import ListPage
+from fusecache.origin.aiohttp_bodies import ErrorTranslator, bytes_to_skip
+from fusecache.origin.errors_from_answers import (
+    connection_error,
+    error_from_status,
+    timeout_error,
+    truncated_error,
+    version_changed_error,
+)
+from fusecache.origin.interface import ListPage
 from fusecache.origin.s3 import CREDENTIALS_LIFETIME, S3Backend, normalize_etag
 from fusecache.types import ObjectVersion
 
@@ -79,8 +86,8 @@ class _Connection:
             self.sock.close()
 
 
-class NativeBackend:
-    """See fusecache.origin.base.Backend. Its lock guards the idle connections and the keys; it is a leaf."""
+class PlainHttpEngine:
+    """See fusecache.origin.interface.Backend. Its lock guards the idle connections and the keys; it is a leaf."""
 
     engine = "native"
 
@@ -131,15 +138,15 @@ class NativeBackend:
                     body = answer.read(_MAX_ERROR_BODY)
                     whole = answer.isclosed()
                     code = _ERROR_CODE.search(body)
-                    raise failures.error_from_status(
+                    raise error_from_status(
                         where,
                         answer.status,
                         code[1].decode() if code else "",
                         answer.getheader("Retry-After"),
                     )
             if version.etag and normalize_etag(answer.getheader("ETag")) != version.etag:
-                raise failures.version_changed_error(where)
-            skip = aio.bytes_to_skip(
+                raise version_changed_error(where)
+            skip = bytes_to_skip(
                 where,
                 answer.status,
                 answer.getheader("Content-Range"),
@@ -154,7 +161,7 @@ class NativeBackend:
                 with watch:
                     got = receive(min(_CHUNK_BYTES, skip + length))
                 if not got:
-                    raise failures.truncated_error(where)
+                    raise truncated_error(where)
                 if left is not None:
                     left -= got
                 used = min(skip, got)
@@ -296,10 +303,10 @@ def _make_receiver(connection: _Connection, answer: http.client.HTTPResponse) ->
     return direct
 
 
-class _NativeErrorTranslator(aio.ErrorTranslator):
+class _NativeErrorTranslator(ErrorTranslator):
     def translate_error(self, error: Exception) -> OriginError | None:
         if isinstance(error, BlockingIOError):  # SO_RCVTIMEO
-            return failures.timeout_error(self.where)
+            return timeout_error(self.where)
         if isinstance(error, http.client.HTTPException):
-            return failures.connection_error(self.where, type(error).__name__)
+            return connection_error(self.where, type(error).__name__)
         return None

@@ -23,10 +23,10 @@ from fusecache.errors import (
     ThrottledError,
     UnavailableError,
 )
-from fusecache.origin.base import OriginBackend, OriginStats, never_cancelled
-from fusecache.origin.failures import truncated_error
-from fusecache.origin.limiter import AdaptiveLimiter
-from fusecache.origin.retry import Backoff, raise_last_error
+from fusecache.origin.adaptive_limiter import AdaptiveLimiter
+from fusecache.origin.backoff import Backoff, raise_last_error
+from fusecache.origin.errors_from_answers import truncated_error
+from fusecache.origin.interface import OriginBackend, OriginStats, never_cancelled
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _MIN_WAIT = 0.05
 
 
 class RetryingOrigin:
-    """See fusecache.origin.base.Origin."""
+    """See fusecache.origin.interface.Origin."""
 
     def __init__(self, backend: OriginBackend, tuning: Tuning) -> None:
         self._backend = backend
