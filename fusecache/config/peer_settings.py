@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
-import socket
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -77,7 +77,7 @@ class PeerSettings(SettingsModel):
         description="URL that other nodes reach this one at; unset: made from `listen`, or from this machine's name.",
     )
     node: str = Field(
-        default_factory=lambda: _node_name_from_host(socket.gethostname()),
+        default_factory=lambda: _node_name_from_host(os.uname().nodename),
         description="Name of this node, unique in its cluster; unset: this machine's name.",
     )
     weight: Bytes | None = Field(

@@ -1,141 +1,247 @@
-"""The arrows between the rooms, by the imports in the source (of functions and type checking, too)."""
+"""The arrows between the rooms of ARCHITECTURE.md's table, by the imports in the source."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
-from pathlib import Path
+import functools
+import re
+import subprocess
+import sys
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.imports import (
+    PACKAGES,
+    ROOT,
+    circles,
+    closure,
+    find_modules,
+    import_graph,
+)
+from tests.support.known import assert_only_known
 
-GROUND = {"types", "errors", "blocks", "bounded", "semaphore", "events", "locking", "config", ""}
-ALLOWED: dict[str, set[str]] = {
-    "types": {""},
-    "errors": {""},
-    "blocks": {""},
-    "bounded": {""},
-    "semaphore": {"errors", ""},
-    "events": {"types", ""},
-    "locking": {""},
-    "config": {"errors", ""},
-    "control": GROUND,
-    "telemetry": GROUND,
-    "store": GROUND,
-    "origin": GROUND,
-    "catalog": GROUND,
-    "fetch": GROUND | {"store", "origin", "catalog", "prefetch"},
-    "prefetch": GROUND | {"store", "origin", "catalog", "fetch"},
-    "attest": GROUND | {"store", "fetch"},
-    "peers": GROUND | {"store", "origin", "fetch", "prefetch"},
-    "cli": GROUND
-    | {"control", "telemetry", "store", "origin", "catalog", "fetch", "prefetch", "attest", "peers"},
-    "mount": GROUND
-    | {"control", "telemetry", "store", "origin", "catalog", "fetch", "prefetch", "attest", "peers"},
-}
-"""Room -> rooms that it may import, besides itself. '' is the package itself, which holds the version only."""
+MODULES = find_modules()
+GRAPH = import_graph(MODULES)
+_ROW = re.compile(r"^\| (`[^|]+) \| [^|]* \|([^|]*)\|$", re.MULTILINE)
 
 PURE = (
-    "fusecache/types.py",
-    "fusecache/errors.py",
-    "fusecache/blocks.py",
-    "fusecache/bounded.py",
-    "fusecache/semaphore.py",
-    "fusecache/events.py",
-    "fusecache/config",
-    "fusecache/store/disk/format.py",
-    "fusecache/store/eviction.py",
-    "fusecache/store/throughput.py",
-    "fusecache/store/tier_placement.py",
-    "fusecache/prefetch/models/companions.py",
-    "fusecache/prefetch/models/tensor_formats.py",
-    "fusecache/prefetch/models/shard_order.py",
-    "fusecache/prefetch/profiles/recorder.py",
-    "fusecache/prefetch/profiles/access_profile.py",
-    "fusecache/attest/sums.py",
-    "fusecache/attest/signing.py",
-    "fusecache/attest/manifests.py",
-    "fusecache/peers/membership/placement.py",
-    "fusecache/telemetry/trace_summary.py",
-    "mount/fusecache_mount/kernel/nodeids.py",
-    "mount/fusecache_mount/kernel/protocol.py",
-    "mount/fusecache_mount/tracing/requests.py",
+    "fusecache.types",
+    "fusecache.errors",
+    "fusecache.blocks",
+    "fusecache.bounded",
+    "fusecache.events",
+    "fusecache.locking",
+    "fusecache.semaphore",
+    "fusecache.config",
+    "fusecache.store.disk.format",
+    "fusecache.store.eviction",
+    "fusecache.store.throughput",
+    "fusecache.store.tier_placement",
+    "fusecache.prefetch.models.companions",
+    "fusecache.prefetch.models.shard_order",
+    "fusecache.prefetch.models.tensor_formats",
+    "fusecache.prefetch.profiles.access_profile",
+    "fusecache.prefetch.profiles.recorder",
+    "fusecache.attest.manifests",
+    "fusecache.attest.signing",
+    "fusecache.attest.sums",
+    "fusecache.peers.member",
+    "fusecache.peers.exchange.policy",
+    "fusecache.peers.membership.placement",
+    "fusecache.telemetry.trace_summary",
+    "fusecache_mount.kernel",
+    "fusecache_mount.tracing.requests",
 )
-IMPURE_LIBRARIES = {"trio", "fsspec", "pyfuse3", "obstore", "s3fs", "gcsfs"}
+"""Modules, and packages with all that is in them, that neither they nor anything they import does I/O by a library:
+one can read and test them without an event loop, an object store or a kernel."""
+PURE_LIBRARIES = {"cryptography", "pydantic", "pydantic_core", "typing_extensions", "xxhash"}
+"""What pure modules import from other people: computations only."""
+IMPURE_STANDARD = {"asyncio", "http", "selectors", "socket", "socketserver", "ssl", "subprocess"}
+STORAGE_LIBRARIES = {"aiobotocore", "botocore", "fsspec", "gcsfs", "obstore", "s3fs"}
+
+KNOWN_ARROWS = {
+    "fusecache.control.mounts -> fusecache.config.model",
+    "fusecache.fetch.object_fetch -> fusecache.prefetch.models.shards",
+    "fusecache.fetch.service -> fusecache.prefetch.companion_prefetcher",
+    "fusecache.fetch.service -> fusecache.prefetch.sessions",
+    "fusecache.fetch.service -> fusecache.prefetch.shard_prefetcher",
+    "fusecache.peers.coverage -> fusecache.peers.exchange.block_source",
+    "fusecache.peers.coverage -> fusecache.store.interface",
+    "fusecache.peers.coverage -> fusecache.store.tier_placement",
+    "fusecache.peers.node -> fusecache.prefetch.profiles.profile_store",
+    "fusecache.peers.profiles -> fusecache.peers.exchange.block_source",
+    "fusecache.peers.profiles -> fusecache.prefetch.profiles.access_profile",
+    "fusecache.peers.profiles -> fusecache.prefetch.profiles.profile_store",
+    "fusecache.prefetch.models.headers -> fusecache.prefetch.office",
+    "fusecache.prefetch.models.shards -> fusecache.prefetch.profiles.access_profile",
+    "fusecache.prefetch.models.shards -> fusecache.prefetch.profiles.recorder",
+    "fusecache_mount.device.channel -> fusecache_mount.tracing.tracer",
+    "fusecache_mount.tracing.session -> fusecache_mount.lifecycle.fuse_mount",
+    "fusecache_mount.tracing.session -> fusecache_mount.lifecycle.mounting",
+}
+KNOWN_CIRCLES = {
+    "fusecache.fetch.copying <-> fusecache.fetch.service",
+    "fusecache.fetch.interface <-> fusecache.fetch.object_fetch <-> fusecache.fetch.ordered_runs"
+    " <-> fusecache.fetch.waiter <-> fusecache.prefetch.models.shards",
+    "fusecache.peers.exchange.block_source <-> fusecache.peers.exchange.transfer_monitor",
+    "fusecache.store.context <-> fusecache.store.object",
+}
+KNOWN_REACH = {
+    "fusecache.fetch -> fusecache.prefetch",
+}
+KNOWN_STORAGE = {
+    "fusecache.cli.checks_source -> botocore.exceptions",
+    "fusecache.cli.checks_source -> botocore.session",
+}
 
 
-def modules() -> Iterator[tuple[Path, str]]:
-    """(file, room) of every module."""
-    for file in sorted((ROOT / "fusecache").rglob("*.py")):
-        parts = file.relative_to(ROOT / "fusecache").parts
-        yield file, "" if parts == ("__init__.py",) else parts[0].removesuffix(".py")
-    for file in sorted((ROOT / "mount").rglob("*.py")):
-        yield file, "mount"
+def top(name: str) -> str:
+    """The package of a module: what an import of it needs to have installed."""
+    return name.partition(".")[0]
 
 
-def imported(file: Path) -> Iterator[str]:
-    """Absolute names of the modules that a file imports, wherever in it."""
-    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: relative import"
-            assert node.module is not None
-            if node.module == "fusecache":
-                yield from (f"fusecache.{alias.name}" for alias in node.names)
-            else:
-                yield node.module
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            first = node.args[0] if node.args else None
-            if isinstance(first, ast.Constant) and isinstance(first.value, str):
-                yield first.value
+@functools.cache
+def table() -> tuple[tuple[frozenset[str], frozenset[str]], ...]:
+    """(names in the room, names of rooms that it may import) of each row, as import names."""
+    section = (ROOT / "ARCHITECTURE.md").read_text("utf-8").partition("\n## Rooms\n")[2].partition("\n## ")[0]
+    rows = [(_ROW.findall(line)) for line in section.splitlines()]
+    found = [(names_in(row[0][0]), row[0][1]) for row in rows if row]
+    ground = found[0][0]
+    return tuple(
+        (names, names_in(arrows) | (ground if re.search(r"\bground\b", arrows) else set()))
+        for names, arrows in found
+    )
 
 
-def room_of(name: str) -> str | None:
-    parts = name.split(".")
-    if parts[0] == "fusecache_mount":
-        return "mount"
-    if parts[0] != "fusecache":
-        return None
-    return parts[1] if len(parts) > 1 else ""
+def names_in(cell: str) -> frozenset[str]:
+    """The import names in a cell of the table."""
+    return frozenset(
+        f"fusecache_mount.{name.removeprefix('mount.')}" if name.startswith("mount.") else f"fusecache.{name}"
+        for name in re.findall(r"`([\w.]+)`", cell)
+    )
 
 
-MODULES = list(modules())
-IDS = [str(file.relative_to(ROOT)) for file, _ in MODULES]
+def row_of(module: str) -> int | None:
+    """The row with the longest name that a module has or lies in."""
+    best = max(
+        (
+            (len(name), row)
+            for row, (names, _) in enumerate(table())
+            for name in names
+            if lies_in(module, name)
+        ),
+        default=None,
+    )
+    return None if best is None else best[1]
 
 
-@pytest.mark.parametrize(("file", "room"), MODULES, ids=IDS)
-def test_arrows_point_one_way(file: Path, room: str) -> None:
-    allowed = ALLOWED.get(room, set()) | {room}
-    wrong = {name for name in imported(file) if (to := room_of(name)) is not None and to not in allowed}
-    assert not wrong, f"{room or 'fusecache'} may not know {wrong}"
-    assert room in ALLOWED or room == "", f"{room} is a new room: say here whom it may know"
+def lies_in(module: str, name: str) -> bool:
+    return module == name or module.startswith(f"{name}.")
+
+
+def room(row: int) -> str:
+    return " / ".join(sorted(table()[row][0]))
+
+
+def test_every_module_stands_in_a_room() -> None:
+    assert len(table()) > 20
+    homeless = [name for name, module in MODULES.items() if not module.is_package and row_of(name) is None]
+    assert not homeless, f"ARCHITECTURE.md's table of rooms has no row for {homeless}"
+
+
+def test_every_room_of_the_table_exists() -> None:
+    names = [name for names, _ in table() for name in names]
+    assert len(names) == len(set(names)), "a module in two rooms"
+    missing = {name for _, arrows in table() for name in arrows} - set(names)
+    assert not missing, f"arrows to what is no room: {missing}"
+
+
+def test_the_table_has_no_circle() -> None:
+    arrows = {
+        room(row): {room(to) for name in allowed if (to := row_of(name)) is not None and to != row}
+        for row, (_, allowed) in enumerate(table())
+    }
+    assert circles(arrows) == []
+
+
+def test_arrows_point_one_way() -> None:
+    found = set()
+    for name, imports in GRAPH.items():
+        row = row_of(name)
+        if row is None or MODULES[name].is_package:
+            continue
+        allowed = {to for room in table()[row][1] if (to := row_of(room)) is not None} | {row}
+        for other in imports:
+            to = row_of(other)
+            if top(other) in PACKAGES and other not in PACKAGES and to not in allowed:
+                found.add(f"{name} -> {other}")
+    assert_only_known(found, KNOWN_ARROWS, "imports that ARCHITECTURE.md's table of rooms does not allow")
+
+
+def test_no_module_is_in_a_circle_of_imports() -> None:
+    found = {" <-> ".join(group) for group in circles(GRAPH)}
+    for group in [known.split(" <-> ") for known in KNOWN_CIRCLES]:  # a part of a known circle is no new one
+        found = {" <-> ".join(group) if set(one.split(" <-> ")) <= set(group) else one for one in found}
+    assert_only_known(found, KNOWN_CIRCLES, "modules that import each other")
+
+
+@pytest.mark.parametrize("name", [name for name, module in MODULES.items() if module.is_package])
+def test_packages_re_export_nothing(name: str) -> None:
+    kinds = {type(node) for node in MODULES[name].tree.body}
+    assert kinds <= {ast.Expr, ast.Assign}, f"{name}/__init__.py holds more than a docstring and constants"
+
+
+def test_rooms_do_not_reach_what_they_must_not_know() -> None:
+    found = set()
+    for inner, outer in (
+        ("fusecache", "fusecache_mount"),
+        ("fusecache.fetch", "fusecache.prefetch"),
+        ("fusecache.fetch", "fusecache.peers"),
+        ("fusecache.peers.transport", "fusecache.fetch"),
+        ("fusecache.peers.transport", "fusecache.peers.exchange"),
+        ("fusecache.store", "fusecache.origin"),
+    ):
+        inside = [name for name in MODULES if lies_in(name, inner)]
+        assert inside
+        if any(lies_in(name, outer) for name in closure(inside, GRAPH)):
+            found.add(f"{inner} -> {outer}")
+    assert_only_known(found, KNOWN_REACH, "rooms that reach, over others, what they must not know")
 
 
 @pytest.mark.parametrize("name", PURE)
-def test_pure_modules_know_no_io_library(name: str) -> None:
-    path = ROOT / name
-    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
-    assert files
-    assert all(file.exists() for file in files)
-    for file in files:
-        assert not {name.split(".")[0] for name in imported(file)} & IMPURE_LIBRARIES, file
+def test_pure_modules_reach_no_library_that_does_io(name: str) -> None:
+    inside = [module for module in MODULES if lies_in(module, name)]
+    assert inside, f"{name} is no module"
+    reached = {top(other) for other in closure(inside, GRAPH)} - PACKAGES.keys()
+    foreign = {other for other in reached if other not in sys.stdlib_module_names} - PURE_LIBRARIES
+    found = {f"{name} -> {other}" for other in foreign | (reached & IMPURE_STANDARD)}
+    assert not found
 
 
-@pytest.mark.parametrize(("file", "room"), MODULES, ids=IDS)
-def test_object_storage_libraries_stay_in_origin(file: Path, room: str) -> None:
-    if room != "origin":
-        assert not {name.split(".")[0] for name in imported(file)} & (IMPURE_LIBRARIES - {"trio", "pyfuse3"})
+def test_object_storage_libraries_stay_in_origin() -> None:
+    found = {
+        f"{name} -> {other}"
+        for name, imports in GRAPH.items()
+        for other in imports
+        if top(other) in STORAGE_LIBRARIES and not lies_in(name, "fusecache.origin")
+    }
+    assert_only_known(found, KNOWN_STORAGE, "object-storage libraries outside of origin")
+
+
+def test_the_keeper_loads_the_standard_library_only() -> None:
+    look = (
+        "import sys; before = set(sys.modules); import fusecache_mount.lifecycle.keeper; "
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", look], capture_output=True, text=True, check=True, timeout=60
+    )
+    loaded = set(done.stdout.split())
+    assert "fusecache_mount.lifecycle.keeper" in loaded
+    foreign = {name for name in loaded if top(name) not in sys.stdlib_module_names | PACKAGES.keys()}
+    assert not foreign
 
 
 def test_every_package_is_installed() -> None:
     configured = (ROOT / "setup.cfg").read_text().split("packages =")[1].split("package_dir")[0].split()
-    found = {
-        ".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "fusecache").rglob("__init__.py")
-    }
-    found |= {
-        ".".join(file.parent.relative_to(ROOT / "mount").parts)
-        for file in (ROOT / "mount").rglob("__init__.py")
-    }
-    assert set(configured) == found
+    assert set(configured) == {name for name, module in MODULES.items() if module.is_package}

@@ -1,0 +1,257 @@
+"""Docstrings and comments: a sentence has an actor, and says what it has to say itself."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import io
+import re
+import tokenize
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.support.imports import ROOT
+from tests.support.known import assert_counts_known
+
+FOLDERS = ("fusecache", "mount", "tests", "benchmarks", "scripts")
+_HEADLESS = re.compile(r"(?:^|[.:;] )(?:Who|Whoever|What|Whatever)\b(?![^.?!]*\?)")
+
+KNOWN_REFERENCES = {
+    "benchmarks/cluster/simulation_node.py": 10,
+    "benchmarks/cluster/simulation_server.py": 4,
+    "benchmarks/cluster/simulation_world.py": 2,
+    "benchmarks/tools/fusecache.py": 1,
+    "benchmarks/tools/juicefs.py": 1,
+    "benchmarks/tools/rclone.py": 1,
+    "benchmarks/tools/s3fs.py": 1,
+    "fusecache/attest/inspector.py": 3,
+    "fusecache/catalog/listing.py": 1,
+    "fusecache/cli/cache.py": 8,
+    "fusecache/cli/serve.py": 4,
+    "fusecache/fetch/service.py": 13,
+    "fusecache/origin/any_fsspec.py": 7,
+    "fusecache/origin/gcs.py": 7,
+    "fusecache/origin/http.py": 7,
+    "fusecache/origin/local.py": 7,
+    "fusecache/origin/obstore_engine.py": 7,
+    "fusecache/origin/plain_http_engine.py": 7,
+    "fusecache/origin/retrying.py": 8,
+    "fusecache/origin/s3.py": 7,
+    "fusecache/peers/coverage.py": 1,
+    "fusecache/peers/exchange/block_service.py": 10,
+    "fusecache/peers/exchange/block_source.py": 2,
+    "fusecache/peers/membership/discovery.py": 2,
+    "fusecache/peers/membership/etcd.py": 2,
+    "fusecache/peers/profiles.py": 3,
+    "fusecache/peers/transport/client.py": 4,
+    "fusecache/peers/transport/server.py": 1,
+    "fusecache/prefetch/office.py": 2,
+    "fusecache/prefetch/profiles/profile_store.py": 1,
+    "fusecache/store/object.py": 1,
+    "fusecache/store/records.py": 1,
+    "fusecache/store/store.py": 4,
+    "fusecache/store/tiers.py": 14,
+    "mount/fusecache_mount/device/splice.py": 1,
+    "mount/fusecache_mount/fs/open_files.py": 6,
+    "mount/fusecache_mount/lifecycle/daemon.py": 5,
+    "mount/fusecache_mount/tracing/session.py": 4,
+    "tests/faults/store_worker.py": 1,
+    "tests/integration/test_reference_model.py": 1,
+    "tests/support/faulty.py": 1,
+    "tests/support/inside.py": 7,
+    "tests/support/scripted.py": 5,
+}
+KNOWN_HEADLESS = {
+    "benchmarks/cluster/__main__.py": 1,
+    "benchmarks/cluster/fleet.py": 2,
+    "benchmarks/cluster/lab.py": 1,
+    "benchmarks/cluster/simulation.py": 3,
+    "benchmarks/cluster/simulation_network.py": 1,
+    "benchmarks/cluster/simulation_node.py": 3,
+    "benchmarks/cluster/simulation_report.py": 1,
+    "benchmarks/cluster/simulation_server.py": 1,
+    "benchmarks/cluster/simulation_world.py": 3,
+    "benchmarks/cluster/stages.py": 1,
+    "benchmarks/demo.py": 2,
+    "benchmarks/engine.py": 2,
+    "benchmarks/engines/__main__.py": 1,
+    "benchmarks/engines/adapters.py": 1,
+    "benchmarks/engines/engine.py": 2,
+    "benchmarks/engines/results.py": 2,
+    "benchmarks/engines/stages.py": 4,
+    "benchmarks/measure.py": 1,
+    "benchmarks/report.py": 2,
+    "benchmarks/stages.py": 1,
+    "benchmarks/tools/__init__.py": 2,
+    "benchmarks/tools/fusecache.py": 1,
+    "fusecache/attest/digests.py": 4,
+    "fusecache/attest/manifests.py": 1,
+    "fusecache/catalog/catalog.py": 3,
+    "fusecache/catalog/entry.py": 1,
+    "fusecache/catalog/names.py": 1,
+    "fusecache/cli/cache.py": 1,
+    "fusecache/cli/checks.py": 1,
+    "fusecache/cli/checks_source.py": 1,
+    "fusecache/cli/output.py": 1,
+    "fusecache/config/machine_sizes.py": 1,
+    "fusecache/config/model.py": 1,
+    "fusecache/config/toml_reader.py": 1,
+    "fusecache/config/value_types.py": 1,
+    "fusecache/events.py": 1,
+    "fusecache/fetch/attestation_gate.py": 1,
+    "fusecache/fetch/flight.py": 2,
+    "fusecache/fetch/interface.py": 5,
+    "fusecache/fetch/object_fetch.py": 2,
+    "fusecache/fetch/scheduler.py": 3,
+    "fusecache/fetch/service.py": 2,
+    "fusecache/origin/aiohttp_bodies.py": 1,
+    "fusecache/origin/gcs.py": 1,
+    "fusecache/origin/interface.py": 3,
+    "fusecache/origin/local.py": 1,
+    "fusecache/origin/obstore_engine.py": 1,
+    "fusecache/origin/plain_http_engine.py": 1,
+    "fusecache/origin/s3.py": 1,
+    "fusecache/peers/coverage.py": 2,
+    "fusecache/peers/exchange/block_service.py": 2,
+    "fusecache/peers/exchange/block_source.py": 3,
+    "fusecache/peers/exchange/policy.py": 6,
+    "fusecache/peers/exchange/transfer_monitor.py": 2,
+    "fusecache/peers/member.py": 3,
+    "fusecache/peers/membership/candidate.py": 1,
+    "fusecache/peers/membership/probes.py": 1,
+    "fusecache/peers/node.py": 1,
+    "fusecache/peers/profiles.py": 1,
+    "fusecache/peers/transport/auth.py": 2,
+    "fusecache/peers/transport/server.py": 3,
+    "fusecache/peers/transport/wire.py": 4,
+    "fusecache/prefetch/backfill.py": 1,
+    "fusecache/prefetch/companion_prefetcher.py": 1,
+    "fusecache/prefetch/models/companions.py": 1,
+    "fusecache/prefetch/models/shard_order.py": 2,
+    "fusecache/prefetch/models/shards.py": 2,
+    "fusecache/prefetch/office.py": 1,
+    "fusecache/prefetch/profiles/access_profile.py": 1,
+    "fusecache/prefetch/profiles/profile_store.py": 1,
+    "fusecache/prefetch/profiles/recorder.py": 2,
+    "fusecache/semaphore.py": 1,
+    "fusecache/store/attestation.py": 1,
+    "fusecache/store/context.py": 1,
+    "fusecache/store/disk/files.py": 1,
+    "fusecache/store/disk/format.py": 2,
+    "fusecache/store/disk/ledger.py": 1,
+    "fusecache/store/info.py": 1,
+    "fusecache/store/interface.py": 2,
+    "fusecache/store/memory.py": 2,
+    "fusecache/store/object.py": 1,
+    "fusecache/store/probe.py": 1,
+    "fusecache/store/records.py": 1,
+    "fusecache/store/space.py": 1,
+    "fusecache/store/store.py": 1,
+    "fusecache/store/tier_placement.py": 3,
+    "fusecache/store/tiers.py": 3,
+    "fusecache/telemetry/__init__.py": 1,
+    "fusecache/telemetry/trace_summary.py": 1,
+    "fusecache/types.py": 1,
+    "mount/fusecache_mount/device/channel.py": 3,
+    "mount/fusecache_mount/fs/open_files.py": 2,
+    "mount/fusecache_mount/fs/opens.py": 2,
+    "mount/fusecache_mount/fs/operations.py": 3,
+    "mount/fusecache_mount/kernel/protocol.py": 1,
+    "mount/fusecache_mount/lifecycle/daemon.py": 1,
+    "mount/fusecache_mount/lifecycle/keeper_files.py": 1,
+    "mount/fusecache_mount/lifecycle/launch.py": 1,
+    "mount/fusecache_mount/lifecycle/service.py": 2,
+    "mount/fusecache_mount/tracing/requests.py": 3,
+    "mount/fusecache_mount/tracing/tracer.py": 2,
+    "tests/cluster/test_profiles.py": 1,
+    "tests/engines/library.py": 2,
+    "tests/engines/loaders.py": 1,
+    "tests/engines/process.py": 3,
+    "tests/engines/test_hub.py": 3,
+    "tests/engines/test_vllm.py": 1,
+    "tests/faults/store_worker.py": 2,
+    "tests/faults/test_origin_through_mount.py": 1,
+    "tests/integration/test_manifest.py": 1,
+    "tests/integration/test_origin_contract.py": 1,
+    "tests/support/__init__.py": 1,
+    "tests/support/faulty.py": 2,
+    "tests/support/kept.py": 2,
+    "tests/support/live.py": 2,
+    "tests/support/signed.py": 1,
+    "tests/unit/test_architecture.py": 1,
+    "tests/unit/test_attest.py": 1,
+    "tests/unit/test_attest_inspector.py": 1,
+    "tests/unit/test_cli_doctor.py": 1,
+    "tests/unit/test_limits.py": 1,
+    "tests/unit/test_mount_channel.py": 1,
+    "tests/unit/test_mount_journal.py": 1,
+    "tests/unit/test_mount_open_files.py": 1,
+    "tests/unit/test_mount_operations.py": 2,
+    "tests/unit/test_peers_block_service.py": 1,
+    "tests/unit/test_peers_congestion.py": 1,
+    "tests/unit/test_peers_membership.py": 1,
+    "tests/unit/test_peers_server.py": 1,
+    "tests/unit/test_prefetch_browse_detector.py": 1,
+    "tests/unit/test_prefetch_tensor_formats.py": 1,
+}
+
+
+def files() -> Iterator[Path]:
+    for folder in FOLDERS:
+        yield from sorted((ROOT / folder).rglob("*.py"))
+
+
+@functools.cache
+def prose(file: Path) -> tuple[str, ...]:
+    """Each docstring (of modules, classes, functions and attributes) and each block of comments, on one line."""
+    source = file.read_text("utf-8")
+    return tuple(docstrings(ast.parse(source))) + tuple(comments(source))
+
+
+def docstrings(node: ast.AST) -> Iterator[str]:
+    """Those of a module, class or function, and of all that is in it."""
+    for statement in ast.iter_child_nodes(node):
+        if not isinstance(statement, ast.expr):
+            value = statement.value if isinstance(statement, ast.Expr) else None
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                yield " ".join(value.value.split())
+            yield from docstrings(statement)
+
+
+def comments(source: str) -> Iterator[str]:
+    """Each run of comment lines, as one."""
+    block: list[str] = []
+    last = -1
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            if token.start[0] != last + 1 and block:
+                yield " ".join(block)
+                block = []
+            block.append(token.string.lstrip("# ").strip())
+            last = token.start[0]
+    if block:
+        yield " ".join(block)
+
+
+def count(matches: re.Pattern[str]) -> dict[str, int]:
+    """File -> how often its prose matches; files where it never does are left out."""
+    found: Counter[str] = Counter()
+    for file in files():
+        for text in prose(file):
+            found[str(file.relative_to(ROOT))] += len(matches.findall(text))
+    return {name: number for name, number in found.items() if number}
+
+
+def test_no_text_points_elsewhere_instead_of_answering() -> None:
+    found = count(re.compile(r"^See\b|[.:;] See [A-Z]"))
+    assert_counts_known(found, KNOWN_REFERENCES, "texts that begin with See")
+
+
+def test_a_sentence_names_its_actor() -> None:
+    assert_counts_known(count(_HEADLESS), KNOWN_HEADLESS, "sentences that begin with a headless who or what")
+
+
+def test_questions_are_no_headless_sentences() -> None:
+    assert not _HEADLESS.findall("What does it cost? It costs nothing.")
+    assert len(_HEADLESS.findall("Who waits gets it. What is left goes: Whatever comes next.")) == 3
