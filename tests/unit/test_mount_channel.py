@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 
 from fusecache_mount.device.channel import DeviceChannel
+from fusecache_mount.device.trace_switch import TraceSwitch
 from fusecache_mount.kernel import protocol
 from fusecache_mount.kernel.nodeids import passthrough_nodeid
 from fusecache_mount.kernel.protocol import Opcode
@@ -43,6 +44,7 @@ class Bench:
     def __init__(self) -> None:
         self.kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.files = Files()
+        self.trace_switch = TraceSwitch()
         self.channel = DeviceChannel(
             device.detach(),
             [],
@@ -50,6 +52,7 @@ class Bench:
             cast(Any, self.files),
             limits=protocol.InitLimits(12),
             requests_passthrough=True,
+            trace_switch=self.trace_switch,
             on_init=lambda _request, _reply: None,
             on_end=lambda: None,
         )
@@ -108,11 +111,14 @@ def test_all_other_opens_are_pyfuse3s(bench: Bench, nodeid: int, flags: int) -> 
 
 
 def test_while_somebody_traces_opens_are_pyfuse3s(bench: Bench) -> None:
-    class Tracer:
+    class Observer:
         def request_received(self, header: tuple[int, ...], request: memoryview) -> None:
             pass
 
-    bench.channel.tracer = cast(Any, Tracer())
+        def request_answered(self, unique: int, status: int, reply: bytes | bytearray = b"") -> None:
+            pass
+
+    bench.trace_switch.turn_on(Observer())
     bench.send_open(24, TWIN, os.O_RDONLY)
     assert bench.passed_on() == 24
     assert bench.files.calls == []

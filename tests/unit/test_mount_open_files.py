@@ -16,6 +16,7 @@ from fusecache.errors import StoreError
 from fusecache.store.store import Store
 from fusecache.types import NodeId, ObjectVersion
 from fusecache_mount.device.backings import PassthroughState
+from fusecache_mount.device.trace_switch import TraceSwitch
 from fusecache_mount.fs.journal import OpenFileJournal
 from fusecache_mount.fs.open_files import OpenFileTable
 from fusecache_mount.kernel.nodeids import passthrough_nodeid
@@ -85,6 +86,7 @@ class Bench:
             self.journal,
             backings=cast(Any, self.kernel),
             passthrough_state=PassthroughState(True, ""),
+            trace_switch=TraceSwitch(),
             inspector=cast(Any, inspector),
         )
 
@@ -221,6 +223,7 @@ def test_what_an_earlier_daemon_opened_is_left_to_others(bench: Bench, tmp_path:
         journal,
         backings=cast(Any, bench.kernel),
         passthrough_state=PassthroughState(True, ""),
+        trace_switch=TraceSwitch(),
     )
     assert later.open_passthrough(TWIN) == 0
     assert later.count_open_nodeids() == (1, 0)

@@ -8,7 +8,6 @@ import fcntl
 import logging
 import struct
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from fusecache_mount.kernel import protocol
@@ -16,12 +15,26 @@ from fusecache_mount.kernel import protocol
 _log = logging.getLogger(__name__)
 
 
-@dataclass
 class PassthroughState:
-    """Whether passthrough is in use, and why, or why not, in words for the user."""
+    """Whether passthrough is in use, and why, or why not, in words for the user.
 
-    is_active: bool
-    reason: str
+    | From | By | To |
+    |---|---|---|
+    | active, not tried yet (`reason` is empty) | `confirm(reason)`: the kernel took a file | active, with a reason |
+    | active, with or without a reason | `turn_off(reason)`: the kernel refused one | off, for good |
+    | off, from the start or since then | | |
+
+    Thread-safe: each transition is an assignment, and a thread that reads just before it is as right as one that came
+    a moment earlier.
+    """
+
+    def __init__(self, is_active: bool, reason: str) -> None:
+        self.is_active = is_active
+        self.reason = reason
+
+    def confirm(self, reason: str) -> None:
+        """Passthrough was tried, and works."""
+        self.reason = reason
 
     def turn_off(self, reason: str) -> None:
         """Fall back to the daemon for all opens to come; says so once in the log."""

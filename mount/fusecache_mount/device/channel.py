@@ -33,12 +33,12 @@ from fusecache.fetch.object_fetch import ObjectFetch
 from fusecache.fetch.service import FetchService
 from fusecache.fetch.waiter import Waiter
 from fusecache_mount.device.splice import ShortReadError, ThreadSplicers
+from fusecache_mount.device.trace_switch import TraceSwitch
 from fusecache_mount.kernel import protocol
 from fusecache_mount.kernel.errnos import errno_of
 from fusecache_mount.kernel.nodeids import is_passthrough
 from fusecache_mount.kernel.processes import ProcessLookup
 from fusecache_mount.kernel.protocol import Opcode
-from fusecache_mount.tracing.tracer import AccessTracer
 
 _log = logging.getLogger(__name__)
 
@@ -101,12 +101,12 @@ class DeviceChannel:
         *,
         limits: protocol.InitLimits,
         requests_passthrough: bool,
+        trace_switch: TraceSwitch,
         verify_always: bool = False,
         on_init: Callable[[bytes, bytes], None],
         on_end: Callable[[], None],
     ) -> None:
-        self.tracer: AccessTracer | None = None
-        """Set while somebody traces: it is told of every request, and the kernel keeps no answers."""
+        self._trace_switch = trace_switch
         self._device = device
         self._descriptors = [device, *clones]
         self._fetch_service = fetch_service
@@ -242,8 +242,8 @@ class DeviceChannel:
                 return
             fields = header.unpack_from(buffer)
             _, opcode, unique, nodeid, _, _, pid, *_ = fields
-            if (tracer := self.tracer) is not None:
-                tracer.request_received(fields, view[:length])
+            if (observer := self._trace_switch.observer) is not None:
+                observer.request_received(fields, view[:length])
             if opcode == Opcode.READ:
                 try:
                     self._answer_read(descriptor, unique, nodeid, pid, *read_in.unpack_from(buffer, 40)[1:])
@@ -284,8 +284,8 @@ class DeviceChannel:
                 return
 
     def _report_answer(self, unique: int, status: int, reply: bytes | bytearray = b"") -> None:
-        if (tracer := self.tracer) is not None:
-            tracer.request_answered(unique, status, reply)
+        if (observer := self._trace_switch.observer) is not None:
+            observer.request_answered(unique, status, reply)
 
     def _report_end(self) -> None:
         if not self._ended.is_set():
@@ -318,7 +318,7 @@ class DeviceChannel:
 
     def _answer_open(self, descriptor: int, unique: int, nodeid: int, flags: int) -> bool:
         """Answer an open with passthrough; False: pyfuse3 has to. While somebody traces, it always does."""
-        if self.tracer is not None or flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+        if self._trace_switch.is_on or flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             return False
         backing = self._open_files.open_passthrough(nodeid)
         if not backing:
@@ -530,7 +530,7 @@ class DeviceChannel:
                 self._on_init(self._init_request, bytes(reply))
             self._init_answered.set()
             return
-        if self.tracer is not None:
+        if self._trace_switch.is_on:
             protocol.rewrite_as_uncached(reply, opcode)
             self._report_answer(unique, status, reply)
         opened = opcode == Opcode.OPEN and status == 0

@@ -47,6 +47,7 @@ from fusecache.prefetch.models.shard_order import is_shard
 from fusecache.store.interface import BlockStore
 from fusecache.types import ObjectId, ObjectVersion
 from fusecache_mount.device.backings import Backings, PassthroughState
+from fusecache_mount.device.trace_switch import TraceSwitch
 from fusecache_mount.fs.journal import OpenFileJournal, OpenRecord
 from fusecache_mount.fs.open_wait import OpenWaitPolicy
 from fusecache_mount.fs.opens import OpenFile, OpenStats
@@ -74,14 +75,14 @@ class OpenFileTable:
         *,
         backings: Backings,
         passthrough_state: PassthroughState,
+        trace_switch: TraceSwitch,
         open_wait: float = 0.0,
         set_read_ahead_limited: Callable[[bool], None] | None = None,
         inspector: ManifestInspector | None = None,
     ) -> None:
         self._set_read_ahead_limited = set_read_ahead_limited
         """Told, before an open is answered, whether the kernel is to read little ahead of its reader."""
-        self.is_traced = False
-        """Somebody traces: new opens are served by the daemon, which sees their reads."""
+        self._trace_switch = trace_switch
         self._inspector = inspector
         self._attestation_waits: Counter[int] = Counter()
         """Base nodeid -> opens that wait until somebody vouches for the file. Of the event loop."""
@@ -156,7 +157,7 @@ class OpenFileTable:
     @property
     def _is_passthrough_allowed(self) -> bool:
         """Whether an open that comes now may be one with passthrough."""
-        return self.passthrough_state.is_active and not self.is_traced
+        return self.passthrough_state.is_active and not self._trace_switch.is_on
 
     def count_open_nodeids(self) -> tuple[int, int]:
         """Nodeids that are open: with passthrough, and through the daemon."""

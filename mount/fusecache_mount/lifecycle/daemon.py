@@ -51,6 +51,7 @@ from fusecache.telemetry.server import MetricsServer, render_metrics
 from fusecache.types import ObjectVersion
 from fusecache_mount.device.backings import Backings, PassthroughState
 from fusecache_mount.device.channel import DeviceChannel
+from fusecache_mount.device.trace_switch import TraceSwitch
 from fusecache_mount.fs.journal import OpenFileJournal
 from fusecache_mount.fs.open_files import OpenFileTable
 from fusecache_mount.fs.operations import AttributePolicy, Operations
@@ -62,6 +63,7 @@ from fusecache_mount.lifecycle.keeper_protocol import (
     DaemonMessage,
     StartMessage,
 )
+from fusecache_mount.lifecycle.mount_settings import MountSettings
 from fusecache_mount.lifecycle.service import ControlService, DaemonInfo
 from fusecache_mount.tracing.session import TraceController
 
@@ -262,6 +264,7 @@ async def _build_and_serve(config: MountConfig, keeper_link: KeeperLink, daemon_
             if inspector is not None:
                 inspector.start(fetch_service)
             passthrough = _decide_passthrough(config, keeper_link)
+            trace_switch = TraceSwitch()
             open_files = OpenFileTable(
                 catalog,
                 fetch_service,
@@ -269,6 +272,7 @@ async def _build_and_serve(config: MountConfig, keeper_link: KeeperLink, daemon_
                 journal,
                 backings=Backings(keeper_link.device_fd),
                 passthrough_state=passthrough,
+                trace_switch=trace_switch,
                 open_wait=config.open_wait if config.prefetch == "auto" else 0.0,
                 set_read_ahead_limited=mounting.KernelReadAhead(
                     config.mountpoint, config.read_ahead
@@ -284,6 +288,7 @@ async def _build_and_serve(config: MountConfig, keeper_link: KeeperLink, daemon_
                 open_files,
                 limits=protocol.InitLimits(config.max_background),
                 requests_passthrough=passthrough.is_active,
+                trace_switch=trace_switch,
                 verify_always=config.verify == "always",
                 on_init=lambda request, reply: _report_init(
                     config, keeper_link, open_files, store, request, reply
@@ -320,7 +325,12 @@ async def _build_and_serve(config: MountConfig, keeper_link: KeeperLink, daemon_
                 open_files=open_files,
                 channel=channel,
                 trace_controller=TraceController(
-                    config, catalog, open_files, channel, operations.negative_lookups
+                    MountSettings(config.mountpoint, config.read_ahead),
+                    catalog,
+                    open_files,
+                    channel,
+                    trace_switch=trace_switch,
+                    negative_lookups=operations.negative_lookups,
                 ),
                 cluster=peer_node,
                 profile_store=orders,
@@ -492,7 +502,7 @@ def _configure_kernel(
     if all(whys):
         passthrough.turn_off(whys[0])
     else:
-        passthrough.reason = "complete files are read by the kernel itself"
+        passthrough.confirm("complete files are read by the kernel itself")
         _log.info("passthrough is on")
 
 

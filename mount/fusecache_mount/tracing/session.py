@@ -3,26 +3,26 @@
 While a trace runs, new opens are served by the daemon, which sees their reads, and the kernel keeps no names
 nor, over an open, pages; the names that it knew before expire when the trace begins. All of that ends with the
 stream: when the client says so, goes away, or takes nothing for too long. There is one trace at a time: it changes how
-the mount serves, and what two ask for may differ.
+the mount serves, and what two clients ask for may differ.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 
 from fusecache.catalog.catalog import Catalog
 from fusecache.catalog.entry import ROOT
-from fusecache.config.model import MountConfig
 from fusecache.errors import ConfigError, MountError
 from fusecache_mount.device.channel import DeviceChannel
+from fusecache_mount.device.trace_switch import TraceSwitch
 from fusecache_mount.fs.open_files import OpenFileTable
-from fusecache_mount.lifecycle import fuse_mount, mounting
 from fusecache_mount.tracing.tracer import AccessTracer
 
 _log = logging.getLogger(__name__)
@@ -39,122 +39,168 @@ _EXPIRE_SECONDS = 5.0
 """Most seconds for telling the kernel which names to look up again: a million at least."""
 
 
+class TracedMount(Protocol):
+    """What a trace changes about the mount in the kernel. All but `device_number` may block on the daemon itself: they
+    are never called in the event loop."""
+
+    def device_number(self) -> str:
+        """The "major:minor" of the mount. Raises MountError if it is not mounted."""
+
+    def disable_read_ahead(self) -> None:
+        """Have the kernel ask for what is read, and for nothing else. Raises OSError and MountError."""
+
+    def restore_read_ahead(self) -> None:
+        """Have the kernel read ahead as configured. Raises OSError and MountError."""
+
+    def pass_writes(self) -> None:
+        """Have the kernel pass changes to the daemon, which refuses them. Raises OSError."""
+
+    def refuse_writes(self) -> None:
+        """Have the kernel refuse changes itself. Raises OSError."""
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """What the client asked for: no read-ahead (`is_exact`), and the writes that the kernel would refuse itself."""
+
+    is_exact: bool
+    passes_writes: bool
+
+
+@dataclass(frozen=True)
+class BlindSpots:
+    """What a trace can't see: nodeids that were open before it, and names that the kernel may answer for by itself for
+    some time."""
+
+    passthrough_opens: int
+    daemon_opens: int
+    hidden_names: int
+
+
 class TraceController:
-    """The traces of one mount. `absent` are the lookups that found nothing lately (see Operations)."""
+    """The traces of one mount, of the event loop. `negative_lookups` are (directory, name) of those that found nothing
+    lately.
+
+    | From | By | To |
+    |---|---|---|
+    | idle | `start_trace` | running |
+    | running | the stream is closed, or `start_trace` fails | ending: what the trace changed is undone |
+    | ending | the mount is as before | idle |
+
+    `is_running` is true from `start_trace` until the mount is as before.
+    """
 
     def __init__(
         self,
-        config: MountConfig,
+        mount: TracedMount,
         catalog: Catalog,
         open_files: OpenFileTable,
         channel: DeviceChannel,
+        *,
+        trace_switch: TraceSwitch,
         negative_lookups: Sequence[tuple[int, bytes]],
     ) -> None:
-        self._config = config
+        self._mount = mount
         self._catalog = catalog
         self._open_files = open_files
         self._channel = channel
+        self._trace_switch = trace_switch
         self._negative_lookups = negative_lookups
         self.is_running = False
-        """Whether somebody traces, or what that changed is just being undone."""
 
     async def start_trace(self, request: dict[str, Any]) -> TraceStream:
-        """The events from now on. "exact": no read-ahead; "writes": the kernel hands on what it would refuse itself.
+        """The events from now on. "exact": no read-ahead; "writes": the kernel passes on what it would refuse itself.
         Raises ConfigError when a trace is running already, and MountError for what this mount can't do."""
         if self.is_running:
             raise ConfigError("a trace of this mount is running already: end that one first")
-        device = fuse_mount.device_number_of(self._config.mountpoint)
-        if device is None:
-            raise MountError(f"{self._config.mountpoint} is not mounted")
+        options = TraceOptions(bool(request.get("exact")), bool(request.get("writes")))
+        tracer = AccessTracer(self._describe_inode, self._mount.device_number())
         self.is_running = True
-        tracer = AccessTracer(self._describe_inode, device)
-        stream = TraceStream(
-            self, tracer, is_exact=bool(request.get("exact")), passes_writes=bool(request.get("writes"))
-        )
         try:
-            await self._activate_trace(stream)
+            blind_spots = await self._activate_trace(tracer, options)
         except BaseException:
             with trio.CancelScope(shield=True):
-                await stream.close()
+                await self._end_trace(tracer, options)
             raise
-        return stream
+        return TraceStream(tracer, blind_spots, partial(self._end_trace, tracer, options))
 
     def _describe_inode(self, inode: int) -> tuple[str, int] | None:
         entry = self._catalog.entry_by_nodeid(inode)
         return None if entry is None else (entry.path, entry.size)
 
-    async def _activate_trace(self, stream: TraceStream) -> None:
-        await trio.to_thread.run_sync(self._change_mount, stream)
-        stream.open_before_trace = self._open_files.count_open_nodeids()
-        self._open_files.is_traced = True
-        self._channel.tracer = stream.tracer
-        stream.tracer.start()
+    async def _activate_trace(self, tracer: AccessTracer, options: TraceOptions) -> BlindSpots:
+        await trio.to_thread.run_sync(self._change_mount, options)
+        passthrough_opens, daemon_opens = self._open_files.count_open_nodeids()
+        self._trace_switch.turn_on(tracer)
+        tracer.start()
         names = list(self._negative_lookups)
         names += [
             (entry.parent, entry.name) for entry in self._catalog.retained_entries() if entry.nodeid != ROOT
         ]
         names = list(dict.fromkeys(names))
-        stream.hidden_name_count = len(names)
+        hidden_names = len(names)
         if self._channel.supports_expire:
             until = time.monotonic() + _EXPIRE_SECONDS
             expire = partial(self._channel.expire_entries, names, until)
-            stream.hidden_name_count = await trio.to_thread.run_sync(expire, abandon_on_cancel=True)
+            hidden_names = await trio.to_thread.run_sync(expire, abandon_on_cancel=True)
+        return BlindSpots(passthrough_opens, daemon_opens, hidden_names)
 
-    def end_trace(self, stream: TraceStream) -> None:
-        """Serve as before. May block on the kernel."""
-        self._channel.tracer = None
-        self._open_files.is_traced = False
-        stream.tracer.stop()
-        mountpoint = self._config.mountpoint
+    def _change_mount(self, options: TraceOptions) -> None:
         try:
-            if stream.passes_writes and fuse_mount.is_writable(mountpoint):
-                mounting.set_writable(mountpoint, writable=False)
-            if stream.is_exact:
-                mounting.set_read_ahead(mountpoint, self._config.read_ahead)
+            if options.is_exact:
+                self._mount.disable_read_ahead()
+            if options.passes_writes:
+                self._mount.pass_writes()
+        except OSError as error:
+            wanted = "--writes" if options.passes_writes else "--exact"
+            raise MountError(f"{wanted}: {error.strerror}: only for a mount that root made") from error
+
+    async def _end_trace(self, tracer: AccessTracer, options: TraceOptions) -> None:
+        try:
+            await trio.to_thread.run_sync(self._serve_as_before, tracer, options)
+        finally:
+            self.is_running = False
+
+    def _serve_as_before(self, tracer: AccessTracer, options: TraceOptions) -> None:
+        """Undo what the trace changed. May block on the kernel."""
+        self._trace_switch.turn_off()
+        tracer.stop()
+        try:
+            if options.passes_writes:
+                self._mount.refuse_writes()
+            if options.is_exact:
+                self._mount.restore_read_ahead()
         except (OSError, MountError) as error:  # it is being unmounted, most likely
             _log.warning("after a trace: %s", error)
 
-    def allow_next_trace(self) -> None:
-        """Another trace may begin."""
-        self.is_running = False
-
-    def _change_mount(self, stream: TraceStream) -> None:
-        mountpoint = self._config.mountpoint
-        try:
-            if stream.is_exact:
-                mounting.set_read_ahead(mountpoint, 0)
-            if stream.passes_writes:
-                mounting.set_writable(mountpoint, writable=True)
-        except OSError as error:
-            wanted = "--writes" if stream.passes_writes else "--exact"
-            raise MountError(f"{wanted}: {error.strerror}: only for a mount that root made") from error
-
 
 class TraceStream:
-    """See control.Stream. The first item says what can't be seen, the others are lists of events."""
+    """A control.Stream: its first item says what can't be seen, the others are lists of events. `on_close` ends the
+    trace, once."""
 
     def __init__(
-        self, controller: TraceController, tracer: AccessTracer, *, is_exact: bool, passes_writes: bool
+        self, tracer: AccessTracer, blind_spots: BlindSpots, on_close: Callable[[], Awaitable[None]]
     ) -> None:
-        self.tracer = tracer
-        self.is_exact = is_exact
-        self.passes_writes = passes_writes
-        self.open_before_trace = (0, 0)
-        self.hidden_name_count = 0
-        """Names that the kernel may answer for by itself for some time."""
-        self._controller = controller
+        self._tracer = tracer
+        self._blind_spots = blind_spots
+        self._on_close = on_close
         self._is_first_item_sent = False
         self._is_closed = False
 
     async def next_item(self, stop: trio.Event) -> object | None:
-        """See control.Stream."""
+        """What the client gets next; an empty list is a sign of life. None: `stop` is set, and the last events went
+        out."""
         if not self._is_first_item_sent:
             self._is_first_item_sent = True
-            passed, served = self.open_before_trace
-            return {"open_passthrough": passed, "open_daemon": served, "hidden": self.hidden_name_count}
+            found = self._blind_spots
+            return {
+                "open_passthrough": found.passthrough_opens,
+                "open_daemon": found.daemon_opens,
+                "hidden": found.hidden_names,
+            }
         waited = 0.0
         while (
-            not (events := self.tracer.take_events(_BATCH_EVENTS))
+            not (events := self._tracer.take_events(_BATCH_EVENTS))
             and not stop.is_set()
             and waited < _HEARTBEAT_SECONDS
         ):
@@ -164,17 +210,14 @@ class TraceStream:
         if events or not stop.is_set():
             return events
         await trio.sleep(_SETTLE_SECONDS)
-        return self.tracer.take_events(_BATCH_EVENTS) or None
+        return self._tracer.take_events(_BATCH_EVENTS) or None
 
     def result(self) -> object:
-        """See control.Stream."""
-        return {"lost": self.tracer.lost_events}
+        """How many events nobody fetched in time."""
+        return {"lost": self._tracer.lost_events}
 
     async def close(self) -> None:
-        """See control.Stream."""
+        """End the trace; a second call does nothing."""
         if not self._is_closed:
             self._is_closed = True
-            try:
-                await trio.to_thread.run_sync(self._controller.end_trace, self)
-            finally:
-                self._controller.allow_next_trace()
+            await self._on_close()
