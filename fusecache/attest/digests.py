@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from fusecache.attest.manifests import MAX_MANIFEST_BYTES, manifest_keys, parse_manifest
 from fusecache.attest.signing import ManifestKey
+from fusecache.bounded import BoundedDict
 from fusecache.errors import AttestationError, UnavailableError, VersionChangedError
 from fusecache.types import ObjectId, ObjectVersion
 
@@ -59,9 +59,11 @@ class ExpectedDigests:
         self._read_metadata_sha256 = read_metadata_sha256
         self._key = key
         self._lock = threading.Lock()
-        self._manifests: OrderedDict[ObjectId, dict[str, bytes] | str] = OrderedDict()
+        self._manifests: BoundedDict[ObjectId, dict[str, bytes] | str] = BoundedDict(
+            _MAX_MANIFEST_ENTRIES, weigh=len
+        )
         """What a manifest says, or what is wrong with it."""
-        self._metadata_digests: OrderedDict[ObjectId, bytes | None] = OrderedDict()
+        self._metadata_digests: BoundedDict[ObjectId, bytes | None] = BoundedDict(_MAX_METADATA_DIGESTS)
 
     def forget_metadata(self) -> None:
         """Ask the origin again."""
@@ -111,10 +113,6 @@ class ExpectedDigests:
             _log.warning("%s is no manifest that can be used: %s", manifest.key, said)
         with self._lock:
             self._manifests[manifest.id] = said
-            while (
-                len(self._manifests) > 1 and sum(map(len, self._manifests.values())) > _MAX_MANIFEST_ENTRIES
-            ):
-                self._manifests.popitem(last=False)
         return said
 
     def _digest_from_metadata(self, version: ObjectVersion, source: str) -> bytes | None:
@@ -124,8 +122,6 @@ class ExpectedDigests:
         digest = self._read_metadata_sha256(version, source)
         with self._lock:
             self._metadata_digests[version.id] = digest
-            while len(self._metadata_digests) > _MAX_METADATA_DIGESTS:
-                self._metadata_digests.popitem(last=False)
         return digest
 
 

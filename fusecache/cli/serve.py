@@ -19,7 +19,7 @@ from fusecache.config.load import load_mount_config
 from fusecache.config.model import MountConfig, make_default_cache_dir
 from fusecache.control.mounts import SOCKET_NAME, make_mount_runtime_dir, serve_mountpoint
 from fusecache.control.server import serve_requests
-from fusecache.errors import ConfigError, FusecacheError
+from fusecache.errors import ConfigError, first_error
 from fusecache.fetch.interface import FetchSettings
 from fusecache.fetch.service import FetchService
 from fusecache.origin.factory import open_origin
@@ -57,17 +57,8 @@ def serve_command(source: str | None, options: tuple[str, ...], config: Path | N
     try:
         trio.run(_serve_node, settings)
     except BaseExceptionGroup as group:
-        raise _first_error(group) from None
+        raise first_error(group) from None
     return 0
-
-
-def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error of ours in a group, or the first of any kind."""
-    ours, _ = group.split(FusecacheError)
-    found: BaseException = ours or group
-    while isinstance(found, BaseExceptionGroup):
-        found = found.exceptions[0]
-    return found
 
 
 class _NoSiblings:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from fusecache.bounded import BoundedDict
 from fusecache.fetch.interface import CatalogView
 from fusecache.prefetch.browse_detector import BrowseDetector
 from fusecache.prefetch.models.companions import WEIGHT_SUFFIXES, companions_of
@@ -32,20 +33,19 @@ class CompanionPrefetcher:
         self._catalog = catalog
         self._start_file = start_file
         self._lock = threading.Lock()
-        self._checked_at: dict[ObjectId, float] = {}
+        self._checked: BoundedDict[ObjectId, None] = BoundedDict(
+            _MAX_CHECKED_FILES, max_age=_COMPANION_INTERVAL
+        )
         self._browse_detector = BrowseDetector(_MAX_ADAPTERS)
 
     def mark_if_due(self, version: ObjectVersion) -> bool:
         """A file is being read; whether `fetch` is to be called, soon. Does not block."""
-        now = time.monotonic()
         with self._lock:
             if _is_weights(version):
                 self._browse_detector.weights_read(_folder_of(version))
-            if now - self._checked_at.get(version.id, -_COMPANION_INTERVAL) < _COMPANION_INTERVAL:
+            if version.id in self._checked:
                 return False
-            self._checked_at[version.id] = now
-            while len(self._checked_at) > _MAX_CHECKED_FILES:
-                del self._checked_at[next(iter(self._checked_at))]
+            self._checked[version.id] = None
             return True
 
     def prefetch_companions(self, version: ObjectVersion, source: str) -> None:

@@ -26,6 +26,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fusecache.bounded import BoundedDict
 from fusecache.errors import FusecacheError
 from fusecache.fetch.interface import CatalogView, FetchSettings, PeerProfiles, Shelf
 from fusecache.fetch.object_fetch import ObjectFetch
@@ -94,7 +95,7 @@ class SessionTracker:
         self._profile_store = profile_store if settings.learn else None
         self._peer_profiles = peer_profiles
         self.backfill = Backfill(fetch_service, scheduler)
-        self._models: dict[ObjectId, ModelShards | None] = {}
+        self._models: BoundedDict[ObjectId, ModelShards | None] = BoundedDict(_MAX_FILES)
         """By each of its files; None: nothing is learned of that one."""
 
     # -- which model a file is a part of
@@ -132,8 +133,6 @@ class SessionTracker:
             if data is not None:
                 self._adopt_packed_profile(model, data, "in the cache directory")
         with self._fetch_service.lock:
-            while len(self._models) > _MAX_FILES:
-                del self._models[next(iter(self._models))]
             if model is None:
                 self._models[version.id] = None
                 return

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from fusecache.bounded import BoundedDict
 from fusecache.errors import FusecacheError
 from fusecache.fetch.interface import CatalogView
 from fusecache.fetch.scheduler import FetchScheduler
@@ -37,7 +38,7 @@ class ShardPrefetcher:
         self._scheduler = scheduler
         self._catalog = catalog
         self._budget = budget
-        self._planned_at: dict[ObjectId, float] = {}
+        self._planned: BoundedDict[ObjectId, None] = BoundedDict(_MAX_PLANNED_FILES, max_age=_PLAN_INTERVAL)
         self._browse_detector = BrowseDetector()
 
     def plan_after(self, version: ObjectVersion, source: str) -> None:
@@ -53,11 +54,9 @@ class ShardPrefetcher:
                 self._browse_detector.weights_read(_folder_of(version))
             elif void := self._browse_detector.announce_folder(_folder_of(version), now):
                 dropped = self._scheduler.drop_unopened(lambda other: _folder_of(other) in void)
-            planned = now - self._planned_at.get(version.id, -_PLAN_INTERVAL) < _PLAN_INTERVAL
+            planned = version.id in self._planned
             if not void and not planned:
-                self._planned_at[version.id] = now
-                while len(self._planned_at) > _MAX_PLANNED_FILES:
-                    del self._planned_at[next(iter(self._planned_at))]
+                self._planned[version.id] = None
                 self._scheduler.tasks.append(functools.partial(self._plan_shards, version, source))
                 self._fetch_service.wake_workers_locked()
         for object_fetch in dropped:
@@ -67,7 +66,7 @@ class ShardPrefetcher:
         """The load of these is over: look again when the next one begins."""
         with self._fetch_service.lock:
             for object_id in ids:
-                self._planned_at.pop(object_id, None)
+                self._planned.pop(object_id, None)
 
     def is_browsed(self, version: ObjectVersion) -> bool:
         """Whether so many configs are read that the models beside them are not loaded, but listed."""

@@ -15,6 +15,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from fusecache.bounded import BoundedDict
 from fusecache.types import ObjectId
 
 MAX_USES = 3
@@ -33,10 +34,9 @@ class S3Fifo:
     def __init__(self) -> None:
         self._small: OrderedDict[ObjectId, _Entry] = OrderedDict()
         self._main: OrderedDict[ObjectId, _Entry] = OrderedDict()
-        self._ghost: OrderedDict[ObjectId, int] = OrderedDict()
+        self._ghost: BoundedDict[ObjectId, int] = BoundedDict(0, weigh=int)
         self._small_bytes = 0
         self._main_bytes = 0
-        self._ghost_bytes = 0
 
     def __contains__(self, object_id: object) -> bool:
         return object_id in self._small or object_id in self._main
@@ -49,10 +49,8 @@ class S3Fifo:
         if object_id in self:
             self.resize(object_id, size)
             return
-        ghost = self._ghost.pop(object_id, None)
-        if ghost is not None:
-            self._ghost_bytes -= ghost
-        self._push_entry(object_id, _Entry(size, min(uses, MAX_USES)), is_in_main or ghost is not None)
+        was_ghost = self._ghost.pop(object_id, None) is not None
+        self._push_entry(object_id, _Entry(size, min(uses, MAX_USES)), is_in_main or was_ghost)
 
     def resize(self, object_id: ObjectId, size: int) -> None:
         """Tell that an object takes `size` bytes now. Unknown ones are ignored."""
@@ -89,11 +87,8 @@ class S3Fifo:
 
     def add_ghost(self, object_id: ObjectId, size: int) -> None:
         """Put an id into the ghost queue, which spans as many bytes as the store holds."""
+        self._ghost.set_maximum(max(self._main_bytes + self._small_bytes, size))
         self._ghost[object_id] = size
-        self._ghost_bytes += size
-        room = max(self._main_bytes + self._small_bytes, size)
-        while self._ghost_bytes > room:
-            self._ghost_bytes -= self._ghost.popitem(last=False)[1]
 
     def ghosts(self) -> Iterable[tuple[ObjectId, int]]:
         """Ids and sizes of the ghost queue, oldest first."""

@@ -15,8 +15,8 @@ import sys
 import threading
 import time
 import traceback
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Literal, TextIO
@@ -25,13 +25,14 @@ from urllib.parse import quote, quote_plus
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from fusecache.bounded import BoundedDict
 from fusecache.errors import ConfigError
 
 REDACTED = "[secret]"
 HANDLER_NAME = "fusecache"
 BURST_EVENTS = 5
 BURST_WINDOW_SECONDS = 60.0
-"""At most BURST equal events (same logger, level and message text before its arguments) in WINDOW seconds."""
+"""At most so many equal events (same logger, level and message text before its arguments) in so many seconds."""
 _MAX_EVENT_KINDS = 1024
 _OWN_LOGGERS = ("fusecache", "__main__")
 
@@ -151,38 +152,48 @@ def _quote_value(value: object) -> str:
     return json.dumps(text, ensure_ascii=False) if not text or any(c in text for c in " =\"'") else text
 
 
+@dataclass
+class _BurstWindow:
+    """What happened to one kind of event since `started`."""
+
+    started: float
+    passed: int = 0
+    held_back: int = 0
+
+
 class RepeatFilter(logging.Filter):
-    """Lets BURST equal events per WINDOW pass and says how many it held back when the next one passes.
-    Thread-safe; keeps at most _MOST_KEYS kinds of events."""
+    """Lets BURST_EVENTS equal events per BURST_WINDOW_SECONDS pass, and notes in the next one that passes how many it
+    held back. Thread-safe; remembers at most _MAX_EVENT_KINDS kinds of events. The lock is a leaf.
+
+    | What happens | The kind's window |
+    |---|---|
+    | its first event, or an event after the window's end | begins |
+    | one of the first BURST_EVENTS events of a window | counts it as passed |
+    | another event of the window | counts it as held back |
+    | events of _MAX_EVENT_KINDS other kinds | is forgotten |
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
         self._lock = threading.Lock()
-        self._windows: OrderedDict[tuple[str, int, str], list[float]] = (
-            OrderedDict()
-        )  # window start, passed, held
+        self._windows: BoundedDict[tuple[str, int, str], _BurstWindow] = BoundedDict(_MAX_EVENT_KINDS)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to write the record; may note in it what was held back."""
+        """Whether to write the record. Sets its field `repeats_held_back` if a window ended that held events back."""
         if record.levelno <= logging.DEBUG:
             return True
         key = (record.name, record.levelno, str(record.msg))
         now = self._clock()
         with self._lock:
-            entry = self._windows.pop(key, None)
-            if entry is None:
-                entry = [now, 0, 0]
-            self._windows[key] = entry
-            if len(self._windows) > _MAX_EVENT_KINDS:
-                self._windows.popitem(last=False)
-            if now - entry[0] >= BURST_WINDOW_SECONDS:
-                held = int(entry[2])
-                entry[:] = [now, 0, 0]
-                if held:
-                    record.repeats_held_back = held
-            entry[1] += 1
-            if entry[1] <= BURST_EVENTS:
+            window = self._windows.get(key) or _BurstWindow(now)
+            if now - window.started >= BURST_WINDOW_SECONDS:
+                if window.held_back:
+                    record.repeats_held_back = window.held_back
+                window = _BurstWindow(now)
+            self._windows[key] = window
+            if window.passed < BURST_EVENTS:
+                window.passed += 1
                 return True
-            entry[2] += 1
+            window.held_back += 1
             return False

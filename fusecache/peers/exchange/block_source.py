@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from fusecache.bounded import BoundedDict
 from fusecache.errors import CancelledReadError, UnavailableError
 from fusecache.fetch.block_source import BlockSink, Route, write_chunks
 from fusecache.origin.interface import Origin
@@ -44,6 +45,7 @@ _log = logging.getLogger(__name__)
 
 _NOT_STORED_TTL = 10.0
 """Seconds for which a node that had nothing of an object is not asked again whether it has."""
+_MAX_NOT_STORED = 10_000
 _MAX_SILENCE = 20.0
 """Seconds without a byte, or word that the node waits itself, after which one that is alive is passed over all the
 same."""
@@ -152,11 +154,13 @@ class PeerBlockSource:
         self._transfers_in_progress = 0
         self._next_stored_hedge_at = 0.0
         """When a flight may look elsewhere again."""
-        self._not_stored_at: dict[tuple[str, ObjectId], float] = {}
+        self._not_stored: BoundedDict[tuple[str, ObjectId], None] = BoundedDict(
+            _MAX_NOT_STORED, max_age=_NOT_STORED_TTL
+        )
         self._upstream_by_stripe: dict[tuple[ObjectId, int], list[str]] = {}
         self._certain_at_by_stripe: dict[tuple[ObjectId, int], float] = {}
         self._ranked_members: tuple[Member, ...] = ()
-        self._rankings: dict[tuple[ObjectId, int], list[Member]] = {}
+        self._rankings: BoundedDict[tuple[ObjectId, int], list[Member]] = BoundedDict(_MAX_RANKINGS)
         self._owner_slots = ResizableSemaphore(
             lambda: policy.origin_request_limit(concurrency, len(members.members()))
         )
@@ -240,7 +244,7 @@ class PeerBlockSource:
         with self._lock:
             if members is not self._ranked_members:
                 self._ranked_members = members
-                self._rankings = {}
+                self._rankings.clear()
             found = self._rankings.get((object_id, stripe))
         if found is None:
             # all nodes ask the owner for the same stripe: 2 ms each in a cluster of 10,000
@@ -248,8 +252,6 @@ class PeerBlockSource:
             with self._lock:
                 if members is self._ranked_members:
                     self._rankings[object_id, stripe] = found
-                while len(self._rankings) > _MAX_RANKINGS:
-                    del self._rankings[next(iter(self._rankings))]
         return found
 
     # -- the loader's side
@@ -301,8 +303,7 @@ class PeerBlockSource:
 
     def _may_have(self, object_id: ObjectId, member: Member) -> bool:
         with self._lock:
-            since = self._not_stored_at.get((member.name, object_id))
-        return since is None or time.monotonic() - since > _NOT_STORED_TTL
+            return (member.name, object_id) not in self._not_stored
 
     # -- one node
 
@@ -338,9 +339,7 @@ class PeerBlockSource:
                 self.peer_health.request_undecided(target.name)
                 if stored_only:
                     with self._lock:
-                        while len(self._not_stored_at) > 10_000:
-                            del self._not_stored_at[next(iter(self._not_stored_at))]
-                        self._not_stored_at[target.name, transfer.version.id] = time.monotonic()
+                        self._not_stored[target.name, transfer.version.id] = None
             except PeerError as error:
                 if isinstance(error, PeerConnectTimeoutError) and self._admit_reconnect(target, silent):
                     continue

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from dataclasses import dataclass
 
+from fusecache.bounded import BoundedDict
 from fusecache.fetch.block_source import Route
 from fusecache.peers.member import Member, hash_seed
 from fusecache.peers.membership.placement import fetch_order, find_stripe_owners, stripe_count
@@ -239,15 +240,13 @@ class ReceiverRates:
 
     def __init__(self) -> None:
         self._recent_rates: deque[int] = deque(maxlen=RATE_SAMPLES_KEPT)
-        self._rate_by_node: OrderedDict[str, int] = OrderedDict()
+        self._rate_by_node: BoundedDict[str, int] = BoundedDict(MAX_RATED_NODES)
         self._median_rate = 0.0
 
     def record_rate(self, name: str, receive_rate: int) -> None:
         """A node receives so many bytes per second at best; 0: it does not know."""
         if receive_rate:
             self._rate_by_node[name] = receive_rate
-            while len(self._rate_by_node) > MAX_RATED_NODES:
-                self._rate_by_node.popitem(last=False)
             self._recent_rates.append(receive_rate)
             if len(self._recent_rates) >= MIN_RATE_SAMPLES:
                 self._median_rate = statistics.median(self._recent_rates)
@@ -306,8 +305,7 @@ class RelayTrees:
 
     def __init__(self, own_name: str, max_stripes: int = 20_000) -> None:
         self._own_name = own_name
-        self._max_stripes = max_stripes
-        self._holders_by_stripe: OrderedDict[tuple[ObjectId, int], StripeHolders] = OrderedDict()
+        self._holders_by_stripe: BoundedDict[tuple[ObjectId, int], StripeHolders] = BoundedDict(max_stripes)
         self._unsent_bytes: dict[str, int] = {}
 
     def record_unsent(self, name: str, unsent_bytes: int) -> None:
@@ -327,11 +325,8 @@ class RelayTrees:
         do. `usable` are the others that are alive."""
         holders = self._holders_by_stripe.get(stripe)
         if holders is None:
-            holders = self._holders_by_stripe[stripe] = StripeHolders({self._own_name: Holder(0)}, deque())
-            while len(self._holders_by_stripe) > self._max_stripes:
-                self._holders_by_stripe.popitem(last=False)
-        else:
-            self._holders_by_stripe.move_to_end(stripe)
+            holders = StripeHolders({self._own_name: Holder(0)}, deque())
+        self._holders_by_stripe[stripe] = holders
         if receiver in holders.by_name or no_redirect:
             if receiver not in holders.by_name:
                 self._add_holder(holders, receiver, 1)

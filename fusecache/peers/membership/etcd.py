@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 import trio
 
+from fusecache.errors import first_error
 from fusecache.peers.membership.discovery import CandidatesListener
 
 _log = logging.getLogger(__name__)
@@ -67,9 +68,7 @@ class EtcdDiscovery:
                     await self._run_session(http, on_candidates)
                     rest = _RETRY_DELAYS[0]
                 except* (httpx.HTTPError, ValueError, KeyError, TypeError, trio.TooSlowError) as group:
-                    error = group.exceptions[0]
-                    while isinstance(error, BaseExceptionGroup):
-                        error = error.exceptions[0]
+                    error = first_error(group)
                     if not self._is_failing:
                         self._is_failing = True
                         _log.warning(

@@ -35,7 +35,7 @@ from fusecache.catalog.entry import CatalogSource
 from fusecache.config.model import MountConfig
 from fusecache.control.mounts import SOCKET_NAME, make_mount_runtime_dir
 from fusecache.control.server import serve_requests
-from fusecache.errors import ConfigError, FusecacheError
+from fusecache.errors import ConfigError, FusecacheError, first_error
 from fusecache.fetch.interface import FetchSettings
 from fusecache.fetch.service import FetchService
 from fusecache.origin.factory import open_origin
@@ -176,16 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         facts = DaemonInfo(keeper_link.start_message.restarts, os.getppid(), started)
         return trio.run(functools.partial(_build_and_serve, config, keeper_link, facts))
     except BaseExceptionGroup as group:
-        return _report_failure(keeper_socket, _first_error(group))
+        return _report_failure(keeper_socket, first_error(group))
     except Exception as error:
         return _report_failure(keeper_socket, error)
-
-
-def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    found: BaseException = group
-    while isinstance(found, BaseExceptionGroup):
-        found = found.exceptions[0]
-    return found
 
 
 def _report_failure(keeper_socket: socket.socket, error: BaseException) -> int:

@@ -20,11 +20,12 @@ import logging
 import queue
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from fusecache.bounded import BoundedDict
 from fusecache_mount.kernel import protocol
 from fusecache_mount.kernel.nodeids import inode_number, is_passthrough
 from fusecache_mount.kernel.processes import read_tgid
@@ -67,7 +68,7 @@ class AccessTracer:
         self._lost_events = 0
         self._pending: dict[int, tuple[int, dict[str, Any]]] = {}
         """unique -> opcode, event of what was not answered yet. Single dict operations only."""
-        self._programs: OrderedDict[int, Program] = OrderedDict()
+        self._programs: BoundedDict[int, Program] = BoundedDict(_MAX_THREADS)
         self._lock = threading.Lock()
         """Of `_lost` and `_programs`."""
         self._mapping_monitor = _MappingMonitor(device_number, self._record_mapping)
@@ -133,15 +134,14 @@ class AccessTracer:
     def _find_program(self, tid: int, *, must_read_anew: bool) -> Program:
         """The program of a thread, which waits for our answer and so is still there. A name changes with exec, which
         opens files first: then and at every other request but READ it is looked up anew."""
-        found = self._programs.get(tid)
+        with self._lock:
+            found = self._programs.get(tid)
         if found is not None and not must_read_anew:
             return found
         program = _read_program(tid)
         if program != found:
             with self._lock:
                 self._programs[tid] = program
-                while len(self._programs) > _MAX_THREADS:
-                    self._programs.popitem(last=False)
         return program
 
     def _record_mapping(self, program: Program, path: str, length: int) -> None:
@@ -209,7 +209,9 @@ class _MappingMonitor:
         self._device_number = f"{int(major):02x}:{int(minor):02x}".encode()
         self._on_mapping_found = on_mapping_found
         self._queue: queue.SimpleQueue[tuple[Program, int, str] | None] = queue.SimpleQueue()
-        self._next_check_times: OrderedDict[tuple[int, int], float] = OrderedDict()
+        self._lock = threading.Lock()
+        """Guards `_next_check_times`; a leaf."""
+        self._next_check_times: BoundedDict[tuple[int, int], float] = BoundedDict(_MAX_THREADS)
         """(pid, inode number) -> when to look again (infinity: it is mapped)."""
         self._thread = threading.Thread(target=self._check_mappings, name="trace", daemon=True)
 
@@ -222,21 +224,25 @@ class _MappingMonitor:
     def request_mapping_check(self, program: Program, inode: int, path: str) -> None:
         """This program reads this file now: look, soon."""
         now = time.monotonic()
-        if not program.pid or self._next_check_times.get((program.pid, inode), 0.0) > now:
+        if not program.pid:
             return
-        self._next_check_times[program.pid, inode] = now + _MAPPINGS_POLL_SECONDS
+        with self._lock:
+            if self._next_check_times.get((program.pid, inode), 0.0) > now:
+                return
+            self._next_check_times[program.pid, inode] = now + _MAPPINGS_POLL_SECONDS
         self._queue.put((program, inode, path))
 
     def _check_mappings(self) -> None:
         while (asked := self._queue.get()) is not None:
             program, inode, path = asked
             length = sum(size for number, size in self._list_mapped_files(program.pid) if number == inode)
-            if length and self._next_check_times.get((program.pid, inode)) != float("inf"):
+            if not length:
+                continue
+            with self._lock:
+                was_found = self._next_check_times.get((program.pid, inode)) == float("inf")
                 self._next_check_times[program.pid, inode] = float("inf")
+            if not was_found:
                 self._on_mapping_found(program, path, length)
-            while len(self._next_check_times) > _MAX_THREADS:
-                with contextlib.suppress(KeyError):
-                    self._next_check_times.popitem(last=False)
 
     def _list_mapped_files(self, pid: int) -> Iterator[tuple[int, int]]:
         """Inode numbers and lengths of the process's mappings of files of this mount."""
