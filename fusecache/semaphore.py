@@ -1,4 +1,4 @@
-"""A counting lock whose size may change while it is used."""
+"""A counting lock whose size may change while it is used, and a wait that can be cancelled. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,25 +10,51 @@ from collections.abc import Callable, Iterator
 from fusecache.errors import CancelledReadError, UnavailableError
 
 _POLL_SECONDS = 0.1
-"""Seconds between looks at `cancelled`, and at whether the size has grown: nothing else can wake us for those."""
+"""Seconds between two calls of `cancelled`: nothing tells a waiting thread that its reader has gone away."""
+
+
+def wait_cancellable(
+    event: threading.Event,
+    clock: Callable[[], float],
+    deadline: float,
+    cancelled: Callable[[], bool],
+    on_poll: Callable[[], None] | None = None,
+) -> bool:
+    """Wait until `event` is set, `deadline` has come on `clock`, or `cancelled()` is true; returns whether the event is
+    set. Calls `cancelled`, and then `on_poll` if it is given, about every 0.1 s."""
+    while not event.is_set() and not cancelled() and (left := deadline - clock()) > 0:
+        if not event.wait(min(left, _POLL_SECONDS)) and on_poll is not None:
+            on_poll()
+    return event.is_set()
 
 
 class ResizableSemaphore:
-    """At most `size()` holders at a time, first come, first served. Thread-safe; while its lock is held nothing but
-    `size` is called."""
+    """At most `size()` holders at a time, first come, first served. Thread-safe; the lock guards the count of slots
+    that are held and the queue, and `size` is called while it is held.
+
+    | What happens | A thread |
+    |---|---|
+    | it asks for a slot | is at the end of the queue |
+    | a slot is free and it is the first in the queue | leaves the queue and holds the slot |
+    | its deadline comes, or its reader goes away | leaves the queue without a slot |
+    | it returns its slot | holds none; the first in the queue is next |
+
+    When `size()` grows, threads that wait notice it within 0.1 s.
+    """
 
     def __init__(self, size: Callable[[], int]) -> None:
         self._size = size
         self._lock = threading.Lock()
         self._held_count = 0
         self._waiting_events: deque[threading.Event] = deque()
-        """Who is given a slot leaves it, and finds the event set."""
+        """One event per waiting thread; it is set when the thread is given a slot."""
 
     @contextlib.contextmanager
     def hold_slot(
         self, clock: Callable[[], float], deadline: float, cancelled: Callable[[], bool]
     ) -> Iterator[None]:
-        """Wait for a slot until `deadline` on `clock`. Raises UnavailableError, CancelledReadError."""
+        """A with block that holds a slot. Waits for it until `deadline` on `clock`; raises UnavailableError then, and
+        CancelledReadError when `cancelled()` is true before."""
         if not self.take_slot(clock, deadline, cancelled):
             if cancelled():
                 raise CancelledReadError("the reader went away")
@@ -39,28 +65,30 @@ class ResizableSemaphore:
             self.return_slot()
 
     def take_slot(self, clock: Callable[[], float], deadline: float, cancelled: Callable[[], bool]) -> bool:
-        """Whether there was a slot before `deadline` on `clock`, and before `cancelled`. Then give it back."""
+        """Wait for a slot until `deadline` on `clock`, or until `cancelled()`; returns whether this thread holds one
+        now, which it has to give back with `return_slot`."""
         turn = threading.Event()
         with self._lock:
             self._waiting_events.append(turn)
             self._admit_waiters_locked()
-        while not turn.is_set() and not cancelled() and (left := deadline - clock()) > 0:
-            if not turn.wait(min(left, _POLL_SECONDS)):
-                with self._lock:
-                    self._admit_waiters_locked()
+        wait_cancellable(turn, clock, deadline, cancelled, self._admit_waiters)
         with self._lock:
             if not turn.is_set():
                 self._waiting_events.remove(turn)
         return turn.is_set()
 
     def return_slot(self) -> None:
-        """One that was taken."""
+        """Give back a slot that `take_slot` gave."""
         with self._lock:
             self._held_count -= 1
             self._admit_waiters_locked()
 
+    def _admit_waiters(self) -> None:
+        with self._lock:
+            self._admit_waiters_locked()
+
     def _admit_waiters_locked(self) -> None:
-        """Give what is free to those who wait longest; the lock is held."""
+        """Give the free slots to the threads that have waited longest."""
         while self._waiting_events and self._held_count < self._size():
             self._held_count += 1
             self._waiting_events.popleft().set()

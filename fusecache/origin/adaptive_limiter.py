@@ -20,19 +20,27 @@ _MIN_SLOTS = 4
 
 
 class AdaptiveLimiter:
-    """Slots whose number adapts. Its lock is a leaf: nothing is called while it is held."""
+    """Slots whose number adapts. The lock guards the limit and is a leaf: nothing is called while it is held.
+
+    | What happens | The limit |
+    |---|---|
+    | in the beginning | is `most` |
+    | a request that was sent after the last halving is throttled | is halved, but not below 4 (or `most`) |
+    | a request that was sent before the last halving is throttled | stays |
+    | a request succeeds | grows by 1/limit, up to `most` |
+    """
 
     def __init__(self, most: int) -> None:
         self._max_limit = most
         self._min_limit = min(most, _MIN_SLOTS)
         self._limit = float(most)
-        self._halvings = 0  # counts halvings
+        self._halvings = 0
         self._lock = threading.Lock()
         self._slots = ResizableSemaphore(lambda: self.limit)
 
     @property
     def limit(self) -> int:
-        """Most requests in flight at this time."""
+        """Requests that may be in flight at this moment."""
         return int(self._limit)
 
     @contextlib.contextmanager
@@ -43,10 +51,11 @@ class AdaptiveLimiter:
         cancelled: Callable[[], bool],
         last_error: OriginError | None = None,
     ) -> Iterator[int]:
-        """Hold a slot; gives the generation to tell `throttled`.
+        """A with block that holds a slot; gives the generation, which `note_throttled` wants to know.
 
-        Raises UnavailableError at the deadline, or what `give_up` does with `last`, the failure that this request is
-        to mend; CancelledReadError.
+        Waits until `deadline`, an instant of time.monotonic(); then raises UnavailableError, or what
+        `raise_last_error` makes of `last_error`, the failure after which this request is made. Raises
+        CancelledReadError when `cancelled()` is true before.
         """
         if not self._slots.take_slot(time.monotonic, deadline, cancelled):
             if cancelled():
@@ -62,14 +71,14 @@ class AdaptiveLimiter:
             self._slots.return_slot()
 
     def note_throttled(self, generation: int) -> None:
-        """A request of this generation was told to slow down."""
+        """Halve the limit, because a request of this generation was throttled; not if it was halved since."""
         with self._lock:
             if generation == self._halvings:
                 self._halvings += 1
                 self._limit = max(float(self._min_limit), self._limit / 2)
 
     def note_success(self) -> None:
-        """A request was answered in full."""
+        """Let the limit grow, because a request was answered in full."""
         with self._lock:
             if self._limit < self._max_limit:
                 self._limit = min(float(self._max_limit), self._limit + 1 / self._limit)

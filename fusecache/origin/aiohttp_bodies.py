@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterator
-from types import TracebackType
+from collections.abc import Awaitable, Callable, Generator
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 import fsspec.asyn
 
-from fusecache.errors import FusecacheError, OriginError, TemporaryOriginError
+from fusecache.errors import OriginError, TemporaryOriginError
 from fusecache.origin.errors_from_answers import (
+    ErrorTranslator,
     connection_error,
-    error_from_exception,
-    timeout_error,
+    error_from_status,
     truncated_error,
     version_changed_error,
 )
+from fusecache.types import ObjectVersion
 
 _HOP_BYTES = 1 << 20
 """Bytes per hop to the asyncio thread: a hop costs about 0.1 ms, aiohttp's pieces have 64-256 KiB."""
@@ -33,44 +34,93 @@ _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 def call_on_loop(
     loop: asyncio.AbstractEventLoop, function: Callable[..., Awaitable[Any]], *args: Any, timeout: float
 ) -> Any:
-    """Run a coroutine function on the loop and wait; raises what it raises, or TimeoutError."""
+    """Run a coroutine function on the loop and wait; raises what it raises, or TimeoutError after `timeout` seconds."""
     try:
         return fsspec.asyn.sync(loop, function, *args, timeout=timeout)
     except fsspec.exceptions.FSTimeoutError:
         raise TimeoutError from None
 
 
-class ErrorTranslator:
-    """A with block that turns what aiohttp, asyncio and the operating system raise into errors of ours."""
-
-    def __init__(self, where: str) -> None:
-        self.where = where
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not isinstance(error, Exception) or isinstance(error, FusecacheError):
-            return
-        raise (self.translate_error(error) or self._translate_common_error(error)) from None
-
-    def translate_error(self, error: Exception) -> OriginError | None:
-        """What a library of its own means by `error`; None: nothing special."""
+def translate_aiohttp_error(where: str, error: Exception) -> OriginError | None:
+    """For ErrorTranslator: what aiohttp means by `error`, None if the error is of another library."""
+    if isinstance(error, TimeoutError):
         return None
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return truncated_error(where)
+    if isinstance(error, aiohttp.InvalidURL):
+        return OriginError(f"{where}: not a valid URL: check it")
+    if isinstance(error, aiohttp.ClientError):
+        # Its text may quote headers: only its kind is passed on.
+        return connection_error(where, type(error).__name__)
+    return None
 
-    def _translate_common_error(self, error: Exception) -> OriginError:
-        if isinstance(error, asyncio.TimeoutError):
-            return timeout_error(self.where)
-        if isinstance(error, aiohttp.ClientPayloadError):
-            return truncated_error(self.where)
-        if isinstance(error, aiohttp.InvalidURL):
-            return OriginError(f"{self.where}: not a valid URL: check it")
-        if isinstance(error, aiohttp.ClientError):
-            # Its text may quote headers: only its kind is passed on.
-            return connection_error(self.where, type(error).__name__)
-        return error_from_exception(self.where, error)
+
+def client_timeout(connect: float, read: float) -> aiohttp.ClientTimeout:
+    """Bounds, in seconds, for a connection attempt and for each wait for bytes; none for the whole request."""
+    return aiohttp.ClientTimeout(total=None, sock_connect=connect, sock_read=read)
+
+
+def close_session_soon(filesystem: Any) -> None:
+    """Close the session of an fsspec file system, if it has one, on its own loop. Does not wait."""
+    session = filesystem._session
+    if session is not None:
+        asyncio.run_coroutine_threadsafe(session.close(), filesystem.loop)
+
+
+@dataclass(frozen=True)
+class RangeAnswer:
+    """The head of an answer to a range request, and the ways to its body: `read_chunk` and `close` run on the loop."""
+
+    status: int
+    etag: str | None
+    """As in ObjectVersion; None when the server does not say which version it answers with."""
+    content_range: str | None
+    content_length: int | None
+    retry_after: str | None
+    read_chunk: Callable[[int], Awaitable[bytes]]
+    close: Callable[[], object]
+
+    @classmethod
+    def from_aiohttp(cls, answer: aiohttp.ClientResponse, etag: str | None) -> RangeAnswer:
+        """The answer of aiohttp, whose headers were found to name the version `etag`."""
+        return cls(
+            answer.status,
+            etag,
+            answer.headers.get("Content-Range"),
+            answer.content_length,
+            answer.headers.get("Retry-After"),
+            answer.content.read,
+            answer.close,
+        )
+
+
+def ranged_body(
+    loop: asyncio.AbstractEventLoop,
+    errors: ErrorTranslator,
+    answer: RangeAnswer,
+    version: ObjectVersion,
+    offset: int,
+    length: int,
+    timeout: float,
+) -> Generator[bytes, None, None]:
+    """The bytes [offset, offset + length) of this version out of an answer, which is closed at the end.
+
+    `timeout` is the longest wait for a next byte, in seconds. Raises what the status means, VersionChangedError when
+    the answer is of another version, TemporaryOriginError when the body ends early or is of another range.
+    """
+    where = errors.where
+    try:
+        if answer.status >= 300:
+            raise error_from_status(where, answer.status, "", answer.retry_after)
+        if version.etag and answer.etag is not None and answer.etag != version.etag:
+            raise version_changed_error(where)
+        skip = bytes_to_skip(
+            where, answer.status, answer.content_range, answer.content_length, version.size, offset
+        )
+        yield from _stream_body(loop, errors, answer.read_chunk, skip, length, timeout)
+    finally:
+        # A body that was not read to its end takes its connection with it.
+        loop.call_soon_threadsafe(answer.close)
 
 
 def bytes_to_skip(
@@ -95,18 +145,17 @@ def bytes_to_skip(
     raise TemporaryOriginError(f"{where}: the server answered {status} without saying which range")
 
 
-def stream_body(
+def _stream_body(
     loop: asyncio.AbstractEventLoop,
-    where: str,
+    errors: ErrorTranslator,
     read_chunk: Callable[[int], Awaitable[bytes]],
     skip: int,
     length: int,
     timeout: float,
-    translator: type[ErrorTranslator] = ErrorTranslator,
-) -> Iterator[bytes]:
+) -> Generator[bytes, None, None]:
     """The next `length` bytes after `skip` ones; raises TemporaryOriginError when the body ends before."""
 
-    async def some(most: int) -> list[bytes]:
+    async def read_parts(most: int) -> list[bytes]:
         parts: list[bytes] = []
         while most > 0:
             part = await asyncio.wait_for(read_chunk(most), timeout)
@@ -116,24 +165,17 @@ def stream_body(
             most -= len(part)
         return parts
 
-    # The whole hop has longer than one wait: it is bounded by its waits.
-    whole = 100 * timeout
+    def hop(most: int) -> list[bytes]:
+        # The whole hop has longer than one wait: it is bounded by its waits.
+        with errors:
+            parts: list[bytes] = call_on_loop(loop, read_parts, min(most, _HOP_BYTES), timeout=100 * timeout)
+        if not parts:
+            raise truncated_error(errors.where)
+        return parts
+
     while skip > 0:
-        with translator(where):
-            parts = call_on_loop(loop, some, min(skip, _HOP_BYTES), timeout=whole)
-        if not parts:
-            raise truncated_error(where)
-        skip -= sum(map(len, parts))
+        skip -= sum(map(len, hop(skip)))
     while length > 0:
-        with translator(where):
-            parts = call_on_loop(loop, some, min(length, _HOP_BYTES), timeout=whole)
-        if not parts:
-            raise truncated_error(where)
-        for part in parts:
+        for part in hop(length):
             length -= len(part)
             yield part
-
-
-def close_session_soon(loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession) -> None:
-    """Close a session on its own loop, without waiting."""
-    asyncio.run_coroutine_threadsafe(session.close(), loop)

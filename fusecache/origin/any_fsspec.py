@@ -7,8 +7,7 @@ conditional reads here: each piece is given out only after the file system says 
 from __future__ import annotations
 
 import inspect
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +16,13 @@ import fsspec.asyn
 
 from fusecache.config.model import SourceConfig
 from fusecache.errors import ConfigError, NotFoundError, OriginError
-from fusecache.origin.aiohttp_bodies import ErrorTranslator
-from fusecache.origin.errors_from_answers import truncated_error, version_changed_error
-from fusecache.origin.interface import ListPage, parse_metadata_sha256
+from fusecache.origin.aiohttp_bodies import translate_aiohttp_error
+from fusecache.origin.errors_from_answers import ErrorTranslator, truncated_error, version_changed_error
+from fusecache.origin.interface import ListPage, OriginBackend, parse_metadata_sha256
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-_log = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 4 << 20
 _TAG_FIELDS = (
@@ -53,8 +50,8 @@ _TIME_FIELDS = (
 )
 
 
-class AnyFsspecBackend:
-    """See fusecache.origin.interface.Backend."""
+class AnyFsspecBackend(OriginBackend):
+    """A directory of a file system that fsspec has an implementation of."""
 
     engine = "fsspec"
 
@@ -67,7 +64,7 @@ class AnyFsspecBackend:
             options.setdefault("endpoint_url", config.endpoint_url)
         try:
             made = fsspec.get_filesystem_class(scheme)
-            # Cached instances are shared with whoever uses fsspec in this process, and so would be a refresh.
+            # Other users of fsspec in this process share its cached instances, and would share a refresh.
             self._fs = made(skip_instance_cache=True, use_listings_cache=False, **options)
             self._root = str(made._strip_protocol(config.url)).rstrip("/")
         except ImportError as error:
@@ -79,9 +76,9 @@ class AnyFsspecBackend:
             ) from None
 
     def list_page(self, token: str | None, timeout: float) -> ListPage:
-        """See Backend: all in one page."""
+        """All objects in one page."""
         self._fs.invalidate_cache()
-        with ErrorTranslator(self.identity):
+        with ErrorTranslator(self.identity, translate_aiohttp_error):
             found = self._call_filesystem("find", self._root, detail=True, withdirs=False)
             if not found and not self._root_exists():
                 raise NotFoundError(f"{self.identity}: does not exist: check the URL")
@@ -100,9 +97,9 @@ class AnyFsspecBackend:
             return False
 
     def stat_object(self, key: str, timeout: float) -> ObjectVersion:
-        """See Backend."""
-        where = f"{self.identity}/{key}"
-        with ErrorTranslator(where):
+        """Ask the file system for `info` of the file, past its cache."""
+        where = self.object_url(key)
+        with ErrorTranslator(where, translate_aiohttp_error):
             self._fs.invalidate_cache()
             info = self._call_filesystem("info", self._full_path(key), timeout=timeout)
         if info.get("type", "file") != "file":
@@ -110,9 +107,9 @@ class AnyFsspecBackend:
         return self._make_version(key, info)
 
     def read_metadata_sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
-        """See Backend: where the file system tells one, as hf:// does of what is in LFS."""
-        where = f"{self.identity}/{version.key}"
-        with ErrorTranslator(where):
+        """The sha256 that the file system tells, as hf:// does of files in LFS."""
+        where = self.object_url(version.key)
+        with ErrorTranslator(where, translate_aiohttp_error):
             self._fs.invalidate_cache()
             info = self._call_filesystem("info", self._full_path(version.key), timeout=timeout)
         if self._make_version(version.key, info) != version:
@@ -124,12 +121,12 @@ class AnyFsspecBackend:
 
     def request_range(
         self, version: ObjectVersion, offset: int, length: int, timeout: float
-    ) -> Iterator[Buffer]:
-        """See Backend."""
-        where = f"{self.identity}/{version.key}"
+    ) -> Generator[Buffer, None, None]:
+        """Ask for pieces of 4 MiB; each is given out after a look at the file's version."""
+        where = self.object_url(version.key)
         while length > 0:
             size = min(length, _CHUNK_BYTES)
-            with ErrorTranslator(where):
+            with ErrorTranslator(where, translate_aiohttp_error):
                 data = self._call_filesystem(
                     "cat_file", self._full_path(version.key), start=offset, end=offset + size, timeout=timeout
                 )
@@ -141,12 +138,6 @@ class AnyFsspecBackend:
             offset += len(data)
             length -= len(data)
             yield data
-
-    def refresh_credentials(self) -> None:
-        """See Backend: file systems renew their credentials by themselves."""
-
-    def close(self) -> None:
-        """See Backend."""
 
     def _call_filesystem(self, name: str, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
         method = getattr(self._fs, name)
@@ -163,7 +154,7 @@ class AnyFsspecBackend:
         size = info.get("size")
         if size is None:
             raise OriginError(
-                f"{self.identity}/{key}: its size is unknown: this file system can't be mounted"
+                f"{self.object_url(key)}: its size is unknown: this file system can't be mounted"
             )
         time = next((info[name] for name in _TIME_FIELDS if info.get(name)), None)
         tag = next((str(info[name]) for name in _TAG_FIELDS if info.get(name)), "")

@@ -9,13 +9,19 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from fusecache.errors import CancelledReadError, OriginError, ThrottledError, UnavailableError
+from fusecache.semaphore import wait_cancellable
 
-_POLL_SECONDS = 0.1
 _never_set = threading.Event()
 
 
 class Backoff:
-    """The pauses between the attempts at one thing. Not shared between threads."""
+    """The pauses between the attempts at one request. Each thread has its own.
+
+    | What happens | The next pause, before jitter |
+    |---|---|
+    | in the beginning, or after `reset_pauses` | is the first pause |
+    | a pause was made | is twice as long, up to the longest |
+    """
 
     def __init__(self, initial: float, longest: float) -> None:
         self._first_pause = initial
@@ -23,13 +29,14 @@ class Backoff:
         self._attempts = 0
 
     def reset_pauses(self) -> None:
-        """Bytes came: begin with short pauses again."""
+        """Begin with the first pause again, because bytes came."""
         self._attempts = 0
 
     def wait_before_retry(self, error: OriginError, deadline: float, cancelled: Callable[[], bool]) -> None:
-        """Wait before the next attempt.
+        """Wait before the attempt that follows `error`; at least as long as the origin asked for.
 
-        Raises what `give_up` does, if that would be after the deadline, and CancelledReadError.
+        Raises what `raise_last_error` raises, at once, if the pause would reach the deadline (an instant of
+        time.monotonic()); CancelledReadError when `cancelled()` is true.
         """
         bound = min(self._longest_pause, self._first_pause * 2 ** min(self._attempts, 30))
         self._attempts += 1
@@ -40,17 +47,14 @@ class Backoff:
         until = time.monotonic() + delay
         if until >= deadline:
             raise_last_error(error)
-        while (left := until - time.monotonic()) > 0:
-            if cancelled():
-                raise CancelledReadError("the reader went away")
-            _never_set.wait(min(left, _POLL_SECONDS))
+        wait_cancellable(_never_set, time.monotonic, until, cancelled)
+        if cancelled():
+            raise CancelledReadError("the reader went away")
 
 
 def raise_last_error(error: OriginError) -> NoReturn:
-    """The deadline has come, and `error` was the last failure: the reason, or the answer where it is one.
-
-    Raises UnavailableError from `error`; `error` itself if no later attempt would mend it (access denied).
-    """
+    """Raise the error of a request whose deadline has come, and whose last attempt failed with `error`:
+    UnavailableError from `error`, or `error` itself if no later attempt would mend it (access denied)."""
     if not error.is_temporary:
         raise error
     raise UnavailableError(f"{error}; tried until the deadline") from error

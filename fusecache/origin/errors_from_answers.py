@@ -9,9 +9,12 @@ from __future__ import annotations
 import email.utils
 import re
 import time
+from collections.abc import Callable
+from types import TracebackType
 
 from fusecache.errors import (
     AccessDeniedError,
+    FusecacheError,
     NotFoundError,
     OriginError,
     TemporaryOriginError,
@@ -20,6 +23,7 @@ from fusecache.errors import (
 )
 
 _ERROR_CODE = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,60}")
+_CODE_ELEMENT = re.compile(r"<Code>([A-Za-z0-9_.]+)</Code>")
 _THROTTLE_CODES = {
     "SlowDown",
     "SlowDownRead",
@@ -49,6 +53,37 @@ CREDENTIALS_HINT = "check the credentials and what they may read"
 def is_temporary(error: BaseException) -> bool:
     """Whether the same request may succeed later."""
     return isinstance(error, OriginError) and error.is_temporary
+
+
+class ErrorTranslator:
+    """A with block that turns every exception of a library into an error of fusecache.errors.
+
+    Each of `translators` is asked in turn, with `where` and the exception, what its library means by it, and answers
+    None for an exception of another library; `error_from_exception` has the last word. May be entered again.
+    """
+
+    def __init__(self, where: str, *translators: Callable[[str, Exception], OriginError | None]) -> None:
+        self.where = where
+        self._translators = translators
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, Exception) or isinstance(error, FusecacheError):
+            return
+        for translate in self._translators:
+            if (found := translate(self.where, error)) is not None:
+                raise found from None
+        raise error_from_exception(self.where, error) from None
+
+
+def parse_error_code(body: bytes | str) -> str:
+    """The error code in an XML answer of S3 or GCS; '' if there is none."""
+    found = _CODE_ELEMENT.search(body if isinstance(body, str) else body.decode("ascii", "replace"))
+    return found[1] if found else ""
 
 
 def parse_retry_after(value: str | None) -> float | None:

@@ -8,57 +8,42 @@ own requests retry on their own for minutes.
 from __future__ import annotations
 
 import json
-import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-import aiohttp
 import gcsfs
 import google.auth.exceptions
 
-from fusecache.config.model import SourceConfig, Tuning
 from fusecache.errors import AccessDeniedError, ConfigError, NotFoundError, OriginError
 from fusecache.origin.aiohttp_bodies import (
-    ErrorTranslator,
-    bytes_to_skip,
+    RangeAnswer,
     call_on_loop,
+    client_timeout,
     close_session_soon,
-    stream_body,
+    ranged_body,
+    translate_aiohttp_error,
 )
-from fusecache.origin.errors_from_answers import error_from_status, version_changed_error
+from fusecache.origin.bucket import BucketBackend
+from fusecache.origin.errors_from_answers import ErrorTranslator, error_from_status, version_changed_error
 from fusecache.origin.interface import PAGE_KEYS, ListPage, parse_metadata_sha256
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-_log = logging.getLogger(__name__)
-
 _OBJECT_FIELDS = "name,size,generation,timeCreated,updated"
 _TOKEN_LIFETIME = timedelta(minutes=5)
 
 
-class GcsBackend:
-    """See fusecache.origin.interface.Backend."""
+class GcsBackend(BucketBackend):
+    """A bucket of Google Cloud Storage."""
 
-    engine = "fsspec"
-    scheme: Literal["gs"] = "gs"
-
-    def __init__(self, config: SourceConfig, tuning: Tuning, bucket: str, prefix: str) -> None:
-        """`prefix` has no slash at its end. Raises ConfigError for unusable credentials."""
-        self._config = config
-        self._tuning = tuning
-        self.bucket = bucket
-        self.prefix = prefix + "/" if prefix else ""
-        self._fs = self._make_filesystem()
-        self.endpoint = str(self._fs._location).rstrip("/")
-        self.is_custom_endpoint = "googleapis.com" not in self.endpoint
-        self.identity = f"gs://{bucket}" + (f"/{prefix}" if prefix else "")
-        if self.is_custom_endpoint:
-            self.identity += "@" + self.endpoint.split("://")[-1].rpartition("@")[2]
+    scheme = "gs"
+    usual_host = "googleapis.com"
+    condition_option = "version"
 
     def _make_filesystem(self) -> Any:
         config = self._config
@@ -84,22 +69,19 @@ class GcsBackend:
                 "check credentials_file or GOOGLE_APPLICATION_CREDENTIALS"
             ) from None
 
+    def _find_endpoint(self) -> str:
+        return str(self._fs._location).rstrip("/")
+
     def refresh_credentials(self) -> None:
-        """See Backend."""
+        """Read the credentials' file, or ask the metadata server, again."""
         self._fs = self._make_filesystem()
 
     def close(self) -> None:
-        """See Backend."""
-        session = self._fs._session
-        if session is not None:
-            close_session_soon(self._fs.loop, session)
-
-    def object_url(self, key: str) -> str:
-        """URL of an object, for messages."""
-        return f"{self.identity}/{key}"
+        """Close the session of gcsfs, without waiting."""
+        close_session_soon(self._fs)
 
     def list_page(self, token: str | None, timeout: float) -> ListPage:
-        """See Backend."""
+        """Make one request of objects.list."""
         query = {
             "prefix": self.prefix,
             "maxResults": str(PAGE_KEYS),
@@ -114,14 +96,14 @@ class GcsBackend:
         return ListPage(objects, answer.get("nextPageToken") or None)
 
     def stat_object(self, key: str, timeout: float) -> ObjectVersion:
-        """See Backend."""
+        """Make one request of objects.get for the metadata."""
         query = {"fields": _OBJECT_FIELDS}
         return self._make_version(
             key, self._request_json(self.object_url(key), self._object_path(key), query, timeout)
         )
 
     def read_metadata_sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
-        """See Backend: the metadata `sha256` that its uploader gave it; GCS has MD5 and CRC32C of its own only."""
+        """The metadata `sha256` that the uploader gave the object; GCS itself has MD5 and CRC32C only."""
         where = self.object_url(version.key)
         query = {"fields": f"{_OBJECT_FIELDS},metadata"}
         if version.etag:
@@ -132,27 +114,26 @@ class GcsBackend:
         metadata = item.get("metadata")
         return parse_metadata_sha256(metadata.get("sha256")) if isinstance(metadata, dict) else None
 
-    def missing_object_error(self, version: ObjectVersion, timeout: float) -> OriginError:
-        """What a 404 for this generation means: the object is gone, or another generation is there."""
+    def explain_missing(self, error: OriginError, version: ObjectVersion, timeout: float) -> OriginError:
+        """A 404 for one generation means that the object is gone, or that another generation is there: ask which."""
         try:
             self.stat_object(version.key, timeout)
-        except NotFoundError as error:
-            return error
-        except OriginError as error:
-            return error
+        except OriginError as found:
+            return found
         return version_changed_error(self.object_url(version.key))
 
     def request_range(
         self, version: ObjectVersion, offset: int, length: int, timeout: float
-    ) -> Iterator[Buffer]:
-        """See Backend."""
+    ) -> Generator[Buffer, None, None]:
+        """Make one request for a range of one generation."""
         where = self.object_url(version.key)
         query = {"alt": "media"}
         if version.etag:
             query["generation"] = version.etag
         ranged = {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
         filesystem = self._fs
-        with _GcsErrorTranslator(where):
+        errors = _gcs_errors(where)
+        with errors:
             answer = call_on_loop(
                 filesystem.loop,
                 self._send_request,
@@ -162,25 +143,17 @@ class GcsBackend:
                 timeout,
                 timeout=timeout + self._tuning.connect_timeout,
             )
+        generation = answer.headers.get("x-goog-generation")
+        parts = ranged_body(
+            filesystem.loop,
+            errors,
+            RangeAnswer.from_aiohttp(answer, generation),
+            version,
+            offset,
+            length,
+            timeout,
+        )
         try:
-            if answer.status == 404:
-                raise self.missing_object_error(version, timeout)
-            if answer.status >= 300:
-                raise error_from_status(where, answer.status, "", answer.headers.get("Retry-After"))
-            generation = answer.headers.get("x-goog-generation")
-            if version.etag and generation not in (None, version.etag):
-                raise version_changed_error(where)
-            skip = bytes_to_skip(
-                where,
-                answer.status,
-                answer.headers.get("Content-Range"),
-                answer.content_length,
-                version.size,
-                offset,
-            )
-            parts = stream_body(
-                filesystem.loop, where, answer.content.read, skip, length, timeout, _GcsErrorTranslator
-            )
             if generation is None and version.etag:
                 # An emulator that may not have looked at ours: look again before any byte is given out.
                 held = list(parts)
@@ -189,8 +162,8 @@ class GcsBackend:
                 yield from held
             else:
                 yield from parts
-        finally:
-            filesystem.loop.call_soon_threadsafe(answer.close)
+        except NotFoundError as error:
+            raise self.explain_missing(error, version, timeout) from None
 
     def _object_path(self, key: str) -> str:
         return f"o/{quote(self.prefix + key, safe='')}"
@@ -208,9 +181,7 @@ class GcsBackend:
         return await filesystem.session.get(
             URL(base, encoded=True).update_query(filesystem._get_params(query)),
             headers=headers,
-            timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=self._tuning.connect_timeout, sock_read=timeout
-            ),
+            timeout=client_timeout(self._tuning.connect_timeout, timeout),
         )
 
     def _request_json(self, where: str, path: str, query: dict[str, str], timeout: float) -> Any:
@@ -218,7 +189,7 @@ class GcsBackend:
             async with await self._send_request(path, query, {}, timeout) as answer:
                 return answer.status, answer.headers.get("Retry-After"), await answer.read()
 
-        with _GcsErrorTranslator(where):
+        with _gcs_errors(where):
             status, after, body = call_on_loop(
                 self._fs.loop, ask, timeout=timeout + self._tuning.connect_timeout
             )
@@ -235,18 +206,30 @@ class GcsBackend:
             self.identity, key, str(item.get("generation", "")), int(item.get("size", 0)), nanoseconds
         )
 
-    # -- for the bulk engine
+    # -- for a bulk engine
 
     def signs_requests(self) -> bool:
-        """Whether requests carry a token."""
+        """Whether requests carry a token: not if the source is anonymous."""
         return self._fs.credentials.credentials is not None
 
-    def get_token(self) -> dict[str, Any]:
-        """The token that gcsfs uses at this time, in obstore's form. Raises AccessDeniedError."""
-        with _GcsErrorTranslator(self.identity):
+    def get_credentials(self) -> dict[str, Any]:
+        """The token that gcsfs uses now, in obstore's form; gcsfs may wait for a server to renew it. Raises
+        AccessDeniedError."""
+        with _gcs_errors(self.identity):
             holder = self._fs.credentials
             holder.maybe_refresh()
             return {"token": holder.credentials.token, "expires_at": datetime.now(UTC) + _TOKEN_LIFETIME}
+
+    def obstore_options(self) -> dict[str, Any]:
+        """Signing and endpoint for obstore's GCSStore."""
+        options: dict[str, Any] = {"skip_signature": not self.signs_requests()}
+        if self.is_custom_endpoint:
+            options["base_url"] = self.endpoint
+        return options
+
+    def etag_of_meta(self, meta: Any, version: ObjectVersion) -> str | None:
+        """The generation; where the answer does not tell, it is the one that was asked for."""
+        return meta["version"] or version.etag
 
 
 def _error_reason(body: bytes) -> str:
@@ -257,10 +240,13 @@ def _error_reason(body: bytes) -> str:
         return ""
 
 
-class _GcsErrorTranslator(ErrorTranslator):
-    def translate_error(self, error: Exception) -> OriginError | None:
-        if isinstance(error, google.auth.exceptions.GoogleAuthError | gcsfs.retry.HttpError):
-            return AccessDeniedError(
-                f"{self.where}: the Google credentials can't be renewed ({type(error).__name__}): log in again"
-            )
-        return None
+def _gcs_errors(where: str) -> ErrorTranslator:
+    return ErrorTranslator(where, _translate_google_error, translate_aiohttp_error)
+
+
+def _translate_google_error(where: str, error: Exception) -> OriginError | None:
+    if isinstance(error, google.auth.exceptions.GoogleAuthError | gcsfs.retry.HttpError):
+        return AccessDeniedError(
+            f"{where}: the Google credentials can't be renewed ({type(error).__name__}): log in again"
+        )
+    return None

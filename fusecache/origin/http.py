@@ -8,26 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
-import aiohttp
 from fsspec.implementations.http import HTTPFileSystem
 from yarl import URL
 
 from fusecache.config.model import SourceConfig, Tuning
 from fusecache.errors import OriginError
 from fusecache.origin.aiohttp_bodies import (
-    ErrorTranslator,
-    bytes_to_skip,
+    RangeAnswer,
     call_on_loop,
+    client_timeout,
     close_session_soon,
-    stream_body,
+    ranged_body,
+    translate_aiohttp_error,
 )
 from fusecache.origin.any_fsspec import identity_from_url
-from fusecache.origin.errors_from_answers import error_from_status, version_changed_error
-from fusecache.origin.interface import ListPage
+from fusecache.origin.errors_from_answers import ErrorTranslator, error_from_status
+from fusecache.origin.interface import ListPage, OriginBackend
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ _MAX_HEAD_REQUESTS = 16
 _UNCOMPRESSED = {"Accept-Encoding": "identity"}
 
 
-class HttpBackend:
-    """See fusecache.origin.interface.Backend."""
+class HttpBackend(OriginBackend):
+    """The objects that the index pages below one URL link to."""
 
     engine = "fsspec"
 
@@ -53,12 +53,13 @@ class HttpBackend:
         )
 
     def list_page(self, token: str | None, timeout: float) -> ListPage:
-        """See Backend: all in one page, with a HEAD request per object."""
+        """All objects in one page, with a HEAD request for each."""
 
         async def everything() -> list[ObjectVersion]:
             session = await self._fs.set_session()
             async with session.get(
-                URL(self._root_url + "/", encoded=True), timeout=self._client_timeout(timeout)
+                URL(self._root_url + "/", encoded=True),
+                timeout=client_timeout(self._tuning.connect_timeout, timeout),
             ) as answer:
                 if answer.status >= 300:
                     raise error_from_status(self.identity, answer.status)
@@ -71,25 +72,25 @@ class HttpBackend:
 
             return list(await asyncio.gather(*map(one, found)))
 
-        with ErrorTranslator(self.identity):
+        with _http_errors(self.identity):
             return ListPage(call_on_loop(self._fs.loop, everything, timeout=self._tuning.deadline))
 
     def stat_object(self, key: str, timeout: float) -> ObjectVersion:
-        """See Backend."""
-        with ErrorTranslator(f"{self.identity}/{key}"):
+        """Make one HEAD request."""
+        with _http_errors(self.object_url(key)):
             version: ObjectVersion = call_on_loop(
                 self._fs.loop, self._stat_object, key, timeout, timeout=timeout + self._tuning.connect_timeout
             )
             return version
 
     async def _stat_object(self, key: str, timeout: float) -> ObjectVersion:
-        where = f"{self.identity}/{key}"
+        where = self.object_url(key)
         session = await self._fs.set_session()
         async with session.head(
-            self._object_url(key),
+            self._request_url(key),
             headers=_UNCOMPRESSED,
             allow_redirects=True,
-            timeout=self._client_timeout(timeout),
+            timeout=client_timeout(self._tuning.connect_timeout, timeout),
         ) as answer:
             if answer.status >= 300:
                 raise error_from_status(where, answer.status, "", answer.headers.get("Retry-After"))
@@ -105,15 +106,10 @@ class HttpBackend:
                 self.identity, key, _version_tag(answer.headers), int(length), seconds * 1_000_000_000
             )
 
-    def read_metadata_sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
-        """See Backend: HTTP has none that servers commonly tell."""
-        return None
-
     def request_range(
         self, version: ObjectVersion, offset: int, length: int, timeout: float
-    ) -> Iterator[Buffer]:
-        """See Backend."""
-        where = f"{self.identity}/{version.key}"
+    ) -> Generator[Buffer, None, None]:
+        """Make one GET request, with If-Match where the ETag is a strong one."""
         headers = {**_UNCOMPRESSED, "Range": f"bytes={offset}-{offset + length - 1}"}
         if version.etag.startswith('"'):
             headers["If-Match"] = version.etag
@@ -121,45 +117,28 @@ class HttpBackend:
         async def begin() -> Any:
             session = await self._fs.set_session()
             return await session.get(
-                self._object_url(version.key),
+                self._request_url(version.key),
                 headers=headers,
                 allow_redirects=True,
-                timeout=self._client_timeout(timeout),
+                timeout=client_timeout(self._tuning.connect_timeout, timeout),
             )
 
-        with ErrorTranslator(where):
-            answer = call_on_loop(self._fs.loop, begin, timeout=timeout + self._tuning.connect_timeout)
-        try:
-            if answer.status >= 300:
-                raise error_from_status(where, answer.status, "", answer.headers.get("Retry-After"))
-            if version.etag and _version_tag(answer.headers) != version.etag:
-                raise version_changed_error(where)
-            skip = bytes_to_skip(
-                where,
-                answer.status,
-                answer.headers.get("Content-Range"),
-                answer.content_length,
-                version.size,
-                offset,
-            )
-            yield from stream_body(self._fs.loop, where, answer.content.read, skip, length, timeout)
-        finally:
-            self._fs.loop.call_soon_threadsafe(answer.close)
-
-    def refresh_credentials(self) -> None:
-        """See Backend: there is nothing to renew."""
+        errors = _http_errors(self.object_url(version.key))
+        with errors:
+            found = call_on_loop(self._fs.loop, begin, timeout=timeout + self._tuning.connect_timeout)
+        answer = RangeAnswer.from_aiohttp(found, _version_tag(found.headers))
+        yield from ranged_body(self._fs.loop, errors, answer, version, offset, length, timeout)
 
     def close(self) -> None:
-        """See Backend."""
-        session = self._fs._session
-        if session is not None:
-            close_session_soon(self._fs.loop, session)
+        """Close the session of fsspec, without waiting."""
+        close_session_soon(self._fs)
 
-    def _object_url(self, key: str) -> URL:
+    def _request_url(self, key: str) -> URL:
         return URL(f"{self._root_url}/{quote(key)}", encoded=True)
 
-    def _client_timeout(self, timeout: float) -> aiohttp.ClientTimeout:
-        return aiohttp.ClientTimeout(total=None, sock_connect=self._tuning.connect_timeout, sock_read=timeout)
+
+def _http_errors(where: str) -> ErrorTranslator:
+    return ErrorTranslator(where, translate_aiohttp_error)
 
 
 def _version_tag(headers: Any) -> str:

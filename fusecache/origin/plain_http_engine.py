@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import re
 import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -28,15 +27,17 @@ import botocore.credentials
 
 from fusecache.config.model import Tuning
 from fusecache.errors import OriginError
-from fusecache.origin.aiohttp_bodies import ErrorTranslator, bytes_to_skip
+from fusecache.origin.aiohttp_bodies import bytes_to_skip
+from fusecache.origin.bulk import BulkEngine
 from fusecache.origin.errors_from_answers import (
+    ErrorTranslator,
     connection_error,
     error_from_status,
+    parse_error_code,
     timeout_error,
     truncated_error,
     version_changed_error,
 )
-from fusecache.origin.interface import ListPage
 from fusecache.origin.s3 import CREDENTIALS_LIFETIME, S3Backend, normalize_etag
 from fusecache.types import ObjectVersion
 
@@ -49,7 +50,6 @@ _MAX_IDLE_SECONDS = 15.0
 """Seconds that an unused connection is kept: servers and balancers close them after 20-60."""
 
 _MAX_ERROR_BODY = 64 * 1024
-_ERROR_CODE = re.compile(rb"<Code>([A-Za-z0-9_.]+)</Code>")
 
 
 def supports_endpoint(endpoint: str) -> bool:
@@ -86,15 +86,21 @@ class _Connection:
             self.sock.close()
 
 
-class PlainHttpEngine:
-    """See fusecache.origin.interface.Backend. Its lock guards the idle connections and the keys; it is a leaf."""
+class PlainHttpEngine(BulkEngine[S3Backend]):
+    """Range requests over connections that are kept. The lock guards the idle connections and the keys; it is a leaf.
+
+    | What happens | A connection |
+    |---|---|
+    | a request finds no idle one | is made |
+    | its answer was read to the end, and the server keeps it open | is idle |
+    | a request takes it within _MAX_IDLE_SECONDS | is in use by that request alone |
+    | an error, an answer that was not read to its end, or more idle ones than `tuning.concurrency` | is closed |
+    """
 
     engine = "native"
 
     def __init__(self, backend: S3Backend, tuning: Tuning) -> None:
-        self._backend = backend
-        self._tuning = tuning
-        self.identity = backend.identity
+        super().__init__(backend, tuning)
         parts = urlsplit(backend.endpoint)
         self._host = parts.hostname or ""
         self._port = parts.port or 80
@@ -111,38 +117,22 @@ class PlainHttpEngine:
         self._credentials_expiry = 0.0
         self._region: str | None = None
 
-    def list_page(self, token: str | None, timeout: float) -> ListPage:
-        """See Backend."""
-        return self._backend.list_page(token, timeout)
-
-    def stat_object(self, key: str, timeout: float) -> ObjectVersion:
-        """See Backend."""
-        return self._backend.stat_object(key, timeout)
-
-    def read_metadata_sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
-        """See Backend."""
-        return self._backend.read_metadata_sha256(version, timeout)
-
     def request_range(
         self, version: ObjectVersion, offset: int, length: int, timeout: float
-    ) -> Iterator[Buffer]:
-        """See Backend. A chunk is valid until the next is asked for."""
+    ) -> Generator[Buffer, None, None]:
+        """Make one GET request; each chunk is the connection's buffer, which the next one overwrites."""
         where = self._backend.object_url(version.key)
-        watch = _NativeErrorTranslator(where)
-        with watch:
+        errors = ErrorTranslator(where, _translate_http_error)
+        with errors:
             connection, answer = self._send_request(version, offset, length, timeout)
         whole = False
         try:
-            with watch:
+            with errors:
                 if answer.status >= 300:
                     body = answer.read(_MAX_ERROR_BODY)
                     whole = answer.isclosed()
-                    code = _ERROR_CODE.search(body)
                     raise error_from_status(
-                        where,
-                        answer.status,
-                        code[1].decode() if code else "",
-                        answer.getheader("Retry-After"),
+                        where, answer.status, parse_error_code(body), answer.getheader("Retry-After")
                     )
             if version.etag and normalize_etag(answer.getheader("ETag")) != version.etag:
                 raise version_changed_error(where)
@@ -155,10 +145,10 @@ class PlainHttpEngine:
                 offset,
             )
             left = answer.length
-            with watch:
+            with errors:
                 receive = _make_receiver(connection, answer)
             while length > 0:
-                with watch:
+                with errors:
                     got = receive(min(_CHUNK_BYTES, skip + length))
                 if not got:
                     raise truncated_error(where)
@@ -261,18 +251,18 @@ class PlainHttpEngine:
         connection.close()
 
     def refresh_credentials(self) -> None:
-        """See Backend."""
-        self._backend.refresh_credentials()
+        """Let the bucket's backend get credentials anew, and drop those that were kept here."""
+        super().refresh_credentials()
         with self._lock:
             self._cached_credentials = None
 
     def close(self) -> None:
-        """See Backend."""
+        """Close the idle connections and those of the bucket's backend."""
         with self._lock:
             idle, self._idle_connections = self._idle_connections, []
         for connection in idle:
             connection.close()
-        self._backend.close()
+        super().close()
 
 
 def _make_receiver(connection: _Connection, answer: http.client.HTTPResponse) -> Any:
@@ -303,10 +293,9 @@ def _make_receiver(connection: _Connection, answer: http.client.HTTPResponse) ->
     return direct
 
 
-class _NativeErrorTranslator(ErrorTranslator):
-    def translate_error(self, error: Exception) -> OriginError | None:
-        if isinstance(error, BlockingIOError):  # SO_RCVTIMEO
-            return timeout_error(self.where)
-        if isinstance(error, http.client.HTTPException):
-            return connection_error(self.where, type(error).__name__)
-        return None
+def _translate_http_error(where: str, error: Exception) -> OriginError | None:
+    if isinstance(error, BlockingIOError):  # SO_RCVTIMEO
+        return timeout_error(where)
+    if isinstance(error, http.client.HTTPException):
+        return connection_error(where, type(error).__name__)
+    return None

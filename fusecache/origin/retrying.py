@@ -1,7 +1,7 @@
 """An origin: a backend with retries, adaptive concurrency, resumption and deadlines around it.
 
-`read` goes on where an attempt ended: bytes that came are never asked for again. Every attempt is conditional on the
-version, so that a range put together from several attempts is still of one version. A refused request (401, 403) is
+`read_range` goes on where an attempt ended: it never asks again for bytes that came. Every attempt is conditional on
+the version, so that a range put together from several attempts is still of one version. A refused request (401, 403) is
 made again once with fresh credentials.
 """
 
@@ -41,30 +41,40 @@ _MIN_WAIT = 0.05
 
 
 class RetryingOrigin:
-    """See fusecache.origin.interface.Origin."""
+    """An Origin that makes each request of its backend again, until it is answered or the deadline has come.
+
+    | What an attempt ends with | What follows |
+    |---|---|
+    | a temporary error | a pause, then another attempt; UnavailableError when the pause would reach the deadline |
+    | access denied, for the first time | fresh credentials, then another attempt at once |
+    | any other error | is raised |
+    | fewer bytes than asked for | counts as a temporary error; the next attempt asks for the rest |
+
+    `_refresh_lock` guards `_refresh_count`, and is held while the backend gets credentials: threads that were refused
+    at the same time wait for one refresh.
+    """
 
     def __init__(self, backend: OriginBackend, tuning: Tuning) -> None:
         self._backend = backend
         self._tuning = tuning
         self._limiter = AdaptiveLimiter(tuning.concurrency)
         self._refresh_lock = threading.Lock()
-        self._refresh_count = 0  # how often
+        self._refresh_count = 0
         self._is_closed = False
-        self.stats = OriginStats()
-        self.stats.concurrency = self._limiter.limit
+        self.stats = OriginStats(lambda: self._limiter.limit)
 
     @property
     def identity(self) -> str:
-        """See Origin."""
+        """The identity of the backend."""
         return self._backend.identity
 
     @property
     def engine(self) -> str:
-        """See Origin."""
+        """The engine of the backend."""
         return self._backend.engine
 
     def list_objects(self) -> Iterator[ObjectVersion]:
-        """See Origin."""
+        """Ask for one page after the other, each with retries of its own."""
         token: str | None = None
         while True:
             page = self._call_with_retries(self.identity, partial(self._backend.list_page, token), lists=1)
@@ -74,17 +84,17 @@ class RetryingOrigin:
             token = page.next_token
 
     def stat_object(self, key: str) -> ObjectVersion:
-        """See Origin."""
-        where = f"{self.identity}/{key}"
+        """Ask the backend for the current version, with retries."""
+        where = self._backend.object_url(key)
         return self._call_with_retries(where, partial(self._backend.stat_object, key))
 
     def read_metadata_sha256(self, version: ObjectVersion) -> bytes | None:
-        """See Origin."""
-        where = f"{self.identity}/{version.key}"
+        """Ask the backend for the sha256 in the metadata, with retries."""
+        where = self._backend.object_url(version.key)
         return self._call_with_retries(where, partial(self._backend.read_metadata_sha256, version))
 
     def close(self) -> None:
-        """See Origin."""
+        """Close the backend; requests that come later raise UnavailableError."""
         self._is_closed = True
         self._backend.close()
 
@@ -113,7 +123,7 @@ class RetryingOrigin:
         deadline: float | None = None,
         cancelled: Callable[[], bool] = never_cancelled,
     ) -> Iterator[Buffer]:
-        """See Origin."""
+        """Check the range now; the iterator asks for it, attempt after attempt, until all bytes came."""
         if offset < 0 or length < 0 or offset + length > version.size:
             raise ValueError(f"[{offset}, {offset + length}) is not in an object of {version.size} bytes")
         return self._read_with_retries(version, offset, offset + length, deadline, cancelled)
@@ -126,7 +136,7 @@ class RetryingOrigin:
         fixed_deadline: float | None,
         cancelled: Callable[[], bool],
     ) -> Iterator[Buffer]:
-        where = f"{version.origin}/{version.key}"
+        where = self._backend.object_url(version.key)
         patience = self._tuning.deadline
         deadline = time.monotonic() + patience if fixed_deadline is None else fixed_deadline
         backoff = Backoff(self._tuning.retry_initial, self._tuning.retry_max)
@@ -137,7 +147,7 @@ class RetryingOrigin:
             try:
                 with self._counted_request(where, deadline, cancelled, last) as timeout:
                     chunks = self._backend.request_range(version, position, end - position, timeout)
-                    with contextlib.closing(_MaybeClosable(chunks)):
+                    with contextlib.closing(chunks):
                         for chunk in chunks:
                             size = memoryview(chunk).nbytes
                             if size > end - position:
@@ -171,9 +181,11 @@ class RetryingOrigin:
         last_error: OriginError | None,
         lists: int = 0,
     ) -> Iterator[float]:
-        """Hold a slot for one request, count it and learn from it; gives the longest wait for a byte.
+        """A with block that is one request: holds a slot, counts the request, adapts the limit to its outcome, and
+        gives the longest wait for a byte, in seconds.
 
-        `last` is the failure that this request is to mend.
+        `last_error` is the failure after which this request is made: at the deadline it is the reason. Raises
+        UnavailableError, CancelledReadError.
         """
         if self._is_closed:
             raise UnavailableError(f"{where}: the origin is closed")
@@ -193,10 +205,8 @@ class RetryingOrigin:
                 self.stats.add(errors=1, throttled=int(throttled))
                 if throttled:
                     self._limiter.note_throttled(generation)
-                    self.stats.concurrency = self._limiter.limit
                 raise
             self._limiter.note_success()
-            self.stats.concurrency = self._limiter.limit
 
     def _prepare_retry(
         self,
@@ -228,15 +238,3 @@ class RetryingOrigin:
                 _log.info("%s: access denied: getting the credentials anew", self.identity)
                 self._backend.refresh_credentials()
                 self._refresh_count += 1
-
-
-class _MaybeClosable:
-    """close() of an iterator that may have none."""
-
-    def __init__(self, iterator: object) -> None:
-        self._iterator = iterator
-
-    def close(self) -> None:
-        close = getattr(self._iterator, "close", None)
-        if close is not None:
-            close()

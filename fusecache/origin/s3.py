@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import aiobotocore.session
 import botocore.exceptions
@@ -25,8 +25,10 @@ from botocore.parsers import ResponseParserError
 
 from fusecache.config.model import SourceConfig, Tuning
 from fusecache.errors import AccessDeniedError, ConfigError, OriginError
-from fusecache.origin.aiohttp_bodies import ErrorTranslator, bytes_to_skip, stream_body
+from fusecache.origin.aiohttp_bodies import RangeAnswer, ranged_body, translate_aiohttp_error
+from fusecache.origin.bucket import BucketBackend
 from fusecache.origin.errors_from_answers import (
+    ErrorTranslator,
     connection_error,
     error_from_status,
     timeout_error,
@@ -39,32 +41,22 @@ from fusecache.types import ObjectVersion
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-_log = logging.getLogger(__name__)
-
 CREDENTIALS_LIFETIME = timedelta(minutes=5)
-"""How long the bulk engine may use credentials before it asks botocore again, which renews them 10-15 minutes before
+"""How long a bulk engine may use credentials before it asks botocore again, which renews them 10-15 minutes before
 they expire."""
 
 
-class S3Backend:
-    """See fusecache.origin.interface.Backend."""
+class S3Backend(BucketBackend):
+    """A bucket of S3, or of a store that speaks its protocol. The lock guards the exchange of `_fs`."""
 
-    engine = "fsspec"
-    scheme: Literal["s3"] = "s3"
+    scheme = "s3"
+    usual_host = "amazonaws.com"
+    condition_option = "if_match"
 
     def __init__(self, config: SourceConfig, tuning: Tuning, bucket: str, prefix: str) -> None:
         """`prefix` has no slash at its end. Raises ConfigError for a profile or file that is not there."""
-        self._config = config
-        self._tuning = tuning
-        self.bucket = bucket
-        self.prefix = prefix + "/" if prefix else ""
         self._lock = threading.Lock()
-        self._fs = self._make_filesystem()
-        self.endpoint = str(self._fs.s3.meta.endpoint_url)
-        self.is_custom_endpoint = "amazonaws.com" not in self.endpoint
-        self.identity = f"s3://{bucket}" + (f"/{prefix}" if prefix else "")
-        if self.is_custom_endpoint:
-            self.identity += "@" + self.endpoint.split("://")[-1].rpartition("@")[2].rstrip("/")
+        super().__init__(config, tuning, bucket, prefix)
 
     def _make_filesystem(self) -> Any:
         config = self._config
@@ -106,23 +98,22 @@ class S3Backend:
             raise ConfigError(f"s3://{self.bucket}: {_error_text(error)}: check the S3 settings") from None
         return filesystem
 
+    def _find_endpoint(self) -> str:
+        return str(self._fs.s3.meta.endpoint_url)
+
     def refresh_credentials(self) -> None:
-        """See Backend: files, environment and instance roles are read again."""
+        """Read files, environment and instance roles again."""
         filesystem = self._make_filesystem()
         with self._lock:
             old, self._fs = self._fs, filesystem
         _close_client(old)
 
     def close(self) -> None:
-        """See Backend."""
+        """Close the client of s3fs, without waiting."""
         _close_client(self._fs)
 
-    def object_url(self, key: str) -> str:
-        """URL of an object, for messages."""
-        return f"{self.identity}/{key}"
-
     def list_page(self, token: str | None, timeout: float) -> ListPage:
-        """See Backend."""
+        """Make one ListObjectsV2 request."""
         more = {"ContinuationToken": token} if token else {}
         answer = self._call_s3(
             self.identity,
@@ -142,7 +133,7 @@ class S3Backend:
         return ListPage(objects, answer.get("NextContinuationToken") if answer.get("IsTruncated") else None)
 
     def stat_object(self, key: str, timeout: float) -> ObjectVersion:
-        """See Backend."""
+        """Make one HeadObject request."""
         answer = self._call_s3(
             self.object_url(key), "head_object", timeout, Bucket=self.bucket, Key=self.prefix + key
         )
@@ -151,8 +142,9 @@ class S3Backend:
         )
 
     def read_metadata_sha256(self, version: ObjectVersion, timeout: float) -> bytes | None:
-        """See Backend: the checksum that S3 keeps of the object, or the metadata `sha256` that its uploader gave it.
-        What was uploaded in parts (its ETag has a dash) may have a checksum of its parts' checksums (COMPOSITE)."""
+        """The checksum that S3 keeps of the object, or the metadata `sha256` that its uploader gave it. An object that
+        was uploaded in parts (its ETag has a dash) may have a checksum of its parts' checksums (COMPOSITE): that is
+        not a sha256 of its bytes."""
         condition = {"IfMatch": version.etag} if version.etag else {}
         answer = self._call_s3(
             self.object_url(version.key),
@@ -171,12 +163,12 @@ class S3Backend:
 
     def request_range(
         self, version: ObjectVersion, offset: int, length: int, timeout: float
-    ) -> Iterator[Buffer]:
-        """See Backend."""
+    ) -> Generator[Buffer, None, None]:
+        """Make one GetObject request, with If-Match."""
         where = self.object_url(version.key)
         condition = {"IfMatch": version.etag} if version.etag else {}
         filesystem = self._fs
-        answer = self._call_s3(
+        found = self._call_s3(
             where,
             "get_object",
             timeout,
@@ -185,27 +177,20 @@ class S3Backend:
             Range=f"bytes={offset}-{offset + length - 1}",
             **condition,
         )
-        body = answer["Body"]
-        try:
-            if version.etag and normalize_etag(answer.get("ETag")) != version.etag:
-                raise version_changed_error(where)
-            skip = bytes_to_skip(
-                where,
-                answer["ResponseMetadata"]["HTTPStatusCode"],
-                answer.get("ContentRange"),
-                answer.get("ContentLength"),
-                version.size,
-                offset,
-            )
-            yield from stream_body(
-                filesystem.loop, where, body.read, skip, length, timeout, _S3ErrorTranslator
-            )
-        finally:
-            # A body that was not read to its end takes its connection with it.
-            filesystem.loop.call_soon_threadsafe(body.close)
+        answer = RangeAnswer(
+            found["ResponseMetadata"]["HTTPStatusCode"],
+            normalize_etag(found.get("ETag")),
+            found.get("ContentRange"),
+            found.get("ContentLength"),
+            None,
+            found["Body"].read,
+            found["Body"].close,
+        )
+        errors = _s3_errors(where)
+        yield from ranged_body(filesystem.loop, errors, answer, version, offset, length, timeout)
 
     def _call_s3(self, where: str, method: str, timeout: float, **arguments: Any) -> Any:
-        with _S3ErrorTranslator(where):
+        with _s3_errors(where):
             return self._fs.call_s3(method, timeout=timeout + self._tuning.connect_timeout, **arguments)
 
     def _make_version(
@@ -214,10 +199,32 @@ class S3Backend:
         seconds = int(modified.timestamp()) if modified else 0
         return ObjectVersion(self.identity, key, normalize_etag(etag), int(size), seconds * 1_000_000_000)
 
-    # -- for the bulk engine
+    # -- for a bulk engine
+
+    def obstore_options(self) -> dict[str, Any]:
+        """Region, addressing, payer and endpoint for obstore's S3Store. Makes a request for the region."""
+        options: dict[str, Any] = {
+            "region": self.find_region(),
+            "skip_signature": not self.signs_requests(),
+            "virtual_hosted_style_request": self.uses_virtual_host(),
+            "request_payer": bool(self.request_headers()),
+        }
+        if self.is_custom_endpoint:
+            endpoint = self.endpoint
+            if self.uses_virtual_host():
+                scheme, _, host = endpoint.partition("://")
+                endpoint = f"{scheme}://{self.bucket}.{host}"
+            # The variable AWS_ENDPOINT_URL_S3 would win over `endpoint`.
+            options["aws_endpoint_url_s3" if "AWS_ENDPOINT_URL_S3" in os.environ else "endpoint"] = endpoint
+        return options
+
+    def etag_of_meta(self, meta: Any, version: ObjectVersion) -> str | None:
+        """The ETag header."""
+        etag: str | None = meta["e_tag"]
+        return etag
 
     def find_region(self) -> str:
-        """Region of the bucket: as AWS says, or as it is configured."""
+        """Region of the bucket: as AWS says, or as it is configured. Makes a request."""
         configured = str(self._fs.s3.meta.region_name or "us-east-1")
         if self.is_custom_endpoint or self._config.anonymous:
             return configured if configured != "aws-global" else "us-east-1"
@@ -246,11 +253,12 @@ class S3Backend:
         return {"x-amz-request-payer": "requester"} if self._fs.requester_pays else {}
 
     def signs_requests(self) -> bool:
-        """Whether requests are signed."""
+        """Whether requests are signed: not if the source is anonymous."""
         return not self._fs.anon
 
     def get_credentials(self) -> dict[str, Any]:
-        """The credentials that s3fs uses at this time, in obstore's form. Raises AccessDeniedError."""
+        """The keys that s3fs uses now, in obstore's form; botocore may wait for a server to renew them. Raises
+        AccessDeniedError."""
         filesystem = self._fs
         until = datetime.now(UTC) + CREDENTIALS_LIFETIME
         if filesystem.key:
@@ -265,7 +273,7 @@ class S3Backend:
             found = await filesystem.session.get_credentials()
             return await found.get_frozen_credentials() if found else None
 
-        with _S3ErrorTranslator(self.identity):
+        with _s3_errors(self.identity):
             found = fsspec.asyn.sync(filesystem.loop, ask, timeout=self._tuning.stall_timeout)
         if found is None:
             raise _no_credentials_error(self.identity)
@@ -307,40 +315,41 @@ def _no_credentials_error(where: str) -> AccessDeniedError:
     )
 
 
-class _S3ErrorTranslator(ErrorTranslator):
-    """Turn what botocore raises, and s3fs makes of it, into errors of ours."""
+def _s3_errors(where: str) -> ErrorTranslator:
+    return ErrorTranslator(where, translate_botocore_error, translate_aiohttp_error)
 
-    def translate_error(self, error: Exception) -> OriginError | None:
-        where = self.where
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(
-            cause, botocore.exceptions.ClientError | botocore.exceptions.BotoCoreError | ResponseParserError
-        ):
-            cause = cause.__cause__
-        if isinstance(cause, botocore.exceptions.ClientError):
-            meta = cause.response.get("ResponseMetadata", {})
-            code = str(cause.response.get("Error", {}).get("Code", ""))
-            headers = {k.lower(): v for k, v in meta.get("HTTPHeaders", {}).items()}
-            status = int(meta.get("HTTPStatusCode") or (code if code.isdigit() else 0))
-            return error_from_status(where, status, code, headers.get("retry-after"))
-        if isinstance(error, botocore.parsers.ResponseParserError):
-            return truncated_error(where)
-        names = botocore.exceptions
-        if isinstance(cause, names.NoCredentialsError | names.PartialCredentialsError):
-            return _no_credentials_error(where)
-        if isinstance(cause, names.CredentialRetrievalError | names.TokenRetrievalError | names.SSOError):
-            return AccessDeniedError(
-                f"{where}: the AWS credentials can't be renewed ({type(cause).__name__}): log in again"
-            )
-        if isinstance(cause, names.ReadTimeoutError | names.ConnectTimeoutError):
-            return timeout_error(where)
-        if isinstance(
-            cause,
-            names.ConnectionError | names.HTTPClientError | ResponseParserError | names.IncompleteReadError,
-        ):
-            return connection_error(where, type(cause).__name__)
-        if isinstance(cause, names.ParamValidationError):
-            return OriginError(f"{where}: S3 has no such name: check the URL")
-        if isinstance(cause, names.BotoCoreError):
-            return OriginError(f"{where}: S3 request failed ({type(cause).__name__}): check the S3 settings")
-        return None
+
+def translate_botocore_error(where: str, error: Exception) -> OriginError | None:
+    """For ErrorTranslator: what botocore raised, also where s3fs has made an OSError of it; None for other errors."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(
+        cause, botocore.exceptions.ClientError | botocore.exceptions.BotoCoreError | ResponseParserError
+    ):
+        cause = cause.__cause__
+    if isinstance(cause, botocore.exceptions.ClientError):
+        meta = cause.response.get("ResponseMetadata", {})
+        code = str(cause.response.get("Error", {}).get("Code", ""))
+        headers = {k.lower(): v for k, v in meta.get("HTTPHeaders", {}).items()}
+        status = int(meta.get("HTTPStatusCode") or (code if code.isdigit() else 0))
+        return error_from_status(where, status, code, headers.get("retry-after"))
+    if isinstance(error, botocore.parsers.ResponseParserError):
+        return truncated_error(where)
+    names = botocore.exceptions
+    if isinstance(cause, names.NoCredentialsError | names.PartialCredentialsError):
+        return _no_credentials_error(where)
+    if isinstance(cause, names.CredentialRetrievalError | names.TokenRetrievalError | names.SSOError):
+        return AccessDeniedError(
+            f"{where}: the AWS credentials can't be renewed ({type(cause).__name__}): log in again"
+        )
+    if isinstance(cause, names.ReadTimeoutError | names.ConnectTimeoutError):
+        return timeout_error(where)
+    if isinstance(
+        cause,
+        names.ConnectionError | names.HTTPClientError | ResponseParserError | names.IncompleteReadError,
+    ):
+        return connection_error(where, type(cause).__name__)
+    if isinstance(cause, names.ParamValidationError):
+        return OriginError(f"{where}: S3 has no such name: check the URL")
+    if isinstance(cause, names.BotoCoreError):
+        return OriginError(f"{where}: S3 request failed ({type(cause).__name__}): check the S3 settings")
+    return None
