@@ -36,7 +36,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class CatalogSource:
-    """Where a listing comes from. `list` and `stat` block and raise OriginError; they run in worker threads.
+    """Where a listing comes from. `list_objects` and `stat_object` block and raise OriginError; they run in worker
+    threads.
 
     `name` is the directory below the root that shows the source ('' : the root itself); `identity` is the origin's
     canonical, secret-free identity.

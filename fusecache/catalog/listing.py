@@ -1,15 +1,13 @@
 """The listing of one source, kept fresh.
 
-One LIST of a source is under way at most (a *flight*); it runs in a worker thread, and whoever needs a fresh listing
-waits for it, for at most `PATIENCE` seconds since it began: in an outage one reader pays that, not every one. A failed
-flight is not repeated before a pause. A listing is as old as the moment its LIST began.
-
-Ownership: everything but `suspects` is written on the event loop only. Worker threads read `tree`, which is replaced,
-never changed.
+At most one LIST of a source is under way; it runs in a worker thread, and every task that needs a fresh listing waits
+for it, for at most LISTING_WAIT seconds since it began: in an outage one reader pays that, not every one. A LIST that
+failed is not repeated before a pause. A listing is as old as the moment its LIST began.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -19,11 +17,14 @@ from typing import TypeVar, TypeVarTuple, Unpack
 import trio
 
 from fusecache.catalog.entry import CatalogSource, Entry
+from fusecache.catalog.index import EntryIndex
 from fusecache.catalog.names import SkipReason
+from fusecache.catalog.retained import RetainedNodes
 from fusecache.catalog.saved_listing import load_listing, save_listing
 from fusecache.catalog.tree import Tree, build_tree, find_changed_names
 from fusecache.errors import FusecacheError, NotFoundError, OriginError, UnavailableError
-from fusecache.types import NodeId, ObjectVersion
+from fusecache.events import ChangedNames, Event
+from fusecache.types import ObjectVersion
 
 _log = logging.getLogger(__name__)
 
@@ -38,8 +39,8 @@ _MAX_PAUSE = 30.0
 """Longest pause, in seconds, between attempts to list a source that fails."""
 
 
-class _SharedListing:
-    """Something under way that several wait for."""
+class _SharedRequest:
+    """A request to the origin that is under way, and that several tasks wait for."""
 
     def __init__(self) -> None:
         self.done = trio.Event()
@@ -47,61 +48,81 @@ class _SharedListing:
         self.error: FusecacheError | None = None
 
     async def wait_until_done(self, timeout: float = math.inf) -> bool:
-        """Wait until it is done, but no longer than `patience` seconds after it began."""
+        """Wait until the answer is there, but no longer than `timeout` seconds after the request began; returns whether
+        it is there."""
         with trio.move_on_at(self.began_at + timeout):
             await self.done.wait()
         return self.done.is_set()
 
 
 class Listing:
-    """`tree` is what is known of `source`; `listed` whether it comes from a listing, saved or fresh.
+    """Keeps the tree of `source` in `index` fresh.
 
-    `taken` says which nodeids belong to other sources. `swapping(before, after)` is called on
-    the event loop right before the tree is replaced, `swapped(changes)` right after.
+    Belongs to the event loop: every attribute is written there, but for the set of doubted nodeids, to which any thread
+    adds. The work in worker threads (LIST, building a tree, the file of the saved listing) gets what it needs as
+    arguments.
+
+    | What happens | The listing |
+    |---|---|
+    | in the beginning | is empty; `has_listing` is false |
+    | a LIST is answered | is served, with the age of the LIST's beginning, and saved if it differs from the one before
+    |
+    | the first LIST fails in an outage, or takes 15 s, and there is a saved listing | is the saved one, infinitely old
+    |
+    | a later LIST fails | stays, and `last_error` says why; the next attempt comes after a pause of 1 s to 30 s |
+    | a version is doubted | stays, and the origin is asked for that object alone |
+    | the answer is another version, or none | is served with that change |
     """
 
     def __init__(
         self,
         source: CatalogSource,
+        index: EntryIndex,
+        retained: RetainedNodes,
         *,
-        ttl: float,
+        names_changed: Event[[ChangedNames]],
         directory: Path | None,
         clock: Callable[[], float],
         limiter: trio.CapacityLimiter,
-        is_taken: Callable[[int], bool],
-        before_swap: Callable[[Tree, Tree], None],
-        after_swap: Callable[[list[tuple[NodeId, bytes]]], None],
-        born_ns: int,
     ) -> None:
+        """`directory` is where the listing is saved, None: nowhere. `clock` gives seconds."""
         self.source = source
         self.has_listing = False
         self.last_error: FusecacheError | None = None
         self.listed_at = -math.inf
         """By `clock`."""
-        self.unconfirmed_nodeids: set[int] = set()
-        """Nodeids whose version the origin no longer has, as a reader found out. Any thread adds to it."""
-        self._ttl = ttl
+        self._doubted_nodeids: set[int] = set()
+        """Nodeids whose version the origin no longer has, as a reader found out."""
+        self._index = index
+        self._retained = retained
+        self._names_changed = names_changed
         self._directory = directory
         self._clock = clock
         self._limiter = limiter
-        self._is_taken = is_taken
-        self._before_swap = before_swap
-        self._after_swap = after_swap
-        self._born_ns = born_ns
-        self._shared_listing: _SharedListing | None = None
-        self._running_checks: dict[int, _SharedListing] = {}
+        self._is_taken = functools.partial(index.is_taken_elsewhere, source.name)
+        self._running_list: _SharedRequest | None = None
+        self._running_checks: dict[int, _SharedRequest] = {}
         self._failure_count = 0
         self._retry_at = -math.inf
         self._logged_reasons: set[SkipReason] = set()
         self._is_unsaved = False
-        self.tree = build_tree(source.name, (), is_taken=is_taken, empty_mtime_ns=born_ns)
+
+    @property
+    def tree(self) -> Tree:
+        """The tree that is served now."""
+        return self._index.tree_of(self.source.name)
 
     # -- age
 
     @property
     def age(self) -> float:
-        """Seconds since the listing that is served began; inf if it was never made by this process."""
+        """Seconds since the listing that is served began; inf if this process never made one."""
         return self._clock() - self.listed_at
+
+    def raise_if_never_listed(self) -> None:
+        """Raise the error of the last attempt if there never was a listing, saved or fresh."""
+        if not self.has_listing and self.last_error is not None:
+            raise self.last_error
 
     def remaining_ttl(self, ttl: float) -> float:
         """Seconds for which the kernel may trust what it is told now. A stale listing is worth a second: in an
@@ -111,7 +132,8 @@ class Listing:
     # -- listing
 
     async def start(self) -> None:
-        """Have a tree. Raises OriginError when the origin gives none and none is saved."""
+        """Have a first listing. Raises OriginError when the origin gives none and none is saved. May wait for the
+        origin; with a saved listing for at most START_LISTING_WAIT seconds."""
         found = await self._run_in_thread(self._load_saved_tree)
         flight = self._start_listing()
         if found is None:
@@ -124,7 +146,7 @@ class Listing:
         error = flight.error
         if error is not None and not _is_outage(error):
             raise error
-        if not self.has_listing:  # the flight did not come in between
+        if not self.has_listing:  # the LIST was not answered in between
             self._swap_tree(found)
             self.has_listing = True
             _log.warning(
@@ -134,8 +156,9 @@ class Listing:
             )
 
     async def refresh(self) -> None:
-        """List anew, beginning after this call. Raises OriginError; the tree is then the one before."""
-        while (flight := self._shared_listing) is not None:
+        """Make a LIST that begins after this call, and wait for it. Raises OriginError; the tree is then the one
+        before."""
+        while (flight := self._running_list) is not None:
             await flight.wait_until_done()
         flight = self._start_listing()
         await flight.wait_until_done()
@@ -143,26 +166,27 @@ class Listing:
             raise flight.error
 
     async def refresh_if_stale(self, ttl: float) -> None:
-        """See to it that the listing is no older than `ttl` seconds, as far as that can be had within PATIENCE."""
+        """Have the listing no older than `ttl` seconds: join or begin a LIST, and wait for it until LISTING_WAIT
+        seconds after it began. Afterwards the listing may be the one before."""
         if self.age <= ttl and ttl > 0:
             return
-        flight = self._shared_listing
+        flight = self._running_list
         if flight is None:
             if self._clock() < self._retry_at:
                 return
             flight = self._start_listing()
         await flight.wait_until_done(LISTING_WAIT)
 
-    def _start_listing(self) -> _SharedListing:
-        if self._shared_listing is None:
-            self._shared_listing = _SharedListing()
+    def _start_listing(self) -> _SharedRequest:
+        if self._running_list is None:
+            self._running_list = _SharedRequest()
             trio.lowlevel.spawn_system_task(
-                self._run_listing, self._shared_listing, name=f"list {self.source.identity}"
+                self._run_listing, self._running_list, name=f"list {self.source.identity}"
             )
-        return self._shared_listing
+        return self._running_list
 
-    async def _run_listing(self, flight: _SharedListing) -> None:
-        # A task of its own: a caller that is cancelled, or runs out of patience, does not take the listing with it.
+    async def _run_listing(self, flight: _SharedRequest) -> None:
+        # A task of its own: a caller that is cancelled, or stops waiting, does not take the LIST with it.
         began = self._clock()
         versions: Sequence[ObjectVersion] = ()
         try:
@@ -181,7 +205,7 @@ class Listing:
         finally:
             if flight.error is not None:
                 self._record_failure(flight.error)
-            self._shared_listing = None
+            self._running_list = None
             flight.done.set()
         if self._is_unsaved and flight.error is None and self._directory is not None:
             self._is_unsaved = False
@@ -195,22 +219,32 @@ class Listing:
         if self._failure_count == 1:
             _log.warning("listing %s failed: %s", self.source.identity, error)
 
-    def _list_source(self, before: Tree) -> tuple[Tree, Sequence[ObjectVersion], list[tuple[NodeId, bytes]]]:
+    def _list_source(self, before: Tree) -> tuple[Tree, Sequence[ObjectVersion], ChangedNames]:
         versions = list(self.source.list_objects())
-        after = build_tree(
-            self.source.name, versions, before=before, is_taken=self._is_taken, empty_mtime_ns=self._born_ns
-        )
+        after = self._build_tree(versions, before)
         return after, versions, find_changed_names(before, after)
 
-    def _swap_tree(self, after: Tree, found: list[tuple[NodeId, bytes]] | None = None) -> bool:
+    def _build_tree(self, versions: Sequence[ObjectVersion], before: Tree | None = None) -> Tree:
+        return build_tree(
+            self.source.name,
+            versions,
+            before=before,
+            is_taken=self._is_taken,
+            empty_mtime_ns=self._index.born_ns,
+        )
+
+    def _swap_tree(self, after: Tree, changes: ChangedNames | None = None) -> bool:
+        """Serve `after` and publish what changed, which `changes` names if it is known; returns whether anything
+        did."""
         before = self.tree
-        if found is None:
-            found = find_changed_names(before, after)
-        self._before_swap(before, after)
-        self.tree = after
-        if found:
-            self._after_swap(found)
-        return bool(found)
+        if changes is None:
+            changes = find_changed_names(before, after)
+        self._retained.detach_missing(before, after)
+        self._index.replace_tree(self.source.name, after)
+        if changes:
+            self._retained.drop_reattached()
+            self._names_changed.publish(changes)
+        return bool(changes)
 
     def _log_skipped_keys(self, tree: Tree) -> None:
         for reason, (count, example) in tree.skipped.items():
@@ -232,7 +266,7 @@ class Listing:
         versions = load_listing(self._directory, self.source.identity)
         if versions is None:
             return None
-        return build_tree(self.source.name, versions, is_taken=self._is_taken, empty_mtime_ns=self._born_ns)
+        return self._build_tree(versions)
 
     def _save_versions(self, versions: Sequence[ObjectVersion]) -> None:
         assert self._directory is not None
@@ -245,23 +279,36 @@ class Listing:
 
     # -- single objects
 
+    def doubt_version(self, entry: Entry) -> bool:
+        """Note that the origin no longer has the version of this entry; returns whether the entry is in the tree still.
+        Thread-safe; `start_object_check` has to follow on the event loop."""
+        if entry.version is None or self.tree.entries_by_id.get(entry.nodeid) is not entry:
+            return False
+        self._doubted_nodeids.add(entry.nodeid)
+        return True
+
+    def is_in_doubt(self, entry: Entry) -> bool:
+        """Whether the version of this entry is doubted, and the origin has not answered yet."""
+        return entry.nodeid in self._doubted_nodeids
+
     def start_object_check(self, entry: Entry) -> None:
-        """The origin no longer has this version: ask it about this object. On the event loop only."""
+        """Ask the origin for the object of this entry, whose version is doubted, unless that is under way."""
         if self.tree.entries_by_id.get(entry.nodeid) is not entry:
-            self.unconfirmed_nodeids.discard(entry.nodeid)
+            self._doubted_nodeids.discard(entry.nodeid)
         elif entry.nodeid not in self._running_checks:
-            self._running_checks[entry.nodeid] = flight = _SharedListing()
+            self._running_checks[entry.nodeid] = flight = _SharedRequest()
             trio.lowlevel.spawn_system_task(self._check_object, entry, flight, name=f"stat {entry.path}")
 
     async def wait_object_check(self, entry: Entry) -> None:
-        """If the version of this entry is in doubt, wait for the origin's answer, for at most PATIENCE."""
-        if entry.nodeid in self.unconfirmed_nodeids:
+        """If the version of this entry is doubted, wait for the origin's answer until LISTING_WAIT seconds after the
+        request began."""
+        if self.is_in_doubt(entry):
             self.start_object_check(entry)
             flight = self._running_checks.get(entry.nodeid)
             if flight is not None:
                 await flight.wait_until_done(LISTING_WAIT)
 
-    async def _check_object(self, entry: Entry, flight: _SharedListing) -> None:
+    async def _check_object(self, entry: Entry, flight: _SharedRequest) -> None:
         assert entry.version is not None
         key = entry.version.key
         try:
@@ -280,7 +327,7 @@ class Listing:
         except Exception:
             _log.exception("asking for %s failed in an unforeseen way", entry.path)
         finally:
-            self.unconfirmed_nodeids.discard(entry.nodeid)
+            self._doubted_nodeids.discard(entry.nodeid)
             self._running_checks.pop(entry.nodeid, None)
             flight.done.set()
 
@@ -289,5 +336,5 @@ class Listing:
 
 
 def _is_outage(error: FusecacheError) -> bool:
-    """Whether this says that the origin is out of reach, and not that the user named the wrong one."""
+    """Whether the origin is out of reach, and not the wrong one."""
     return isinstance(error, UnavailableError) or (isinstance(error, OriginError) and error.is_temporary)

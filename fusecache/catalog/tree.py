@@ -19,6 +19,7 @@ import xxhash
 
 from fusecache.catalog.entry import ROOT, Entry
 from fusecache.catalog.names import SkipReason, encode_name, find_name_problem
+from fusecache.events import ChangedNames
 from fusecache.types import NodeId, ObjectVersion
 
 _NODEID_MASK = (1 << 62) - 1
@@ -38,11 +39,14 @@ class _ReaddirOrder:
 
 @dataclass(slots=True)
 class Tree:
-    """`root` and all below it. `by_id` and `below` (children by the directory's nodeid) are not to be changed."""
+    """`root` and all below it. Immutable but for `_readdir_orders`, which is filled as directories are read: two
+    threads may fill in the same order twice."""
 
     root: Entry
     entries_by_id: dict[int, Entry]
+    """All entries, the root among them, by nodeid."""
     children_by_id: dict[int, tuple[Entry, ...]]
+    """The entries of each directory, by its nodeid, sorted by name."""
     file_count: int
     total_bytes: int
     """Bytes of all files."""
@@ -129,7 +133,7 @@ def _make_file_nodeid(path: str, version: ObjectVersion, is_taken: Callable[[int
 
 
 def make_directory_nodeid(path: str, is_taken: Callable[[int], bool]) -> NodeId:
-    """The nodeid of the directory at `path`; `taken` says which numbers others have."""
+    """The nodeid of the directory at `path`; `is_taken` says which numbers other entries have."""
     return _make_nodeid("d\0" + path, is_taken) if path else ROOT
 
 
@@ -193,8 +197,8 @@ def build_tree(
     is_taken: Callable[[int], bool] = lambda number: False,
     empty_mtime_ns: int = 0,
 ) -> Tree:
-    """The tree of a listing. `before` lends the entries that are still right; `taken` names nodeids that belong to
-    others; `empty_mtime_ns` is the time of directories without an object below them."""
+    """The tree of a listing. `before` lends the entries that are still right; `is_taken` says which nodeids entries of
+    other sources have; `empty_mtime_ns` is the time of directories without an object below them."""
     keys = _GroupedKeys()
     for version in versions:
         keys.add_version(version)
@@ -279,7 +283,7 @@ def _directory_entry(
     return Entry(nodeid, parent, encode_name(leaf), path, True, None, source, 0, mtime_ns)
 
 
-def find_changed_names(before: Tree, after: Tree) -> list[tuple[NodeId, bytes]]:
+def find_changed_names(before: Tree, after: Tree) -> ChangedNames:
     """(directory, name) of all that appeared, vanished or became another nodeid between two trees."""
     found: list[tuple[NodeId, bytes]] = []
     for number, children in after.children_by_id.items():

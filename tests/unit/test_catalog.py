@@ -23,22 +23,26 @@ from fusecache.errors import (
     TemporaryOriginError,
     UnavailableError,
 )
-from fusecache.types import NodeId
+from fusecache.events import ChangedNames, EventHub
 from tests.support.objects import Hand, Objects
 
 
 def paths(catalog: Catalog) -> list[str]:
-    return [entry.path for entry in catalog.walk_entries()]
+    return [entry.path for entry in catalog.index.walk_entries()]
 
 
 def found(catalog: Catalog, path: str) -> Entry:
-    entry = catalog.entry_by_path(path)
+    entry = catalog.index.entry_by_path(path)
     assert entry is not None
     return entry
 
 
 async def started(
-    *objects: Objects, ttl: float = 60, negative_ttl: float | None = None, directory: Path | None = None
+    *objects: Objects,
+    ttl: float = 60,
+    negative_ttl: float | None = None,
+    directory: Path | None = None,
+    events: EventHub | None = None,
 ) -> tuple[Catalog, Hand]:
     hand = Hand()
     names = [""] if len(objects) == 1 else [f"source{number}" for number in range(len(objects))]
@@ -48,8 +52,9 @@ async def started(
         negative_ttl=negative_ttl,
         snapshot_dir=directory,
         clock=hand,
+        events=events or EventHub(),
     )
-    await catalog.start()
+    await catalog.listings.start()
     return catalog, hand
 
 
@@ -59,22 +64,24 @@ async def test_names_are_answered_from_one_listing() -> None:
         objects.put(key)
     catalog, _ = await started(objects)
     for _ in range(3):
-        entry = await catalog.lookup_fresh(ROOT, b"a")
+        entry = await catalog.listings.lookup_fresh(ROOT, b"a")
         assert entry is not None
         assert entry.version == objects.versions["a"]
-        assert await catalog.lookup_fresh(ROOT, b"nothing") is None
-        assert await catalog.lookup_fresh(entry.nodeid, b"below a file") is None
+        assert await catalog.listings.lookup_fresh(ROOT, b"nothing") is None
+        assert await catalog.listings.lookup_fresh(entry.nodeid, b"below a file") is None
     assert paths(catalog) == ["a", "d", "d/b", "d/e", "d/e/c"]
-    assert [each.name for each in catalog.children(found(catalog, "d").nodeid)] == [b"b", b"e"]
-    assert [each.name for each in catalog.siblings(found(catalog, "d/b"))] == [b"b", b"e"]
+    assert [each.name for each in catalog.index.children(found(catalog, "d").nodeid)] == [b"b", b"e"]
+    version = found(catalog, "d/b").version
+    assert version is not None
+    assert catalog.index.siblings(version) == [version]
     assert (
-        catalog.entry_by_path("d/x")
-        is catalog.entry_by_path("a/x")
-        is catalog.entry_by_path("\ud800")
+        catalog.index.entry_by_path("d/x")
+        is catalog.index.entry_by_path("a/x")
+        is catalog.index.entry_by_path("\ud800")
         is None
     )
     assert found(catalog, "").nodeid == ROOT
-    assert catalog.totals == (3, 30)
+    assert catalog.index.totals == (3, 30)
     assert (objects.lists, objects.stats) == (1, 0)
 
 
@@ -84,21 +91,21 @@ async def test_a_stale_listing_is_made_again_by_the_next_lookup() -> None:
     catalog, hand = await started(objects, ttl=60)
     new = objects.put("a")
     objects.put("b")
-    entry = await catalog.lookup_fresh(ROOT, b"a")
+    entry = await catalog.listings.lookup_fresh(ROOT, b"a")
     assert entry is not None
     assert entry.version == old
-    assert catalog.remaining_ttl(entry) == 60
+    assert catalog.listings.remaining_ttl(entry) == 60
     hand.now += 61
-    assert catalog.remaining_ttl(entry) == 1.0
+    assert catalog.listings.remaining_ttl(entry) == 1.0
     async with trio.open_nursery() as nursery:  # all of them share one LIST
         for _ in range(10):
-            nursery.start_soon(catalog.lookup_fresh, ROOT, b"a")
-    entry = await catalog.lookup_fresh(ROOT, b"a")
+            nursery.start_soon(catalog.listings.lookup_fresh, ROOT, b"a")
+    entry = await catalog.listings.lookup_fresh(ROOT, b"a")
     assert entry is not None
     assert entry.version == new
-    assert catalog.entry_by_path("b") is not None
+    assert catalog.index.entry_by_path("b") is not None
     assert objects.lists == 2
-    assert catalog.oldest_listing_age == 0
+    assert catalog.listings.oldest_age == 0
 
 
 async def test_the_absence_of_a_name_has_a_time_of_its_own() -> None:
@@ -106,12 +113,12 @@ async def test_the_absence_of_a_name_has_a_time_of_its_own() -> None:
     objects.put("a")
     catalog, hand = await started(objects, ttl=60, negative_ttl=5)
     objects.put("b")
-    assert await catalog.lookup_fresh(ROOT, b"b") is None
-    assert catalog.remaining_negative_ttl(ROOT) == 5
+    assert await catalog.listings.lookup_fresh(ROOT, b"b") is None
+    assert catalog.listings.remaining_negative_ttl(ROOT) == 5
     hand.now += 6
-    assert await catalog.lookup_fresh(ROOT, b"a") is not None
+    assert await catalog.listings.lookup_fresh(ROOT, b"a") is not None
     assert objects.lists == 1
-    assert await catalog.lookup_fresh(ROOT, b"b") is not None
+    assert await catalog.listings.lookup_fresh(ROOT, b"b") is not None
     assert objects.lists == 2
 
 
@@ -120,8 +127,8 @@ async def test_ttl_zero_lists_for_every_lookup() -> None:
     catalog, _ = await started(objects, ttl=0)
     for number in range(1, 4):
         objects.put(f"{number}")
-        assert await catalog.lookup_fresh(ROOT, f"{number}".encode()) is not None
-    assert catalog.remaining_ttl(found(catalog, "1")) == 0
+        assert await catalog.listings.lookup_fresh(ROOT, f"{number}".encode()) is not None
+    assert catalog.listings.remaining_ttl(found(catalog, "1")) == 0
 
 
 async def test_an_outage_leaves_the_tree_as_it_is_and_is_not_asked_at_every_lookup(
@@ -134,21 +141,21 @@ async def test_an_outage_leaves_the_tree_as_it_is_and_is_not_asked_at_every_look
     objects.error = UnavailableError("the endpoint does not answer")
     with caplog.at_level(logging.WARNING):
         for _ in range(5):
-            assert await catalog.lookup_fresh(ROOT, b"a") is not None
-            assert await catalog.lookup_fresh(ROOT, b"b") is None
+            assert await catalog.listings.lookup_fresh(ROOT, b"a") is not None
+            assert await catalog.listings.lookup_fresh(ROOT, b"b") is None
         assert objects.lists == 2
         hand.now += 1.5
-        assert await catalog.lookup_fresh(ROOT, b"a") is not None
+        assert await catalog.listings.lookup_fresh(ROOT, b"a") is not None
         assert objects.lists == 3
     assert caplog.text.count("does not answer") == 1
-    assert catalog.listing_errors == {"": "the endpoint does not answer"}
+    assert catalog.listings.errors == {"": "the endpoint does not answer"}
     with pytest.raises(UnavailableError):
-        await catalog.refresh()
+        await catalog.listings.refresh()
     objects.error = None
     objects.put("b")
     hand.now += 30
-    assert await catalog.lookup_fresh(ROOT, b"b") is not None
-    assert catalog.listing_errors == {}
+    assert await catalog.listings.lookup_fresh(ROOT, b"b") is not None
+    assert catalog.listings.errors == {}
 
 
 async def test_a_slow_listing_holds_up_one_lookup_for_two_seconds_and_the_others_not(
@@ -162,19 +169,19 @@ async def test_a_slow_listing_holds_up_one_lookup_for_two_seconds_and_the_others
     objects.put("b")
     try:
         began = trio.current_time()
-        assert await catalog.lookup_fresh(ROOT, b"a") is not None
+        assert await catalog.listings.lookup_fresh(ROOT, b"a") is not None
         assert trio.current_time() - began == pytest.approx(listing_module.LISTING_WAIT)
         began = trio.current_time()
         for _ in range(100):
-            assert await catalog.lookup_fresh(ROOT, b"a") is not None
-            assert await catalog.lookup_fresh(ROOT, b"b") is None
+            assert await catalog.listings.lookup_fresh(ROOT, b"a") is not None
+            assert await catalog.listings.lookup_fresh(ROOT, b"b") is None
         assert trio.current_time() == began
     finally:
         objects.gate.set()
-    await catalog.refresh()
+    await catalog.listings.refresh()
     # the slow one, and the refresh unless it joined that; none for the 200 lookups
     assert objects.lists in (2, 3)
-    assert catalog.entry_by_path("b") is not None
+    assert catalog.index.entry_by_path("b") is not None
 
 
 async def test_a_caller_that_is_cancelled_does_not_take_the_listing_with_it() -> None:
@@ -185,11 +192,11 @@ async def test_a_caller_that_is_cancelled_does_not_take_the_listing_with_it() ->
     objects.gate.clear()
     objects.listing.clear()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(catalog.lookup_fresh, ROOT, b"a")
+        nursery.start_soon(catalog.listings.lookup_fresh, ROOT, b"a")
         await trio.to_thread.run_sync(objects.listing.wait)
         nursery.cancel_scope.cancel()
     objects.gate.set()
-    assert await catalog.lookup_fresh(ROOT, b"a") is not None
+    assert await catalog.listings.lookup_fresh(ROOT, b"a") is not None
     assert objects.lists == 2
 
 
@@ -199,13 +206,13 @@ async def test_a_refresh_begins_after_it_is_asked_for() -> None:
     objects.gate.clear()
     objects.listing.clear()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(catalog.refresh)
+        nursery.start_soon(catalog.listings.refresh)
         await trio.to_thread.run_sync(objects.listing.wait)
         objects.put("a")  # too late for the first
-        nursery.start_soon(catalog.refresh)
+        nursery.start_soon(catalog.listings.refresh)
         await trio.testing.wait_all_tasks_blocked()
         objects.gate.set()
-    assert catalog.entry_by_path("a") is not None
+    assert catalog.index.entry_by_path("a") is not None
     assert objects.lists == 3
 
 
@@ -213,21 +220,20 @@ async def test_changes_are_told_with_the_names_to_look_up_again() -> None:
     objects = Objects()
     for key in ("same", "d/changed", "d/removed"):
         objects.put(key)
-    catalog, _ = await started(objects)
-    told: list[list[tuple[NodeId, bytes]]] = []
-    catalog.on_change = told.append
-    await catalog.refresh()
+    events = EventHub()
+    catalog, _ = await started(objects, events=events)
+    told: list[ChangedNames] = []
+    events.names_changed.subscribe(told.append)
+    await catalog.listings.refresh()
     assert told == []
-    generation = catalog.generation
     objects.put("d/changed")
     objects.delete("d/removed")
     objects.put("d/added")
-    await catalog.refresh()
+    await catalog.listings.refresh()
     directory = found(catalog, "d").nodeid
     assert [sorted(each) for each in told] == [
         [(directory, name) for name in (b"added", b"changed", b"removed")]
     ]
-    assert catalog.generation == generation + 1
 
 
 async def test_what_the_kernel_knows_stays_resolvable() -> None:
@@ -235,21 +241,21 @@ async def test_what_the_kernel_knows_stays_resolvable() -> None:
     objects.put("a")
     catalog, _ = await started(objects)
     first = found(catalog, "a")
-    catalog.retain_nodeid(first.nodeid)
-    catalog.retain_nodeid(first.nodeid)
+    catalog.nodes.retain_nodeid(first.nodeid)
+    catalog.nodes.retain_nodeid(first.nodeid)
     objects.put("a")
-    await catalog.refresh()
+    await catalog.listings.refresh()
     second = found(catalog, "a")
     assert second.nodeid != first.nodeid
-    assert catalog.entry_by_nodeid(first.nodeid) is first
-    assert (catalog.is_current(first.nodeid), catalog.is_current(second.nodeid)) == (False, True)
-    catalog.release_nodeid(first.nodeid)
-    assert catalog.entry_by_nodeid(first.nodeid) is first
-    catalog.release_nodeid(first.nodeid, 5)
-    assert catalog.entry_by_nodeid(first.nodeid) is None
+    assert catalog.nodes.entry_by_nodeid(first.nodeid) is first
+    assert (catalog.index.is_current(first.nodeid), catalog.index.is_current(second.nodeid)) == (False, True)
+    catalog.nodes.release_nodeid(first.nodeid)
+    assert catalog.nodes.entry_by_nodeid(first.nodeid) is first
+    catalog.nodes.release_nodeid(first.nodeid, 5)
+    assert catalog.nodes.entry_by_nodeid(first.nodeid) is None
     objects.delete("a")
-    await catalog.refresh()  # nobody retained the second
-    assert catalog.entry_by_nodeid(second.nodeid) is None
+    await catalog.listings.refresh()  # nobody retained the second
+    assert catalog.nodes.entry_by_nodeid(second.nodeid) is None
     assert found(catalog, "").nodeid == ROOT
 
 
@@ -258,15 +264,15 @@ async def test_an_object_that_goes_back_to_an_earlier_version_has_its_number_aga
     version = objects.put("a")
     catalog, _ = await started(objects)
     first = found(catalog, "a")
-    catalog.retain_nodeid(first.nodeid)
+    catalog.nodes.retain_nodeid(first.nodeid)
     objects.put("a")
-    await catalog.refresh()
+    await catalog.listings.refresh()
     objects.versions["a"] = version
-    await catalog.refresh()
+    await catalog.listings.refresh()
     assert found(catalog, "a").nodeid == first.nodeid
-    assert catalog.is_current(first.nodeid)
-    catalog.release_nodeid(first.nodeid)
-    assert catalog.entry_by_nodeid(first.nodeid) is found(catalog, "a")
+    assert catalog.index.is_current(first.nodeid)
+    catalog.nodes.release_nodeid(first.nodeid)
+    assert catalog.nodes.entry_by_nodeid(first.nodeid) is found(catalog, "a")
 
 
 async def test_a_version_that_is_gone_is_asked_for_at_once() -> None:
@@ -278,15 +284,15 @@ async def test_a_version_that_is_gone_is_asked_for_at_once() -> None:
     new = objects.put("a")
     objects.delete("b")
     for entry in (changed, removed, same):
-        await trio.to_thread.run_sync(catalog.report_stale_version, entry)
-    now = await catalog.lookup_fresh(ROOT, b"a")
+        await trio.to_thread.run_sync(catalog.listings.report_stale_version, entry)
+    now = await catalog.listings.lookup_fresh(ROOT, b"a")
     assert now is not None
     assert now.version == new
-    assert await catalog.lookup_fresh(ROOT, b"b") is None
-    assert await catalog.lookup_fresh(ROOT, b"c") is same
+    assert await catalog.listings.lookup_fresh(ROOT, b"b") is None
+    assert await catalog.listings.lookup_fresh(ROOT, b"c") is same
     assert (objects.lists, objects.stats) == (1, 3)
-    catalog.report_stale_version(changed)  # not in the tree any more: nothing to ask
-    assert await catalog.lookup_fresh(ROOT, b"a") is now
+    catalog.listings.report_stale_version(changed)  # not in the tree any more: nothing to ask
+    assert await catalog.listings.lookup_fresh(ROOT, b"a") is now
     assert objects.stats == 3
 
 
@@ -295,9 +301,9 @@ async def test_a_doubt_that_the_origin_can_not_settle_holds_up_one_lookup_only()
     objects.put("a")
     catalog, _ = await started(objects)
     objects.error = TemporaryOriginError("reset")
-    catalog.report_stale_version(found(catalog, "a"))
+    catalog.listings.report_stale_version(found(catalog, "a"))
     for _ in range(3):
-        assert await catalog.lookup_fresh(ROOT, b"a") is not None
+        assert await catalog.listings.lookup_fresh(ROOT, b"a") is not None
     assert objects.stats == 1
 
 
@@ -314,17 +320,17 @@ async def test_several_sources_are_directories_of_one_root() -> None:
         "source1/a",
         "source1/a/b",
     ]
-    assert len({entry.nodeid for entry in catalog.walk_entries()}) == 6
-    entry = await catalog.lookup_fresh(ROOT, b"source1")
+    assert len({entry.nodeid for entry in catalog.index.walk_entries()}) == 6
+    entry = await catalog.listings.lookup_fresh(ROOT, b"source1")
     assert entry is found(catalog, "source1")
-    assert await catalog.lookup_fresh(ROOT, b"source2") is None
-    assert [each.name for _, each in catalog.scan_directory(ROOT, 0)] == [b"source0", b"source1"]
-    assert [each.name for _, each in catalog.scan_directory(ROOT, 3)] == [b"source1"]
-    assert [each.path for each in catalog.children(ROOT)] == ["source0", "source1"]
-    assert catalog.origin_identity(found(catalog, "source1/a")) == "memory://two"
-    assert catalog.origin_identity(found(catalog, "")) == ""
-    assert catalog.totals == (2, 20)
-    assert catalog.is_current(ROOT)
+    assert await catalog.listings.lookup_fresh(ROOT, b"source2") is None
+    assert [each.name for _, each in catalog.index.scan_directory(ROOT, 0)] == [b"source0", b"source1"]
+    assert [each.name for _, each in catalog.index.scan_directory(ROOT, 3)] == [b"source1"]
+    assert [each.path for each in catalog.index.children(ROOT)] == ["source0", "source1"]
+    assert catalog.listings.origin_identity(found(catalog, "source1/a")) == "memory://two"
+    assert catalog.listings.origin_identity(found(catalog, "")) == ""
+    assert catalog.index.totals == (2, 20)
+    assert catalog.index.is_current(ROOT)
 
 
 async def test_a_source_that_can_not_be_listed_hides_nothing_and_tells_no_lie() -> None:
@@ -337,16 +343,16 @@ async def test_a_source_that_can_not_be_listed_hides_nothing_and_tells_no_lie() 
     directory = found(catalog, "source1")
     for name in (b"b", b"x"):
         with pytest.raises(UnavailableError):
-            await catalog.lookup_fresh(directory.nodeid, name)
+            await catalog.listings.lookup_fresh(directory.nodeid, name)
     with pytest.raises(UnavailableError):
-        await catalog.require_fresh_listing(directory)
-    await catalog.require_fresh_listing(found(catalog, "source0"))
-    await catalog.require_fresh_listing(found(catalog, ""))
-    assert catalog.oldest_listing_age == -1.0
+        await catalog.listings.require_fresh_listing(directory)
+    await catalog.listings.require_fresh_listing(found(catalog, "source0"))
+    await catalog.listings.require_fresh_listing(found(catalog, ""))
+    assert catalog.listings.oldest_age == -1.0
     bad.error = None
     hand.now += 100
-    assert await catalog.lookup_fresh(directory.nodeid, b"b") is not None
-    await catalog.require_fresh_listing(directory)
+    assert await catalog.listings.lookup_fresh(directory.nodeid, b"b") is not None
+    await catalog.listings.require_fresh_listing(directory)
 
 
 async def test_when_no_source_can_be_listed_the_mount_fails() -> None:
@@ -359,14 +365,14 @@ async def test_when_no_source_can_be_listed_the_mount_fails() -> None:
 def test_sources_that_can_not_share_a_root() -> None:
     for names in ((), ("", "a"), ("a", "a")):
         with pytest.raises(ConfigError):
-            Catalog([Objects().source(name) for name in names], ttl=1, snapshot_dir=None)
+            Catalog([Objects().source(name) for name in names], ttl=1, snapshot_dir=None, events=EventHub())
 
 
 async def _saved(objects: Objects, directory: Path) -> None:
     catalog, _ = await started(objects, directory=directory)
     await trio.testing.wait_all_tasks_blocked()
     while not saved_path(directory, objects.identity).exists():
-        await catalog.refresh()
+        await catalog.listings.refresh()
 
 
 async def test_a_mount_during_an_outage_has_the_tree_saved_before(tmp_path: Path) -> None:
@@ -377,14 +383,14 @@ async def test_a_mount_during_an_outage_has_the_tree_saved_before(tmp_path: Path
     await _saved(objects, tmp_path)
     objects.error = UnavailableError("down")
     after, hand = await started(objects, directory=tmp_path)
-    assert [(each.path, each.nodeid) for each in after.walk_entries()] == [
-        (each.path, each.nodeid) for each in before.walk_entries()
+    assert [(each.path, each.nodeid) for each in after.index.walk_entries()] == [
+        (each.path, each.nodeid) for each in before.index.walk_entries()
     ]
-    assert after.oldest_listing_age == -1.0
+    assert after.listings.oldest_age == -1.0
     objects.error = None
     objects.put("new")
     hand.now += 100
-    assert await after.lookup_fresh(ROOT, b"new") is not None
+    assert await after.listings.lookup_fresh(ROOT, b"new") is not None
 
 
 async def test_a_slow_listing_does_not_keep_a_mount_with_a_saved_one_waiting(
@@ -400,7 +406,7 @@ async def test_a_slow_listing_does_not_keep_a_mount_with_a_saved_one_waiting(
         assert paths(catalog) == ["a"]
     finally:
         objects.gate.set()
-    await catalog.refresh()
+    await catalog.listings.refresh()
     assert paths(catalog) == ["a", "b"]
 
 
@@ -497,7 +503,7 @@ async def test_odd_keys_are_reported_once(caplog: pytest.LogCaptureFixture) -> N
     with caplog.at_level(logging.WARNING):
         catalog, _ = await started(objects)
         objects.put("x//3")
-        await catalog.refresh()
+        await catalog.listings.refresh()
     assert [record.getMessage() for record in caplog.records] == [
         "memory://bucket: 2 keys with an empty name between slashes, like 'x//1' (see SEMANTICS.md)",
         "memory://bucket: 1 keys with the same path as a directory, which wins, like 'a' (see SEMANTICS.md)",
@@ -514,14 +520,14 @@ async def test_a_name_that_is_listed_is_never_absent_for_a_moment() -> None:
     def look() -> None:
         while not stop.is_set():
             for path in ("d/0", "d/299"):
-                entry = catalog.entry_by_path(path)
-                if entry is None or catalog.entry_by_nodeid(entry.parent) is None:
+                entry = catalog.index.entry_by_path(path)
+                if entry is None or catalog.nodes.entry_by_nodeid(entry.parent) is None:
                     missed.append(path)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trio.to_thread.run_sync, look)
         for number in range(1, 30):
             objects.put(f"d/{number}")
-            await catalog.refresh()
+            await catalog.listings.refresh()
         stop.set()
     assert missed == []

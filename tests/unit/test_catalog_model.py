@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fusecache.catalog.catalog import Catalog
 from fusecache.catalog.entry import ROOT, Entry
+from fusecache.events import EventHub
 from fusecache.types import ObjectVersion
 from tests.support.objects import Hand, Objects
 
@@ -40,8 +41,8 @@ def model(versions: dict[str, ObjectVersion]) -> dict[str, ObjectVersion | None]
 
 async def _compare(steps: list[tuple[str, str]]) -> None:
     objects, hand = Objects(), Hand()
-    catalog = Catalog([objects.source()], ttl=60, snapshot_dir=None, clock=hand)
-    await catalog.start()
+    catalog = Catalog([objects.source()], ttl=60, snapshot_dir=None, events=EventHub(), clock=hand)
+    await catalog.listings.start()
     listed = dict(objects.versions)
     retained: dict[int, Entry] = {}
 
@@ -53,29 +54,29 @@ async def _compare(steps: list[tuple[str, str]]) -> None:
 
     async def refresh(key: str) -> None:
         hand.now += 61
-        await catalog.refresh_if_stale()
+        await catalog.listings.refresh_if_stale()
         listed.clear()
         listed.update(objects.versions)
 
     async def doubt(key: str) -> None:
-        entry = catalog.entry_by_path(key)
+        entry = catalog.index.entry_by_path(key)
         if entry is not None and entry.version is not None:
-            catalog.report_stale_version(entry)
-            await catalog.lookup_fresh(entry.parent, entry.name)
+            catalog.listings.report_stale_version(entry)
+            await catalog.listings.lookup_fresh(entry.parent, entry.name)
             # only this object is asked for; a directory that it made stays until the next listing
             if key in objects.versions:
                 listed[key] = objects.versions[key]
 
     async def retain(key: str) -> None:
-        entry = catalog.entry_by_path(key)
+        entry = catalog.index.entry_by_path(key)
         if entry is not None and entry.nodeid not in retained:
             retained[entry.nodeid] = entry
-            catalog.retain_nodeid(entry.nodeid)
+            catalog.nodes.retain_nodeid(entry.nodeid)
 
     async def forget(key: str) -> None:
         for nodeid in [each for each, entry in retained.items() if entry.path == key]:
             del retained[nodeid]
-            catalog.release_nodeid(nodeid)
+            catalog.nodes.release_nodeid(nodeid)
 
     actions: dict[str, Callable[[str], object]] = {
         "put": put,
@@ -89,24 +90,24 @@ async def _compare(steps: list[tuple[str, str]]) -> None:
     for action, key in steps:
         if action == "refresh":
             removed.clear()
-        if action == "doubt" and catalog.entry_by_path(key) is not None and key not in objects.versions:
+        if action == "doubt" and catalog.index.entry_by_path(key) is not None and key not in objects.versions:
             removed.add(key)
         await actions[action](key)  # type: ignore[misc]
         expected = model(listed)
         for path in removed:
             if expected.get(path) is not None:
                 del expected[path]
-        assert {entry.path: entry.version for entry in catalog.walk_entries()} == expected
-        numbers = [entry.nodeid for entry in catalog.walk_entries()]
+        assert {entry.path: entry.version for entry in catalog.index.walk_entries()} == expected
+        numbers = [entry.nodeid for entry in catalog.index.walk_entries()]
         assert len(set(numbers)) == len(numbers)
         for nodeid, entry in retained.items():
-            still = catalog.entry_by_nodeid(nodeid)
+            still = catalog.nodes.entry_by_nodeid(nodeid)
             assert still is not None
             assert (still.path, still.version) == (entry.path, entry.version)
-        scanned = [entry.name for _, entry in catalog.scan_directory(ROOT, 0)]
-        assert sorted(scanned) == [entry.name for entry in catalog.children(ROOT)]
-    files = [entry for entry in catalog.walk_entries() if entry.version is not None]
-    assert catalog.totals == (len(files), sum(entry.size for entry in files))
+        scanned = [entry.name for _, entry in catalog.index.scan_directory(ROOT, 0)]
+        assert sorted(scanned) == [entry.name for entry in catalog.index.children(ROOT)]
+    files = [entry for entry in catalog.index.walk_entries() if entry.version is not None]
+    assert catalog.index.totals == (len(files), sum(entry.size for entry in files))
 
 
 @settings(deadline=None, max_examples=80)

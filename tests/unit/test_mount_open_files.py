@@ -77,7 +77,8 @@ class Bench:
         name = b"model.safetensors"
         entry = Entry(NODEID, NodeId(1), name, name.decode(), False, self.version, "", self.version.size, 0)
         catalog = SimpleNamespace(
-            entry_by_nodeid=lambda _nodeid: entry, is_current=lambda _nodeid: self.current
+            nodes=SimpleNamespace(entry_by_nodeid=lambda _nodeid: entry),
+            index=SimpleNamespace(is_current=lambda _nodeid: self.current),
         )
         self.handles = OpenFileTable(
             cast(Any, catalog),
@@ -217,7 +218,7 @@ def test_what_an_earlier_daemon_opened_is_left_to_others(bench: Bench, tmp_path:
     bench.handles.open_passthrough(TWIN)
     journal = OpenFileJournal(tmp_path / "open", discard_existing=False)
     later = OpenFileTable(
-        cast(Any, SimpleNamespace(is_current=lambda _nodeid: True)),
+        cast(Any, SimpleNamespace(index=SimpleNamespace(is_current=lambda _nodeid: True))),
         cast(Any, bench.told),
         bench.store,
         journal,

@@ -16,6 +16,7 @@ from pyfuse3 import FUSEError
 from fusecache import errors
 from fusecache.catalog.catalog import Catalog
 from fusecache.catalog.entry import ROOT, Entry
+from fusecache.events import EventHub
 from fusecache_mount.fs.operations import AttributePolicy, Operations
 from fusecache_mount.kernel.errnos import errno_of
 from fusecache_mount.kernel.nodeids import passthrough_nodeid
@@ -81,8 +82,10 @@ class Mounted:
         self.policy = AttributePolicy(**{"uid": 1000, "gid": 100, "negative_timeout": 30.0} | policy)
 
     async def start(self) -> None:
-        self.catalog = Catalog([self.objects.source()], ttl=60, snapshot_dir=None, clock=self.hand)
-        await self.catalog.start()
+        self.catalog = Catalog(
+            [self.objects.source()], ttl=60, snapshot_dir=None, events=EventHub(), clock=self.hand
+        )
+        await self.catalog.listings.start()
         self.operations = Operations(self.catalog, self.handles, self.policy)
 
     async def lookup(self, path: str) -> pyfuse3.EntryAttributes:
@@ -215,7 +218,7 @@ async def test_another_version_is_another_file_and_the_old_handle_goes_on() -> N
     made = await mounted("a")
     old = await made.lookup("a")
     made.objects.put("a", 20_000)
-    await made.catalog.refresh()
+    await made.catalog.listings.refresh()
     new = await made.lookup("a")
     assert new.st_ino != old.st_ino
     assert new.st_size == 20_000
@@ -234,7 +237,7 @@ async def test_a_forgotten_twin_is_the_same_entry() -> None:
     made.handles.passthrough_nodeids.add(base)
     twin = (await made.lookup("a")).st_ino
     made.objects.delete("a")
-    await made.catalog.refresh()
+    await made.catalog.listings.refresh()
     await made.operations.forget([(base, 1)])
     assert (await made.operations.getattr(twin, context())).st_size == 10_000
     await made.operations.forget([(twin, 1)])
@@ -356,7 +359,7 @@ async def test_directories_are_read_in_pieces_with_attributes(monkeypatch: pytes
             offset = cursor
         if len(seen) == 9:  # the listing changes in between
             made.objects.put("d/new")
-            await made.catalog.refresh()
+            await made.catalog.listings.refresh()
     assert {b".", b"..", *(str(number).encode() for number in range(20))} <= set(seen)
     assert seen[b"."].st_ino == directory
     assert seen[b".."].st_ino == ROOT
@@ -373,7 +376,7 @@ async def test_readdir_counts_as_a_lookup_of_each_name(monkeypatch: pytest.Monke
     number = reply.names[2][1].st_ino
     for key in ("a", "b"):
         made.objects.delete(key)
-    await made.catalog.refresh()
+    await made.catalog.listings.refresh()
     assert (await made.operations.getattr(number, context())).st_size == 10_000
     await made.operations.forget([(number, 1)])
     assert await number_of(made.operations.getattr(number, context())) == errno.ESTALE
@@ -382,8 +385,10 @@ async def test_readdir_counts_as_a_lookup_of_each_name(monkeypatch: pytest.Monke
 async def test_a_source_that_was_never_listed_is_an_error_and_not_an_empty_directory() -> None:
     good, bad = Objects("memory://good"), Objects("memory://bad")
     bad.error = errors.UnavailableError("down")
-    catalog = Catalog([good.source("good"), bad.source("bad")], ttl=60, snapshot_dir=None, clock=Hand())
-    await catalog.start()
+    catalog = Catalog(
+        [good.source("good"), bad.source("bad")], ttl=60, snapshot_dir=None, events=EventHub(), clock=Hand()
+    )
+    await catalog.listings.start()
     operations = Operations(catalog, RecordingOpenFiles(), AttributePolicy(0, 0))
     number = (await operations.lookup(ROOT, b"bad", context())).st_ino
     assert await number_of(operations.opendir(number, context())) == errno.EIO

@@ -179,7 +179,7 @@ class OpenFileTable:
     async def open(self, nodeid: int, flags: int, tid: int) -> None:
         """Open a file, either twin, for this thread. Raises VersionChangedError when the other twin is the right one
         now, or the version is gone, and StoreError when not even an empty place in the cache can be had."""
-        entry = self._catalog.entry_by_nodeid(inode_number(nodeid))
+        entry = self._catalog.nodes.entry_by_nodeid(inode_number(nodeid))
         path = entry.path if entry is not None else None
         second = self._stale_retries.is_retry(path, tid)
         object_fetch = None
@@ -212,7 +212,7 @@ class OpenFileTable:
                 inspector.open_attestable, version, source, limiter=self._limiter
             )
         except VersionChangedError:
-            self._catalog.report_stale_version(entry)
+            self._catalog.listings.report_stale_version(entry)
             raise
         token, settled = trio.lowlevel.current_trio_token(), trio.Event()
 
@@ -352,7 +352,7 @@ class OpenFileTable:
 
     def open_passthrough(self, nodeid: int) -> int:
         """See channel.OpenFiles."""
-        if not self._catalog.is_current(inode_number(nodeid)):
+        if not self._catalog.index.is_current(inode_number(nodeid)):
             return 0
         file = self._join_passthrough_open(nodeid, must_have_backing=True)
         if file is None:
@@ -507,7 +507,7 @@ class OpenFileTable:
         self._journal.record_open(file.nodeid, file.version, file.source, file.backing_id)
 
     def _find_version(self, nodeid: int) -> tuple[ObjectVersion, str]:
-        entry = self._catalog.entry_by_nodeid(inode_number(nodeid))
+        entry = self._catalog.nodes.entry_by_nodeid(inode_number(nodeid))
         if entry is None or entry.version is None:
             raise VersionChangedError("the file changed at the origin: look it up again")
         return entry.version, entry.source

@@ -120,7 +120,7 @@ class Operations(pyfuse3.Operations):
 
     def _find_entry(self, nodeid: int) -> Entry:
         """Raises ESTALE for a nodeid of an earlier version: the VFS then looks the path up again."""
-        entry = self._catalog.entry_by_nodeid(inode_number(nodeid))
+        entry = self._catalog.nodes.entry_by_nodeid(inode_number(nodeid))
         if entry is None:
             raise FUSEError(errno.ESTALE)
         return entry
@@ -163,29 +163,29 @@ class Operations(pyfuse3.Operations):
             elif len(name) > NAME_MAX:
                 raise FUSEError(errno.ENAMETOOLONG)
             else:
-                found = await self._catalog.lookup_fresh(inode_number(parent_inode), name)
+                found = await self._catalog.listings.lookup_fresh(inode_number(parent_inode), name)
             if found is None:
                 absent = EntryAttributes()
                 absent.st_ino = 0
                 self.negative_lookups.append((parent_inode, name))
-                lifetime = self._catalog.remaining_negative_ttl(parent_inode)
+                lifetime = self._catalog.listings.remaining_negative_ttl(parent_inode)
                 absent.entry_timeout = min(self._policy.negative_timeout, lifetime)
                 return absent
-            self._catalog.retain_nodeid(found.nodeid)
+            self._catalog.nodes.retain_nodeid(found.nodeid)
             return self._build_attributes(
-                found, self._choose_nodeid(found), self._catalog.remaining_ttl(found)
+                found, self._choose_nodeid(found), self._catalog.listings.remaining_ttl(found)
             )
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """The kernel dropped so many lookups of these nodeids."""
         for nodeid, count in inode_list:
-            self._catalog.release_nodeid(inode_number(nodeid), count)
+            self._catalog.nodes.release_nodeid(inode_number(nodeid), count)
 
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         """The attributes of a nodeid."""
         with _raising_fuse_errors():
             entry = self._find_entry(inode)
-            return self._build_attributes(entry, inode, self._catalog.remaining_ttl(entry))
+            return self._build_attributes(entry, inode, self._catalog.listings.remaining_ttl(entry))
 
     async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
         """access(2), where the kernel does not judge by the mode itself."""
@@ -210,7 +210,7 @@ class Operations(pyfuse3.Operations):
         """The cache as a file system: its limit, and what is left of it."""
         with _raising_fuse_errors():
             used, limit = await trio.to_thread.run_sync(self._open_files.cache_usage)
-            files, _ = self._catalog.totals
+            files, _ = self._catalog.index.totals
             found = StatvfsData()
             found.f_bsize = found.f_frsize = STAT_BLOCK_BYTES
             found.f_blocks = max(1, limit // STAT_BLOCK_BYTES)
@@ -228,7 +228,7 @@ class Operations(pyfuse3.Operations):
             entry = self._find_entry(inode)
             if not entry.is_dir:
                 raise FUSEError(errno.ENOTDIR)
-            await self._catalog.require_fresh_listing(entry)
+            await self._catalog.listings.require_fresh_listing(entry)
             return inode
 
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
@@ -236,24 +236,24 @@ class Operations(pyfuse3.Operations):
         with _raising_fuse_errors():
             catalog = self._catalog
             directory = self._find_entry(fh)
-            lifetime = catalog.remaining_ttl(directory)
+            lifetime = catalog.listings.remaining_ttl(directory)
             if start_id < _DOT_CURSOR:
                 attributes = self._build_attributes(directory, directory.nodeid, lifetime)
                 if not pyfuse3.readdir_reply(token, b".", attributes, _DOT_CURSOR):
                     return
             if start_id < _DOTDOT_CURSOR:
-                above = catalog.entry_by_nodeid(directory.parent) or directory
+                above = catalog.nodes.entry_by_nodeid(directory.parent) or directory
                 attributes = self._build_attributes(above, above.nodeid, lifetime)
                 if not pyfuse3.readdir_reply(token, b"..", attributes, _DOTDOT_CURSOR):
                     return
             top = directory.nodeid == ROOT and directory.source == ""
-            for cursor, entry in catalog.scan_directory(directory.nodeid, start_id):
+            for cursor, entry in catalog.index.scan_directory(directory.nodeid, start_id):
                 if top:
-                    lifetime = catalog.remaining_ttl(entry)
+                    lifetime = catalog.listings.remaining_ttl(entry)
                 attributes = self._build_attributes(entry, self._choose_nodeid(entry), lifetime)
                 if not pyfuse3.readdir_reply(token, entry.name, attributes, cursor):
                     return
-                catalog.retain_nodeid(entry.nodeid)
+                catalog.nodes.retain_nodeid(entry.nodeid)
 
     async def releasedir(self, fh: int) -> None:
         """Nothing is held for an open directory."""
@@ -268,8 +268,8 @@ class Operations(pyfuse3.Operations):
         with _raising_fuse_errors():
             if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
                 _refuse_change()
-            found = self._catalog.entry_by_nodeid(inode_number(inode))
-            if found is None or not self._catalog.is_current(found.nodeid):
+            found = self._catalog.nodes.entry_by_nodeid(inode_number(inode))
+            if found is None or not self._catalog.index.is_current(found.nodeid):
                 self._open_files.record_stale_answer(found.path if found is not None else None, ctx.pid)
                 raise FUSEError(errno.ESTALE)
             if found.is_dir:
@@ -305,7 +305,7 @@ class Operations(pyfuse3.Operations):
             version = entry.version
             what = name.removeprefix(XATTR_PREFIX)
             if what == b"source":
-                return _encode_text(self._catalog.origin_identity(entry))
+                return _encode_text(self._catalog.listings.origin_identity(entry))
             assert version is not None
             if what == b"etag":
                 return _encode_text(version.etag)
@@ -321,7 +321,7 @@ class Operations(pyfuse3.Operations):
 
     def _xattr_names(self, entry: Entry) -> Sequence[bytes]:
         names: tuple[bytes, ...] = (b"etag", b"version", b"cached_bytes") if not entry.is_dir else ()
-        if self._catalog.origin_identity(entry):
+        if self._catalog.listings.origin_identity(entry):
             names = (*names, b"source")
         return [XATTR_PREFIX + name for name in names]
 

@@ -36,6 +36,7 @@ from fusecache.config.model import MountConfig
 from fusecache.control.mounts import SOCKET_NAME, make_mount_runtime_dir
 from fusecache.control.server import serve_requests
 from fusecache.errors import ConfigError, FusecacheError, first_error
+from fusecache.events import EventHub
 from fusecache.fetch.interface import FetchSettings
 from fusecache.fetch.service import FetchService
 from fusecache.origin.factory import open_origin
@@ -105,29 +106,18 @@ def _send_to_keeper(keeper_socket: socket.socket, message: DaemonMessage) -> Non
 class MountCatalogView:
     """What the loader asks of the catalog and the handles; see loader.Library."""
 
-    def __init__(self, catalog: Catalog, source_names: Mapping[str, str]) -> None:
+    def __init__(self, catalog: Catalog) -> None:
         self.open_files: OpenFileTable | None = None
         self.fetch_service: FetchService | None = None
         self._catalog = catalog
-        self._source_names = source_names
-        """Identity of an origin -> name of its source."""
-
-    def _tree_path(self, version: ObjectVersion) -> str:
-        source = self._source_names.get(version.origin, "")
-        return f"{source}/{version.key}" if source else version.key
 
     def siblings(self, version: ObjectVersion) -> Sequence[ObjectVersion]:
-        """See loader.Library."""
-        entry = self._catalog.entry_by_path(self._tree_path(version))
-        if entry is None:
-            return [version]
-        return [other.version for other in self._catalog.siblings(entry) if other.version is not None]
+        """The versions in the folder of this object, as the tree has them."""
+        return self._catalog.index.siblings(version)
 
     def find_object(self, version: ObjectVersion, key: str) -> ObjectVersion | None:
-        """See attest.Digests: another object of the same source."""
-        source = self._source_names.get(version.origin, "")
-        entry = self._catalog.entry_by_path(f"{source}/{key}" if source else key)
-        return None if entry is None else entry.version
+        """The version of another object of the same source, as the tree has it."""
+        return self._catalog.index.find_object(version, key)
 
     def read_object(self, version: ObjectVersion, source: str) -> bytes:
         """See attest.Digests: all of an object, by way of the store."""
@@ -144,10 +134,8 @@ class MountCatalogView:
             self.open_files.version_completed(version)
 
     def version_gone(self, version: ObjectVersion) -> None:
-        """See loader.Library."""
-        entry = self._catalog.entry_by_path(self._tree_path(version))
-        if entry is not None and entry.version == version:
-            self._catalog.report_stale_version(entry)
+        """Have the origin asked for the object anew."""
+        self._catalog.listings.report_gone_version(version)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -215,6 +203,7 @@ def _open_origins_and_store(
 async def _build_and_serve(config: MountConfig, keeper_link: KeeperLink, daemon_info: DaemonInfo) -> int:
     directory = make_mount_runtime_dir(config.runtime_dir, config.mountpoint)
     with _open_origins_and_store(config, keeper_link) as (origins, store):
+        events = EventHub()
         catalog = Catalog(
             [
                 CatalogSource(
@@ -225,12 +214,13 @@ async def _build_and_serve(config: MountConfig, keeper_link: KeeperLink, daemon_
                 )
                 for source in config.sources
             ],
+            events=events,
             ttl=config.metadata_ttl,
             negative_ttl=config.negative_ttl,
             snapshot_dir=config.cache_dir / "listings",
         )
-        await catalog.start()
-        catalog_view = MountCatalogView(catalog, {origin.identity: name for name, origin in origins.items()})
+        await catalog.listings.start()
+        catalog_view = MountCatalogView(catalog)
         budget = config.prefetch_budget
         settings = FetchSettings(
             concurrency=config.tuning.concurrency,
@@ -293,7 +283,9 @@ async def _build_and_serve(config: MountConfig, keeper_link: KeeperLink, daemon_
                 for parent, name in changes:
                     channel.invalidate_entry(parent, name)
 
-            catalog.on_change = lambda changes: open_files.run_in_background(lambda: invalidate(changes))
+            events.names_changed.subscribe(
+                lambda changes: open_files.run_in_background(lambda: invalidate(changes))
+            )
             operations = Operations(
                 catalog,
                 open_files,

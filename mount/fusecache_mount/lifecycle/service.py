@@ -95,7 +95,7 @@ class ControlService:
         passthrough = self._open_files.passthrough_state
         progress = self._fetch_service.progress()
         origins = self._origins.values()
-        files, size = self._catalog.totals
+        files, size = self._catalog.index.totals
         return {
             "mountpoint": str(self._config.mountpoint),
             "sources": [
@@ -150,7 +150,7 @@ class ControlService:
             "reads": {"answered": reads.reads, "waited_bytes": reads.bytes_fetched, "failed": reads.errors},
             "errors": {"reads": reads.errors},
             "tracing": self._trace_controller.is_running,
-            "catalog": {"files": files, "bytes": size, "age": self._catalog.oldest_listing_age},
+            "catalog": {"files": files, "bytes": size, "age": self._catalog.listings.oldest_age},
             "process": {
                 "pid": os.getpid(),
                 "rss": _resident_bytes(),
@@ -255,10 +255,10 @@ class ControlService:
         return await trio.to_thread.run_sync(work)
 
     async def _answer_refresh(self, request: dict[str, Any]) -> object:
-        await self._catalog.refresh()
+        await self._catalog.listings.refresh()
         if self._inspector is not None:
             self._inspector.forget_answers()
-        return {"files": self._catalog.totals[0]}
+        return {"files": self._catalog.index.totals[0]}
 
     async def _answer_drain(self, request: dict[str, Any]) -> object:
         """Stop fetching what nobody waits for, and wait for the reads under way."""
@@ -273,7 +273,7 @@ class ControlService:
         path = request.get("path")
         if not isinstance(path, str):
             raise ConfigError("a path below the mountpoint is needed")
-        entry = self._catalog.entry_by_path(path.strip("/"))
+        entry = self._catalog.index.entry_by_path(path.strip("/"))
         if entry is None:
             raise NotFoundError(f"{path}: no such file in this mount")
         return [
@@ -287,7 +287,7 @@ def _entries_below(catalog: Catalog, entry: Entry) -> Iterable[Entry]:
     if not entry.is_dir:
         yield entry
         return
-    for child in catalog.children(entry.nodeid):
+    for child in catalog.index.children(entry.nodeid):
         yield from _entries_below(catalog, child)
 
 

@@ -125,7 +125,7 @@ class TraceController:
         return TraceStream(tracer, blind_spots, partial(self._end_trace, tracer, options))
 
     def _describe_inode(self, inode: int) -> tuple[str, int] | None:
-        entry = self._catalog.entry_by_nodeid(inode)
+        entry = self._catalog.nodes.entry_by_nodeid(inode)
         return None if entry is None else (entry.path, entry.size)
 
     async def _activate_trace(self, tracer: AccessTracer, options: TraceOptions) -> BlindSpots:
@@ -135,7 +135,9 @@ class TraceController:
         tracer.start()
         names = list(self._negative_lookups)
         names += [
-            (entry.parent, entry.name) for entry in self._catalog.retained_entries() if entry.nodeid != ROOT
+            (entry.parent, entry.name)
+            for entry in self._catalog.nodes.retained_entries()
+            if entry.nodeid != ROOT
         ]
         names = list(dict.fromkeys(names))
         hidden_names = len(names)
