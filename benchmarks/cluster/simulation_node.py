@@ -19,7 +19,7 @@ from fusecache.fetch.object_fetch import FlightPlan, ObjectFetch
 from fusecache.fetch.scheduler import FetchScheduler
 from fusecache.fetch.waiter import Waiter
 from fusecache.peers.exchange import policy
-from fusecache.peers.exchange.breaker import PeerHealth
+from fusecache.peers.exchange.breaker import CircuitBreaker, SpeedComparison
 from fusecache.peers.member import Member
 from fusecache.store.throughput import PeakThroughput, Throughput
 from fusecache.types import ObjectVersion
@@ -114,7 +114,8 @@ class SimulatedNode:
         self.upstream_by_stripe: dict[tuple[int, int], str] = {}
         self.transfers_in_progress = 0
         self.server = SimulatedServer(self)
-        self.peer_health = PeerHealth(lambda: world.clock.now)
+        self.breaker = CircuitBreaker(lambda: world.clock.now)
+        self.speeds = SpeedComparison(lambda: world.clock.now)
         # Board and ObjectFetch ask their store for no more than Stored has.
         self.scheduler = FetchScheduler(
             max(1, setting.stripe // setting.block),
@@ -333,11 +334,14 @@ class SimulatedNode:
         may_have = lambda member: self._may_have(transfer.file, member)  # noqa: E731
         members = len(self.world.member_views[self.view_number])
         for turn in policy.source_steps(
-            order, self.name, transfer.failed_nodes, self.peer_health.admit_request, may_have, members
+            order, self.name, transfer.failed_nodes, self.breaker.may_admit, may_have, members
         ):
             if turn.member is None:
                 yield from self._read_from_origin(transfer, turn.is_owner)
                 return
+            if not turn.stored_only and not self.breaker.begin_trial(turn.member.name):
+                transfer.failed_nodes.append(turn.member.name)
+                continue
             transfer.substitutes = turn.substitutes
             yield from self._ask_node(transfer, turn.member, turn.stored_only)
             if not transfer.remaining:
@@ -359,7 +363,7 @@ class SimulatedNode:
             self.upstream_by_stripe.pop((transfer.file, transfer.stripe), None)
             if what == "all":
                 if self.world.has_faults:
-                    self.peer_health.request_succeeded(target.name)
+                    self.breaker.request_succeeded(target.name)
                 return
             if what == "busy":
                 counters.refused += 1
@@ -371,13 +375,13 @@ class SimulatedNode:
                 continue
             if what == "miss":
                 counters.misses += 1
-                self.peer_health.request_undecided(target.name)
+                self.breaker.request_undecided(target.name)
                 if stored_only:
                     self._not_stored_at[target.name, transfer.file] = clock.now
             else:
                 counters.errors += 1
                 if not asking.is_redirected:
-                    self.peer_health.request_failed(target.name, what)
+                    self.breaker.request_failed(target.name, what)
             if asking.is_redirected:
                 asking.return_to_member()
                 continue
@@ -495,7 +499,7 @@ class SimulatedNode:
         now = self.world.clock.now
         if self.world.has_faults and transfer.member is not None and now > transfer.reported_at:
             nbytes = self._bytes_of(transfer, range(transfer.reported_block, transfer.next_block))
-            self.peer_health.record_transfer(
+            self.speeds.record_transfer(
                 transfer.member.name, nbytes, now - transfer.reported_at, stored=transfer.all_stored
             )
             transfer.reported_block, transfer.reported_at = transfer.next_block, now
@@ -513,7 +517,7 @@ class SimulatedNode:
             if member is None or flight.stored_only or now - flight.started_at < POLL_EVERY:
                 continue
             self._report_progress(flight)
-            slow = self.peer_health.is_slow(member.name)
+            slow = self.speeds.is_slow(member.name)
             if (slow or idle) and looks:
                 looks -= 1
                 others = [
@@ -541,7 +545,7 @@ class SimulatedNode:
             else [*transfer.failed_nodes, transfer.member.name if transfer.member else ""]
         )
         for member in asked:
-            if not self.peer_health.admit_request(member.name):
+            if not self.breaker.begin_trial(member.name):
                 continue
             server = self.nodes[self.world.number_by_name[member.name]].server
             server.occupy_thread(self.world.setting.answering_seconds)
@@ -565,13 +569,13 @@ class SimulatedNode:
                 self.world.counters.hedges += 1
                 self._abandon_stream(transfer)
                 if not stored_only and transfer.member is not None:
-                    self.peer_health.avoid_slow_node(transfer.member.name)
+                    self.breaker.avoid_slow_node(transfer.member.name)
                 transfer.member, transfer.stored_only = member, True
                 transfer.started_at = self.world.clock.now
                 server.start_sending(request)
                 return True
             transfer.wait_number -= 1
-            self.peer_health.request_undecided(member.name)
+            self.breaker.request_undecided(member.name)
         return False
 
     def _abandon_stream(self, transfer: SimulatedTransfer) -> None:

@@ -20,6 +20,7 @@ from fusecache.fetch.service import FetchService
 from fusecache.peers.coverage import PeerSupplyEstimate
 from fusecache.peers.exchange.block_service import BlockService
 from fusecache.peers.exchange.block_source import PeerBlockSource
+from fusecache.peers.exchange.outgoing import OutgoingBytes
 from fusecache.peers.member import PROTOCOL, NodeInfo
 from fusecache.peers.membership.candidate import HttpProbe
 from fusecache.peers.membership.discovery import Discovery, DnsDiscovery, StaticDiscovery
@@ -91,6 +92,7 @@ class PeerNode:
         self._coverage: dict[str, dict[ObjectId, int]] = {}
         """Node -> object -> bytes, as last seen."""
         self._members = _LateMembership()
+        self._outgoing = OutgoingBytes()
         self.block_source = PeerBlockSource(
             settings.node,
             self._members,
@@ -100,6 +102,7 @@ class PeerNode:
             peer_workers=PEER_WORKERS,
             concurrency=concurrency,
             fallback_requests=settings.fallback,
+            outgoing=self._outgoing,
             stores_remote=settings.local_copies == "all",
         )
         self._block_service: BlockService | None = None
@@ -175,6 +178,7 @@ class PeerNode:
             fetch_service,
             self._store,
             {origin.identity: name for name, origin in self._origins.items()},
+            outgoing=self._outgoing,
             streams=settings.streams,
             render_metrics=lambda: self.render_metrics(),
             peer_profiles=self._peer_profiles,
@@ -276,7 +280,7 @@ class PeerNode:
         rows = []
         for state in self._members.member_states():
             traffic = self.block_source.traffic(state.name)
-            why, bad, speed = self.block_source.peer_health.describe_node(state.name)
+            why, bad = self.block_source.breaker.describe_node(state.name)
             rows.append(
                 {
                     **vars(state),
@@ -288,7 +292,7 @@ class PeerNode:
                     "errors": traffic.errors,
                     "bad_blocks": bad,
                     "first_byte": traffic.first_byte_seconds,
-                    "bytes_per_second": speed,
+                    "bytes_per_second": self.block_source.speeds.stored_rate(state.name),
                 }
             )
         return rows

@@ -12,6 +12,7 @@ from fusecache.fetch.interface import FetchSettings
 from fusecache.fetch.service import FetchService
 from fusecache.peers.exchange.block_service import BlockService
 from fusecache.peers.exchange.block_source import PeerBlockSource
+from fusecache.peers.exchange.outgoing import OutgoingBytes
 from fusecache.peers.member import PROTOCOL, Member, NodeInfo
 from fusecache.peers.transport.client import PeerClient
 from fusecache.peers.transport.server import PeerServer
@@ -71,6 +72,7 @@ class Node:
         self.everybody = everybody
         self.client = PeerClient(name)
         self.store = Store(folder / name, limit=1 << 30, free_floor=0, block_size=BLOCK)
+        self.outgoing = OutgoingBytes()
         self.exchange = PeerBlockSource(
             name,
             everybody,
@@ -80,6 +82,7 @@ class Node:
             peer_workers=8,
             concurrency=8,
             fallback_requests=8,
+            outgoing=self.outgoing,
         )
         settings = FetchSettings(concurrency=8, range_bytes=STRIPE, deadline=DEADLINE)
         self.loader = FetchService(self.store, {"": origin}, CatalogView(), settings, self.exchange)
@@ -90,6 +93,7 @@ class Node:
             self.loader,
             self.store,
             {origin.identity: ""},
+            outgoing=self.outgoing,
             streams=16,
             render_metrics=str,
         )

@@ -17,6 +17,7 @@ import trio
 from fusecache.peers.errors import PeerError, PeerMissError
 from fusecache.peers.exchange import block_service, block_source, policy, transfer_monitor
 from fusecache.peers.exchange.block_source import PeerBlockSource
+from fusecache.peers.exchange.outgoing import OutgoingBytes
 from fusecache.peers.member import Member
 from fusecache.peers.transport.client import PeerClient, RequestTimeout
 from fusecache.peers.transport.wire import BlockRequest
@@ -90,19 +91,19 @@ async def test_who_waits_for_the_origin_is_waited_for(
             readers.start_soon(read, node)
         await in_thread(step.arrived)
         await trio.sleep(3 * SILENCE)
-        assert any(node.holdings.unsent_bytes for node in nodes)
+        assert any(node.outgoing.unsent_bytes for node in nodes)
         step.open()
     assert found == [DATA] * 3
     # who gives notices the end a moment after who takes
     await in_thread(
-        wait_until, lambda: not any(node.holdings.unsent_bytes for node in nodes), "all is sent", DEADLINE
+        wait_until, lambda: not any(node.outgoing.unsent_bytes for node in nodes), "all is sent", DEADLINE
     )
     assert sum(length for _, _, length in origin.reads) == FILE.size
     told = [node.exchange.stats for node in nodes]
     assert sum(stats.redirects for stats in told) >= STRIPES, "nobody waited for one that waits itself"
     assert [stats.fallbacks for stats in told] == [0, 0, 0]
     assert not any(peer.errors for stats in told for peer in stats.traffic_by_node.values())
-    slow = [other.name for node in nodes for other in nodes if node.exchange.peer_health.is_slow(other.name)]
+    slow = [other.name for node in nodes for other in nodes if node.exchange.speeds.is_slow(other.name)]
     assert not slow
 
 
@@ -177,7 +178,7 @@ async def test_a_stand_in_does_not_wait_for_who_asks_it(
         readers.start_soon(read, next_in_order)
         redirected = next_in_order.exchange.stats
         await in_thread(wait_until, lambda: redirected.redirects, "who comes later is sent on", DEADLINE)
-        monkeypatch.setattr(last.exchange.peer_health, "is_slow", lambda name: name == owner.name)
+        monkeypatch.setattr(last.exchange.speeds, "is_slow", lambda name: name == owner.name)
         with trio.fail_after(DEADLINE):
             await asked.wait()
         await trio.sleep(SILENCE / 2)
@@ -221,6 +222,7 @@ def test_a_node_that_says_nothing_is_passed_over(quick: None, origin: ScriptedOr
         peer_workers=1,
         concurrency=1,
         fallback_requests=1,
+        outgoing=OutgoingBytes(),
     )
     flight = transfer_monitor.PeerTransfer(
         FILE, range(4), BLOCK, time.monotonic() + DEADLINE, lambda: False, 0, NO_SINK
@@ -261,6 +263,7 @@ def test_what_a_node_waits_for_itself_is_not_its_slowness(
         peer_workers=1,
         concurrency=1,
         fallback_requests=1,
+        outgoing=OutgoingBytes(),
     )
     told: list[tuple[int, float]] = []
     monkeypatch.setattr(

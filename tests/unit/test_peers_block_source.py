@@ -11,6 +11,7 @@ import xxhash
 
 from fusecache.peers.errors import PeerConnectTimeoutError
 from fusecache.peers.exchange.block_source import PeerBlockSource
+from fusecache.peers.exchange.outgoing import OutgoingBytes
 from fusecache.peers.member import Member
 from fusecache.peers.transport.client import PeerClient, TransferObserver
 from fusecache.peers.transport.wire import BlockRequest
@@ -101,6 +102,7 @@ def supplied(
         peer_workers=1,
         concurrency=1,
         fallback_requests=1,
+        outgoing=OutgoingBytes(),
     )
     assert exchange.ranking_of(FILE.id, 0)[0].name == "a", "choose another key"
     sink = VerifyingSink()

@@ -9,6 +9,7 @@ import pytest
 
 from fusecache.peers.coverage import PeerSupplyEstimate
 from fusecache.peers.exchange.block_source import PeerBlockSource
+from fusecache.peers.exchange.outgoing import OutgoingBytes
 from fusecache.peers.member import Member
 from fusecache.peers.transport.client import PeerClient
 from fusecache.store.interface import BlockStore
@@ -58,6 +59,7 @@ def exchange(monkeypatch: pytest.MonkeyPatch) -> PeerBlockSource:
         stripe_bytes=STRIPE,
         peer_workers=1,
         concurrency=1,
+        outgoing=OutgoingBytes(),
         fallback_requests=1,
     )
     monkeypatch.setattr(made, "peak_throughput", lambda: 1000.0)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fusecache.errors import CancelledReadError, UnavailableError
 from fusecache.peers.exchange import policy
-from fusecache.peers.exchange.breaker import PeerHealth
+from fusecache.peers.exchange.breaker import CircuitBreaker, SpeedComparison
 from fusecache.peers.member import Member
 from fusecache.peers.membership.placement import rank_members
 from fusecache.semaphore import ResizableSemaphore
@@ -266,51 +266,57 @@ class Clock:
 
 def test_a_breaker_rests_tries_once_and_closes() -> None:
     clock = Clock()
-    breakers = PeerHealth(clock)
-    assert breakers.admit_request("a")
-    breakers.request_failed("a", "no answer")
-    assert not breakers.admit_request("a")
-    assert breakers.describe_node("a")[0] == "no answer"
+    breaker = CircuitBreaker(clock)
+    assert breaker.begin_trial("a")
+    breaker.request_failed("a", "no answer")
+    assert not breaker.may_admit("a")
+    assert not breaker.begin_trial("a")
+    assert breaker.describe_node("a")[0] == "no answer"
     clock.now += 1.3
-    assert breakers.admit_request("a")
-    assert not breakers.admit_request("a")
-    breakers.request_failed("a", "no answer")
+    assert breaker.may_admit("a")
+    assert breaker.may_admit("a"), "the question changes nothing"
+    assert breaker.begin_trial("a")
+    assert not breaker.may_admit("a")
+    assert not breaker.begin_trial("a")
+    breaker.request_failed("a", "no answer")
     clock.now += 1.3
-    assert not breakers.admit_request("a")
+    assert not breaker.may_admit("a")
     clock.now += 1.3
-    assert breakers.admit_request("a")
-    breakers.request_succeeded("a")
-    assert breakers.admit_request("a")
-    assert breakers.admit_request("a")
+    assert breaker.begin_trial("a")
+    breaker.request_undecided("a")
+    assert breaker.begin_trial("a")
+    breaker.request_succeeded("a")
+    assert breaker.begin_trial("a")
+    assert breaker.begin_trial("a")
 
 
 def test_who_sends_wrong_bytes_is_avoided_for_long() -> None:
     clock = Clock()
-    breakers = PeerHealth(clock)
-    breakers.bad_block_received("a")
+    breaker = CircuitBreaker(clock)
+    breaker.bad_block_received("a")
     clock.now += 40
-    assert not breakers.admit_request("a")
-    assert breakers.describe_node("a")[:2] == ("sent wrong bytes", 1)
+    assert not breaker.may_admit("a")
+    assert breaker.describe_node("a") == ("sent wrong bytes", 1)
 
 
 @pytest.mark.parametrize("stored", [True, False])
 def test_slow_is_who_is_much_slower_than_the_others_at_the_same(stored: bool) -> None:
     clock = Clock()
-    breakers = PeerHealth(clock)
+    speeds = SpeedComparison(clock)
 
     def pass_by(seconds: int, **rates: int) -> None:
         for _ in range(seconds):
             clock.now += 1
             for name, rate in rates.items():
-                breakers.record_transfer(name, rate, 1.0, stored=stored)
+                speeds.record_transfer(name, rate, 1.0, stored=stored)
 
     pass_by(3, a=100, b=10_000, c=12_000)
-    assert not breakers.is_slow("a")
+    assert not speeds.is_slow("a")
     pass_by(4, a=100, b=10_000, c=12_000)
-    assert breakers.is_slow("a")
-    assert not breakers.is_slow("b")
+    assert speeds.is_slow("a")
+    assert not speeds.is_slow("b")
     pass_by(60, a=100, b=120, c=90)
-    assert not breakers.is_slow("a")
+    assert not speeds.is_slow("a")
 
 
 def test_slots_are_given_in_order_and_not_beyond_the_deadline() -> None:

@@ -22,6 +22,7 @@ from fusecache.fetch.service import FetchService
 from fusecache.fetch.waiter import Waiter
 from fusecache.peers.exchange import policy
 from fusecache.peers.exchange.block_source import MembershipView, PeerBlockSource
+from fusecache.peers.exchange.outgoing import OutgoingBytes
 from fusecache.peers.member import Member, NodeInfo
 from fusecache.peers.profiles import PeerProfiles
 from fusecache.peers.transport.server import BlockResponse, Piece
@@ -58,6 +59,7 @@ class BlockService:
         store: BlockStore,
         source_by_identity: Mapping[str, str],
         *,
+        outgoing: OutgoingBytes,
         streams: int,
         render_metrics: Callable[[], str],
         peer_profiles: PeerProfiles | None = None,
@@ -68,12 +70,10 @@ class BlockService:
         """Requests that wait for their turn."""
         self.refused_requests = 0
         """Requests answered 503 since the start."""
-        self.unsent_bytes = 0
-        """Bytes promised to others, and not sent yet."""
         self._get_node_info = get_node_info
         self._members = members
         self._block_source = block_source
-        block_source.unsent_bytes = lambda: self.unsent_bytes
+        self._outgoing = outgoing
         self._fetch_service = fetch_service
         self._store = store
         self._source_by_identity = source_by_identity
@@ -211,7 +211,7 @@ class BlockService:
         self._redirect_request(request, (object_fetch.version.id, stripe))
         await self._wait_for_slot(request)
         certain = functools.partial(self._arrival_certain_at, object_fetch.version.id, stripe, ours)
-        return _StoredBlockResponse(self, self._fetch_service, object_fetch, request, certain)
+        return _StoredBlockResponse(self, self._fetch_service, object_fetch, request, certain, self._outgoing)
 
     def _arrival_certain_at(self, object_id: ObjectId, stripe: int, is_acting_owner: bool) -> float:
         """When it was last certain that blocks of a stripe come to us, as time.monotonic(). `ours`: we are the one to
@@ -234,7 +234,7 @@ class BlockService:
         direct = request.direct or request.hops > 0
         self._relay_trees.record_unsent(request.caller, request.unsent_bytes)
         self._block_source.receiver_rates.record_rate(request.caller, request.receive_rate)
-        self._relay_trees.record_unsent(self._own_name, self.unsent_bytes)
+        self._relay_trees.record_unsent(self._own_name, self._outgoing.unsent_bytes)
         nbytes = len(request.blocks) * self._store.block_size
         usable = policy.Excluding(self._url_by_name, (request.caller, *request.failed_nodes))
         found = self._relay_trees.assign_parent(stripe, request.caller, usable, nbytes, no_redirect=direct)
@@ -257,7 +257,7 @@ class BlockService:
 
     def response_ended(self, object_fetch: ObjectFetch, unsent_bytes: int) -> None:
         """An offer was closed, `unsent` bytes of it were not sent."""
-        self.unsent_bytes -= unsent_bytes
+        self._outgoing.settle(unsent_bytes)
         self.responses_in_progress -= 1
         self._stream_slots.release()
         self._fetch_service.release_fetch(object_fetch)
@@ -273,6 +273,7 @@ class _StoredBlockResponse:
         object_fetch: ObjectFetch,
         request: BlockRequest,
         arrival_certain_at: Callable[[], float],
+        outgoing: OutgoingBytes,
     ) -> None:
         """`coming` tells when it was last certain that the blocks come to us, as time.monotonic()."""
         stored = object_fetch.stored
@@ -280,7 +281,8 @@ class _StoredBlockResponse:
             block_length(block, object_fetch.version.size, stored.block_size) for block in request.blocks
         ]
         self._unsent_bytes = sum(self.block_lengths)
-        service.unsent_bytes += self._unsent_bytes
+        self._outgoing = outgoing
+        outgoing.promise(self._unsent_bytes)
         self.all_stored = all(stored.is_present(block) for block in request.blocks)
         self._service = service
         self._fetch_service = fetch_service
@@ -313,7 +315,7 @@ class _StoredBlockResponse:
         return pieces
 
     def _count_sent(self) -> None:
-        self._service.unsent_bytes -= self._handed_bytes
+        self._outgoing.settle(self._handed_bytes)
         self._unsent_bytes -= self._handed_bytes
         self._handed_bytes = 0
 

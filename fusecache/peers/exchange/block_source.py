@@ -31,7 +31,8 @@ from fusecache.peers.errors import (
     PeerRefusedError,
 )
 from fusecache.peers.exchange import policy
-from fusecache.peers.exchange.breaker import PeerHealth
+from fusecache.peers.exchange.breaker import CircuitBreaker, SpeedComparison
+from fusecache.peers.exchange.outgoing import OutgoingBytes
 from fusecache.peers.exchange.transfer_monitor import PeerTransfer, TransferMonitor
 from fusecache.peers.member import Member
 from fusecache.peers.membership.placement import rank_members
@@ -135,14 +136,15 @@ class PeerBlockSource:
         peer_workers: int,
         concurrency: int,
         fallback_requests: int,
+        outgoing: OutgoingBytes,
         stores_remote: bool = True,
     ) -> None:
         self.peer_workers = peer_workers
         self.stats = PeerSourceStats()
-        self.peer_health = PeerHealth()
+        self.breaker = CircuitBreaker()
+        self.speeds = SpeedComparison()
         self._peak_throughput = PeakThroughput()
-        self.unsent_bytes: Callable[[], int] = lambda: 0
-        """Bytes promised to others, and not sent yet."""
+        self._outgoing = outgoing
         self.receiver_rates = policy.ReceiverRates()
         self._own_name = own_name
         self._members = members
@@ -276,11 +278,14 @@ class PeerBlockSource:
         may_have = functools.partial(self._may_have, version.id)
         members = len(self._members.members())
         for turn in policy.source_steps(
-            order, self._own_name, flight.failed_nodes, self.peer_health.admit_request, may_have, members
+            order, self._own_name, flight.failed_nodes, self.breaker.may_admit, may_have, members
         ):
             if turn.member is None:
                 self._read_from_origin(flight, source, turn.is_owner)
                 return
+            if not turn.stored_only and not self.breaker.begin_trial(turn.member.name):
+                flight.failed_nodes.append(turn.member.name)  # it became another request's trial meanwhile
+                continue
             flight.substitutes = turn.substitutes
             self._ask_node(flight, turn.member, turn.stored_only)
             if not flight.remaining:
@@ -326,17 +331,17 @@ class PeerBlockSource:
             except PeerBusyError as busy:
                 with self._lock:
                     self.stats.busy_answers += 1
-                self.peer_health.request_undecided(target.name)
+                self.breaker.request_undecided(target.name)
                 self._wait_before_retry(transfer, busy.retry_after)
                 continue
             except PeerRedirectError as elsewhere:
-                self.peer_health.request_succeeded(target.name)
+                self.breaker.request_succeeded(target.name)
                 if asking.follow_redirect(self._member_at(elsewhere.url), self._own_name):
                     with self._lock:
                         self.stats.redirects += 1
                 continue
             except PeerMissError:
-                self.peer_health.request_undecided(target.name)
+                self.breaker.request_undecided(target.name)
                 if stored_only:
                     with self._lock:
                         self._not_stored[target.name, transfer.version.id] = None
@@ -361,21 +366,21 @@ class PeerBlockSource:
         if member.name in silent_nodes or not self._members.is_alive(member.name):
             return False
         silent_nodes.add(member.name)
-        self.peer_health.request_undecided(member.name)
+        self.breaker.request_undecided(member.name)
         return True
 
     def _record_failure(self, member: Member, error: PeerError, *, is_redirected: bool) -> None:
         self._members.mark_suspect(member.name)
         if is_redirected:
             # it passed on what it got itself, and may have lost that: its fault shows when it is asked directly
-            self.peer_health.request_undecided(member.name)
+            self.breaker.request_undecided(member.name)
             return
         with self._lock:
             self.stats.traffic_by_node.setdefault(member.name, PeerTraffic()).errors += 1
-        if self.peer_health.describe_node(member.name)[0] != str(error):
+        if self.breaker.describe_node(member.name)[0] != str(error):
             log = _log.warning if isinstance(error, PeerRefusedError) else _log.info
             log("node %s did not give its blocks: %s", member.name, error)
-        self.peer_health.request_failed(member.name, str(error))
+        self.breaker.request_failed(member.name, str(error))
 
     def _member_at(self, url: str) -> Member | None:
         for member in self._members.members():
@@ -410,7 +415,7 @@ class PeerBlockSource:
             tuple(transfer.failed_nodes),
             no_redirect,
             urgent=transfer.is_urgent,
-            unsent_bytes=self.unsent_bytes(),
+            unsent_bytes=self._outgoing.unsent_bytes,
             receive_rate=round(self.peak_throughput() or 0),
             caller=self._own_name,
         )
@@ -443,11 +448,11 @@ class PeerBlockSource:
                             watch.all_stored = answer.all_stored
                         stack.callback(close)
                         self._receive_blocks(transfer, items, watch)
-                    self.peer_health.request_succeeded(watch.member.name)
+                    self.breaker.request_succeeded(watch.member.name)
                     return
                 except _HedgedError as hedged:
                     if hedged.is_slow:
-                        self.peer_health.avoid_slow_node(watch.member.name)
+                        self.breaker.avoid_slow_node(watch.member.name)
                         _log.info("node %s is slow: %s goes on", watch.member.name, hedged.member.name)
                     if transfer.has_partial_block:
                         transfer.has_partial_block = False
@@ -497,7 +502,7 @@ class PeerBlockSource:
             monitor.block_completed()
 
     def _record_bad_block(self, member: Member, transfer: PeerTransfer) -> None:
-        self.peer_health.bad_block_received(member.name)
+        self.breaker.bad_block_received(member.name)
         with self._lock:
             self.stats.traffic_by_node.setdefault(member.name, PeerTraffic()).bad_blocks += 1
         _log.warning(
@@ -510,7 +515,7 @@ class PeerBlockSource:
 
     def count_received(self, member: Member, nbytes: int, seconds: float, *, stored: bool) -> None:
         """So many bytes came from a node, and took so long."""
-        self.peer_health.record_transfer(member.name, nbytes, seconds, stored=stored)
+        self.speeds.record_transfer(member.name, nbytes, seconds, stored=stored)
         if nbytes:
             self._members.mark_heard(member.name)
             with self._lock:
@@ -550,7 +555,7 @@ class PeerBlockSource:
         else:
             asked = [member for member in transfer.substitutes if member.name != current_member.name]
         for member in asked:
-            if not self.peer_health.admit_request(member.name):
+            if not self.breaker.begin_trial(member.name):
                 continue
             again = PeerTransfer(
                 transfer.version,
@@ -578,7 +583,7 @@ class PeerBlockSource:
                 if not isinstance(error, PeerError):
                     raise
                 _log.debug("node %s instead of %s: %s", member.name, current_member.name, error)
-                self.peer_health.request_undecided(member.name)
+                self.breaker.request_undecided(member.name)
                 continue
             with self._lock:
                 self.stats.hedges += 1

@@ -1,4 +1,4 @@
-"""Whom not to ask for a while: a circuit breaker and a speedometer per node."""
+"""Which nodes are not worth a request for a while: a circuit breaker per node, and a comparison of their speeds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 _FIRST_AVOIDANCE = 1.0
 _LONGEST_AVOIDANCE = 30.0
@@ -23,12 +23,119 @@ _SLOW_FACTOR = 8.0
 
 
 @dataclass
+class _BreakerState:
+    failures: int = 0
+    bad_blocks: int = 0
+    reason: str = ""
+    """Why the breaker is open; "": it is closed."""
+    avoided_until: float = 0.0
+    is_on_trial: bool = False
+
+
+class CircuitBreaker:
+    """Tells for every node whether a request to it is worth while. Thread-safe: `_lock` guards the states and is a
+    leaf. `clock` is like time.monotonic, `uniform` like random.uniform.
+
+    | State of a node | What happens | Next state |
+    |---|---|---|
+    | closed: any request may go out | `request_failed`, `bad_block_received`, `avoid_slow_node` | resting |
+    | resting: no request | some seconds pass, more with each failure in a row | rested |
+    | rested | `begin_trial` | on trial |
+    | on trial: no further request | `request_succeeded` | closed |
+    | | `request_undecided` | rested |
+    | | `request_failed`, `bad_block_received`, `avoid_slow_node` | resting |
+
+    A request that began before the node's failure may still succeed, which closes the breaker from any state.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        uniform: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        self._clock = clock
+        self._uniform = uniform
+        self._lock = threading.Lock()
+        self._states: dict[str, _BreakerState] = {}
+
+    def may_admit(self, name: str) -> bool:
+        """Whether a request to the node could go out now. Changes nothing."""
+        with self._lock:
+            return self._may_admit_locked(self._states.get(name))
+
+    def begin_trial(self, name: str) -> bool:
+        """Call this just before a request is sent: returns whether it may be. To a node that has rested it is the
+        trial, and no other request may go there until the outcome of this one is reported."""
+        with self._lock:
+            state = self._states.get(name)
+            if not self._may_admit_locked(state):
+                return False
+            if state is not None and state.reason:
+                state.is_on_trial = True
+            return True
+
+    def _may_admit_locked(self, state: _BreakerState | None) -> bool:
+        if state is None or not state.reason:
+            return True
+        return not state.is_on_trial and self._clock() >= state.avoided_until
+
+    def request_succeeded(self, name: str) -> None:
+        """The node gave what it was asked for, or a redirect."""
+        with self._lock:
+            state = self._state_locked(name)
+            state.failures = 0
+            state.is_on_trial = False
+            state.reason = ""
+
+    def request_undecided(self, name: str) -> None:
+        """A request went out, and its outcome says nothing about the node."""
+        with self._lock:
+            self._state_locked(name).is_on_trial = False
+
+    def request_failed(self, name: str, reason: str) -> None:
+        """The node did not answer, or broke off."""
+        with self._lock:
+            state = self._state_locked(name)
+            state.failures += 1
+            seconds = min(_LONGEST_AVOIDANCE, _FIRST_AVOIDANCE * 2.0 ** min(state.failures - 1, 8))
+            self._avoid_node_locked(state, reason, seconds)
+
+    def bad_block_received(self, name: str) -> None:
+        """A block that the node sent did not have its checksum."""
+        with self._lock:
+            state = self._state_locked(name)
+            state.bad_blocks += 1
+            self._avoid_node_locked(state, "sent wrong bytes", _BAD_BLOCK_AVOIDANCE * state.bad_blocks)
+
+    def avoid_slow_node(self, name: str) -> None:
+        """Another node went on with what this one sent too slowly."""
+        with self._lock:
+            self._avoid_node_locked(
+                self._state_locked(name), "much slower than the other nodes", _SLOW_AVOIDANCE
+            )
+
+    def _state_locked(self, name: str) -> _BreakerState:
+        return self._states.setdefault(name, _BreakerState())
+
+    def _avoid_node_locked(self, state: _BreakerState, reason: str, seconds: float) -> None:
+        state.is_on_trial = False
+        state.reason = reason
+        state.avoided_until = self._clock() + seconds * self._uniform(0.8, 1.2)
+
+    def describe_node(self, name: str) -> tuple[str, int]:
+        """Why the node is passed over ("": it is not), and how many wrong blocks it has sent."""
+        with self._lock:
+            state = self._states.get(name)
+            return ("", 0) if state is None else (state.reason, state.bad_blocks)
+
+
+@dataclass
 class _TransferSpeed:
-    """How fast bytes of one kind come."""
+    """How fast bytes of one kind come from one node. Both sums are halved every _SPEED_HALF_LIFE."""
 
     nbytes: float = 0.0
     seconds: float = 0.0
-    """Summed over the requests that waited for them."""
+    """Summed over the requests that waited for the bytes."""
     decayed_at: float = 0.0
     last_added_at: float = -1e9
     busy_since: float = 0.0
@@ -48,124 +155,58 @@ class _TransferSpeed:
         self.seconds += seconds
         self.last_added_at = now
 
-    def rate(self, now: float, evidence: float) -> float | None:
+    def measured_rate(self, now: float, evidence: float) -> float | None:
+        """Bytes per second; None as long as less than `evidence` seconds were measured."""
         self.decay_to(now)
         if self.seconds < evidence or now - self.busy_since < evidence:
             return None
         return self.nbytes / self.seconds
 
 
-@dataclass
-class _NodeHealth:
-    failures: int = 0
-    avoided_until: float = 0.0
-    is_on_trial: bool = False
-    """One request is out to see whether the node is back."""
-    bad_blocks: int = 0
-    reason: str = ""
-    stored: _TransferSpeed = field(default_factory=lambda: _TransferSpeed())
-    coming: _TransferSpeed = field(default_factory=lambda: _TransferSpeed())
+class SpeedComparison:
+    """How fast each node sends, and which one is much slower than its fellows. Thread-safe: `_lock` guards the sums and
+    is a leaf. `clock` is like time.monotonic.
 
-
-class PeerHealth:
-    """One for all nodes. Thread-safe; the lock is a leaf. `clock` is like time.monotonic."""
+    Blocks that a node had stored are compared with stored ones, blocks that it passed on with those that others passed
+    on: these came no faster than they came to the node itself.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._nodes: dict[str, _NodeHealth] = {}
+        self._stored_speeds: dict[str, _TransferSpeed] = {}
+        self._relayed_speeds: dict[str, _TransferSpeed] = {}
 
-    def _health_of_locked(self, name: str) -> _NodeHealth:
-        return self._nodes.setdefault(name, _NodeHealth())
-
-    def admit_request(self, name: str) -> bool:
-        """Whether the node may be asked. After its rest one request may, until that one's outcome is told."""
+    def record_transfer(self, name: str, nbytes: int, seconds: float, *, stored: bool) -> None:
+        """A request waited so many seconds for so many bytes from the node; `stored`: the node had them."""
         with self._lock:
-            node = self._nodes.get(name)
-            if node is None or not node.reason:
-                return True
-            if self._clock() < node.avoided_until or node.is_on_trial:
-                return False
-            node.is_on_trial = True
-            return True
-
-    def request_succeeded(self, name: str) -> None:
-        """It gave what it was asked for."""
-        with self._lock:
-            node = self._health_of_locked(name)
-            node.failures = 0
-            node.is_on_trial = False
-            node.reason = ""
-
-    def request_undecided(self, name: str) -> None:
-        """It was asked, and what came of it says nothing of the node."""
-        with self._lock:
-            self._health_of_locked(name).is_on_trial = False
-
-    def request_failed(self, name: str, reason: str) -> None:
-        """It did not answer, or broke off."""
-        with self._lock:
-            node = self._health_of_locked(name)
-            node.failures += 1
-            self._avoid_node_locked(
-                node, reason, min(_LONGEST_AVOIDANCE, _FIRST_AVOIDANCE * 2.0 ** min(node.failures - 1, 8))
-            )
-
-    def bad_block_received(self, name: str) -> None:
-        """A block of it did not have its checksum."""
-        with self._lock:
-            node = self._health_of_locked(name)
-            node.bad_blocks += 1
-            self._avoid_node_locked(node, "sent wrong bytes", _BAD_BLOCK_AVOIDANCE * node.bad_blocks)
+            speeds = self._stored_speeds if stored else self._relayed_speeds
+            speeds.setdefault(name, _TransferSpeed()).add_transfer(nbytes, seconds, self._clock())
 
     def is_slow(self, name: str) -> bool:
-        """Whether it is much slower than its fellows, as far as that can be said."""
+        """Whether the node is much slower than the median of at least two others; False while too little was
+        measured."""
         with self._lock:
             now = self._clock()
-            node = self._nodes.get(name)
-            return node is not None and any(
-                self._is_slow_locked(node, getattr(node, kind).rate(now, _MIN_EVIDENCE), kind, now)
-                for kind in ("stored", "coming")
+            return any(
+                self._is_slow_locked(speeds, name, now)
+                for speeds in (self._stored_speeds, self._relayed_speeds)
             )
 
-    def _is_slow_locked(self, node: _NodeHealth, rate: float | None, kind: str, now: float) -> bool:
+    def _is_slow_locked(self, speeds: dict[str, _TransferSpeed], name: str, now: float) -> bool:
+        own = speeds.get(name)
+        rate = None if own is None else own.measured_rate(now, _MIN_EVIDENCE)
         if rate is None:
             return False
         others = [
             found
-            for other in self._nodes.values()
-            if other is not node and (found := getattr(other, kind).rate(now, _MIN_EVIDENCE / 2)) is not None
+            for other, speed in speeds.items()
+            if other != name and (found := speed.measured_rate(now, _MIN_EVIDENCE / 2)) is not None
         ]
         return len(others) >= 2 and rate * _SLOW_FACTOR < statistics.median(others)
 
-    def avoid_slow_node(self, name: str) -> None:
-        """Do without it for a while."""
+    def stored_rate(self, name: str) -> float | None:
+        """Bytes per second and request that the node gives of what it has stored; None: nothing is known."""
         with self._lock:
-            self._avoid_node_locked(
-                self._health_of_locked(name), "much slower than the other nodes", _SLOW_AVOIDANCE
-            )
-
-    def record_transfer(self, name: str, nbytes: int, seconds: float, *, stored: bool) -> None:
-        """A request waited so long for so many bytes of it. `stored`: the node had them; otherwise it passed them on,
-        and they came no faster than they came to it."""
-        with self._lock:
-            node = self._health_of_locked(name)
-            (node.stored if stored else node.coming).add_transfer(nbytes, seconds, self._clock())
-
-    def _avoid_node_locked(self, node: _NodeHealth, reason: str, seconds: float) -> None:
-        node.is_on_trial = False
-        node.reason = reason
-        node.avoided_until = self._clock() + seconds * random.uniform(0.8, 1.2)  # noqa: S311  jitter
-
-    def describe_node(self, name: str) -> tuple[str, int, float | None]:
-        """Why it is passed over ("" if it is not), how many wrong blocks it sent, its speed in bytes/s per request."""
-        with self._lock:
-            node = self._nodes.get(name)
-            if node is None:
-                return "", 0, None
-            known = node.stored
-            return (
-                node.reason,
-                node.bad_blocks,
-                known.nbytes / known.seconds if known.seconds >= 0.01 else None,
-            )
+            speed = self._stored_speeds.get(name)
+            return speed.nbytes / speed.seconds if speed is not None and speed.seconds >= 0.01 else None

@@ -114,7 +114,7 @@ def is_sub_owner(ranking: Sequence[Member], own_name: str, member_count: int) ->
 
 
 def select_nodes_to_ask(
-    ranking: Sequence[Member], own_name: str, admit_request: Callable[[str], bool], member_count: int
+    ranking: Sequence[Member], own_name: str, may_admit: Callable[[str], bool], member_count: int
 ) -> tuple[list[Member], list[str]]:
     """Who is asked for a stripe with this ranking, one after the other, and who was passed over: those ahead of us, in
     a large cluster two deputies before them. Whoever asks only ever asks who is further ahead."""
@@ -129,7 +129,7 @@ def select_nodes_to_ask(
     for member in dict.fromkeys(wanted):
         if member.name == own_name:
             break
-        if admit_request(member.name):
+        if may_admit(member.name):
             asked.append(member)
         else:
             passed.append(member.name)
@@ -178,14 +178,14 @@ def source_steps(
     ranking: Sequence[Member],
     own_name: str,
     failed_nodes: list[str],
-    admit_request: Callable[[str], bool],
+    may_admit: Callable[[str], bool],
     may_have: Callable[[Member], bool],
     member_count: int,
 ) -> Iterator[SourceStep]:
     """Where a flight looks for a stripe with this ranking, until it has all of it: the nodes ahead of us; those next in
     order that may have it stored; the origin. Nodes that are passed over, and (by the caller) those that did not
     answer, are put into `failed`. There are so many `members` in the cluster."""
-    asked, passed = select_nodes_to_ask(ranking, own_name, admit_request, member_count)
+    asked, passed = select_nodes_to_ask(ranking, own_name, may_admit, member_count)
     failed_nodes += passed
     for number, member in enumerate(asked):
         yield SourceStep(member, substitutes=asked[number + 1 :])

@@ -127,7 +127,7 @@ class TransferMonitor:
         self._block_source.check_transfer(self._transfer, self.member, now - self._heard_at)
         if not self._may_hedge or now < self._next_hedge_at:
             return
-        slow = self._block_source.peer_health.is_slow(self.member.name)
+        slow = self._block_source.speeds.is_slow(self.member.name)
         if not slow and not self._block_source.is_mostly_idle:
             return
         self._next_hedge_at = now + _HEDGE_EVERY
