@@ -14,6 +14,7 @@ from typing import Protocol
 import xxhash
 
 from fusecache.blocks import block_length
+from fusecache.checksum import block_checksum
 from fusecache.errors import (
     FusecacheError,
     NotFoundError,
@@ -174,8 +175,8 @@ class _FlightSink:
         length = block_length(block, self._object_fetch.version.size, stored.block_size)
         if self._filled_bytes != length:
             raise ValueError(f"{self._filled_bytes} bytes were written for block {block}, which has {length}")
-        checksum = self._digest.intdigest()
-        if self._expected_checksum is not None and (checksum or 1) != self._expected_checksum:
+        checksum = block_checksum(self._digest)
+        if self._expected_checksum is not None and checksum != self._expected_checksum:
             self.restart_block()
             return False
         piece = self._finish_block(block, length, checksum)

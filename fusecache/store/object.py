@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from fusecache.blocks import block_count, block_length
+from fusecache.checksum import block_checksum
 from fusecache.errors import StoreError, StoreFullError
 from fusecache.store.attestation import quarantine_files
 from fusecache.store.context import StoreContext
@@ -184,7 +185,7 @@ class StoredObject:
             # update() lets the GIL go, the one-shot functions don't
             digest = xxhash.xxh3_64()
             digest.update(view)
-            return digest.intdigest() or 1
+            return block_checksum(digest)
 
     def _mark_present(self, block: int) -> None:
         with self._lock:

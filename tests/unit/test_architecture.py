@@ -29,6 +29,7 @@ PURE = (
     "fusecache.errors",
     "fusecache.blocks",
     "fusecache.bounded",
+    "fusecache.checksum",
     "fusecache.events",
     "fusecache.locking",
     "fusecache.semaphore",

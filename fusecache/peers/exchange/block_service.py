@@ -16,6 +16,7 @@ import trio
 import xxhash
 
 from fusecache.blocks import block_length
+from fusecache.checksum import block_checksum
 from fusecache.errors import AttestationError, FusecacheError
 from fusecache.fetch.object_fetch import ObjectFetch
 from fusecache.fetch.service import FetchService
@@ -397,4 +398,4 @@ class _StoredBlockResponse:
 def _checksum_of(data: bytes) -> int:
     digest = xxhash.xxh3_64()
     digest.update(data)
-    return digest.intdigest() or 1
+    return block_checksum(digest)

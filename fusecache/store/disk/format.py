@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import xxhash
 
 from fusecache.blocks import block_count
+from fusecache.checksum import nonzero_checksum
 from fusecache.types import ObjectVersion
 
 FORMAT_VERSION = 2
@@ -238,8 +239,8 @@ def checksum_offset(block: int) -> int:
 
 
 def pack_checksum(checksum: int) -> bytes:
-    """0 means absent, hence a block whose checksum is 0 is recorded as 1."""
-    return (checksum or 1).to_bytes(CHECKSUM_SIZE, "little")
+    """The bytes at checksum_offset of a block that is present; 0 would mean absent and is recorded as 1."""
+    return nonzero_checksum(checksum).to_bytes(CHECKSUM_SIZE, "little")
 
 
 def file_overhead(header: BlocksFileHeader) -> int:
