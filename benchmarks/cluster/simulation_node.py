@@ -21,7 +21,7 @@ from fusecache.fetch.waiter import Waiter
 from fusecache.peers.exchange import policy
 from fusecache.peers.exchange.breaker import CircuitBreaker, SpeedComparison
 from fusecache.peers.member import Member
-from fusecache.store.throughput import PeakThroughput, Throughput
+from fusecache.throughput import PeakThroughput, Throughput
 from fusecache.types import ObjectVersion
 from fusecache_mount.fs.open_wait import OpenWaitPolicy
 

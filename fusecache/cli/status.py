@@ -120,12 +120,6 @@ def _cache_rows(cache: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "memory", _format_fill(used, memory) + (where if memory == cache.get("limit") else "")
     if not memory or memory < cache.get("limit", 0):
         yield "cache", _format_fill(cache.get("used", 0) - used, cache.get("limit", 0) - memory) + where
-    told = {"write": "disk writes", "read": "disk reads", "arriving": "network gives"}
-    paces = [
-        f"{told[name]} {format_size(int(cache[key]))}/s" for name in told if cache.get(key := f"pace_{name}")
-    ]
-    if paces:
-        yield "measured", ", ".join(paces)
     text = f"{cache.get('objects_complete', 0)} complete, {cache.get('objects_partial', 0)} partial"
     if cache.get("evictions"):
         text += f", {cache['evictions']} evicted"

@@ -188,12 +188,10 @@ class MountConfig(SettingsModel):
     free_space: Amount = Field(
         default="5%", description="Bytes to leave free on that file system, as a size or a share."
     )
-    store: Literal["on", "off", "small", "auto"] = Field(
+    store: Literal["on", "off", "small"] = Field(
         default="on",
         description="Where objects are kept: `on`: in `cache_dir`; `off`: in memory, and nothing of them is written to "
-        "a disk; `small`: those of more than `small_size` in memory, the others in `cache_dir`; `auto`: in `cache_dir` "
-        "unless its disk was measured to be clearly slower than what brings the bytes, then in memory; what is on such "
-        "a disk comes from other nodes that are clearly faster.",
+        "a disk; `small`: those of more than `small_size` in memory, the others in `cache_dir`.",
     )
     small_size: Bytes = Field(
         default=64 << 20,

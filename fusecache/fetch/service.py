@@ -54,7 +54,7 @@ from fusecache.prefetch.companion_prefetcher import CompanionPrefetcher
 from fusecache.prefetch.sessions import SessionTracker
 from fusecache.prefetch.shard_prefetcher import ShardPrefetcher
 from fusecache.store.interface import BlockStore
-from fusecache.store.throughput import Throughput
+from fusecache.throughput import Throughput
 from fusecache.types import ObjectId, ObjectVersion
 
 if TYPE_CHECKING:

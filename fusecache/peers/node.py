@@ -17,7 +17,6 @@ import fusecache
 from fusecache.config.peer_settings import PeerSettings, is_loopback, split_address
 from fusecache.errors import ConfigError, FusecacheError
 from fusecache.fetch.service import FetchService
-from fusecache.peers.coverage import PeerSupplyEstimate
 from fusecache.peers.exchange.block_service import BlockService
 from fusecache.peers.exchange.block_source import PeerBlockSource
 from fusecache.peers.exchange.outgoing import OutgoingBytes
@@ -108,9 +107,6 @@ class PeerNode:
         self._block_service: BlockService | None = None
         self._peer_profiles: PeerProfiles | None = None
         store.is_spare = self._is_spare
-        self._supply_estimate = PeerSupplyEstimate(
-            settings.node, self._members, self.block_source, self._client, store
-        )
 
     def share_profiles(self, profile_store: ProfileStore) -> PeerProfiles:
         """Give recordings on this shelf to other nodes, and put there what they have; before `run`."""
@@ -212,20 +208,16 @@ class PeerNode:
     # -- what the others have
 
     async def _poll_coverage_when_needed(self) -> None:
-        """While room is short, or the disk slow: know what is elsewhere, too."""
+        """Until cancelled, keep asking the other nodes what they have while room in the store is short."""
         while True:
             usage = await trio.to_thread.run_sync(self._store.usage)
-            matters = await trio.to_thread.run_sync(self._supply_estimate.is_needed)
-            if matters or usage.fullness > _NEARLY_FULL:
+            if usage.fullness > _NEARLY_FULL:
                 await self.poll_coverage()
-            if matters:
-                await trio.to_thread.run_sync(self._supply_estimate.sample_nodes)
             await trio.sleep(max(_COVERAGE_EVERY, len(self._members.members()) / _NODES_POLLED_PER_SECOND))
 
     async def poll_coverage(self) -> None:
         """Ask all other nodes what they have."""
         found: dict[str, dict[ObjectId, int]] = {}
-        quick: dict[str, dict[ObjectId, int]] = {}
 
         async def ask(name: str, url: str) -> None:
             try:
@@ -233,11 +225,6 @@ class PeerNode:
                     functools.partial(self._client.request_json, url, "/v1/objects", _COVERAGE_TIMEOUT)
                 )
                 found[name] = {ObjectId(str(item["id"])): int(item["cached_bytes"]) for item in answer}
-                quick[name] = {
-                    ObjectId(str(item["id"])): int(item["size"])
-                    for item in answer
-                    if item["quick"] and item["cached_bytes"] == item["size"] > 0
-                }
             except (FusecacheError, TypeError, KeyError, ValueError) as error:
                 _log.debug("node %s does not tell what it has: %s", name, error)
 
@@ -246,7 +233,6 @@ class PeerNode:
                 if member.name != self._settings.node:
                     nursery.start_soon(ask, member.name, member.url)
         self._coverage = found
-        self._supply_estimate.update_coverage(quick)
 
     def _is_spare(self, object_id: ObjectId) -> bool:
         """Whether another node has this object, and is the one to keep it longer."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -45,6 +44,4 @@ class StoreContext:
     record_object: Callable[[StoredObject], None]
     record_quarantined: Callable[[StoredObject], None]
     attestation_policy: AttestationPolicy | None = None
-    observe_write: Callable[[int], AbstractContextManager[None]] = lambda _length: nullcontext()
-    """Entered around writes to data files."""
     hash_buffers: threading.local = field(default_factory=threading.local)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 
 from fusecache.config.model import MountConfig
 from fusecache.store.attestation import AttestationPolicy
 from fusecache.store.interface import BlockStore
 from fusecache.store.memory import MemoryDirectory
 from fusecache.store.store import Store
-from fusecache.store.tiers import ThroughputMeter, TieredStore
+from fusecache.store.tiers import TieredStore
 
 _MEMORY_FREE_SHARE = 0.05
 """Share of the tmpfs that is left free: engines have their own use for it (NCCL, workers that share tensors)."""
@@ -36,12 +36,11 @@ def open_store(
                 config.cache_dir.mkdir(mode=0o700)
             yield memory
             return
-        floor = config.min_free_bytes()
         disk = stack.enter_context(
             Store(
                 config.cache_dir,
                 limit=config.cache_limit_bytes(),
-                free_floor=floor,
+                free_floor=config.min_free_bytes(),
                 block_size=config.block_size,
                 verify=config.block_verify_mode(),
                 attestation_policy=attestation_policy,
@@ -50,12 +49,7 @@ def open_store(
         if memory is None:
             yield disk
             return
-        meter = (
-            stack.enter_context(closing(ThroughputMeter(config.cache_dir, floor)))
-            if config.store == "auto"
-            else None
-        )
-        yield TieredStore(disk, memory, small_size=config.small_size, meter=meter)
+        yield TieredStore(disk, memory, small_size=config.small_size)
 
 
 def _open_memory_store(

@@ -9,7 +9,6 @@ from typing import Protocol
 
 from fusecache.store.info import ObjectInfo, StoreUsage
 from fusecache.store.object import StoredObject
-from fusecache.store.tier_placement import MeasuredRates
 from fusecache.types import ObjectId, ObjectVersion
 
 
@@ -17,8 +16,6 @@ class BlockStore(Protocol):
     """A Store, or several that look like one (tiers.py). Thread-safe; for what the methods do, see Store."""
 
     is_spare: Callable[[ObjectId], bool] | None
-    estimate_peer_throughput: Callable[[ObjectVersion], float | None] | None
-    """How fast other nodes would give all of a version, in bytes per second; None: they can't."""
 
     @property
     def directories(self) -> Sequence[Path]:
@@ -39,12 +36,8 @@ class BlockStore(Protocol):
         ...
 
     def open_in_place(self, version: ObjectVersion) -> AbstractContextManager[object]:
-        """While this is entered, the version is opened where most of it is now, however slow. Raises StoreError."""
-        ...
-
-    def measured_rates(self, *, wait_for_measurement: bool = False) -> MeasuredRates:
-        """What was measured, where that decides something. With `wait` a measurement that is under way is waited for,
-        some seconds at most."""
+        """While this is entered, the version is open in the place that has most of it now, whatever the rules of
+        placement say. Raises StoreError."""
         ...
 
     def usage(self) -> StoreUsage:

@@ -316,19 +316,18 @@ class StoredObject:
         self.has_written = True
         try:
             fd = files.open_write_fd(self._context.cache_directory.data_path(self.version.id))
-            with self._context.observe_write(len(view)):
-                done = 0
-                while done < len(view):
-                    try:
-                        done += os.pwrite(fd, view[done:], offset + done)
-                    except OSError as error:
-                        if (
-                            error.errno not in _FULL_ERRNOS
-                            or retried
-                            or not self._context.space.evict_on_enospc(len(view) - done)
-                        ):
-                            raise
-                        retried = True
+            done = 0
+            while done < len(view):
+                try:
+                    done += os.pwrite(fd, view[done:], offset + done)
+                except OSError as error:
+                    if (
+                        error.errno not in _FULL_ERRNOS
+                        or retried
+                        or not self._context.space.evict_on_enospc(len(view) - done)
+                    ):
+                        raise
+                    retried = True
         except FileNotFoundError as error:
             self.is_retired = True
             raise StoreError(f"{self.version.key}: the cache file was removed") from error

@@ -16,7 +16,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +33,6 @@ from fusecache.store.object import StoredObject
 from fusecache.store.records import ObjectTable, record_from_summary
 from fusecache.store.scan import Scanner
 from fusecache.store.space import Space
-from fusecache.store.tier_placement import MeasuredRates
 from fusecache.types import ObjectId, ObjectVersion
 
 _log = logging.getLogger(__name__)
@@ -69,8 +67,6 @@ class Store:
         self._is_in_memory = is_in_memory
         self.is_spare: Callable[[ObjectId], bool] | None = None
         """What goes first when there is no room: what is elsewhere, too. From any thread, often: has to be quick."""
-        self.estimate_peer_throughput: Callable[[ObjectVersion], float | None] | None = None
-        """See BlockStore: nothing that matters here, the object is in this store or in none."""
         if limit <= 0 or free_floor < 0 or block_size <= 0:
             raise ConfigError(f"cache directory {directory}: cache_size and block_size must be above 0")
         self._lock = threading.Lock()
@@ -138,23 +134,10 @@ class Store:
         """See BlockStore."""
         return contextlib.closing(self.open(version))
 
-    def measured_rates(self, *, wait_for_measurement: bool = False) -> MeasuredRates:
-        """See BlockStore: nothing decides anything."""
-        return MeasuredRates()
-
     @property
     def directories(self) -> Sequence[Path]:
         """See BlockStore."""
         return (self.directory,)
-
-    @property
-    def limit(self) -> int:
-        """Most bytes to store."""
-        return self._space.limit
-
-    def observe_writes(self, observe_write: Callable[[int], AbstractContextManager[None]]) -> None:
-        """Enter `writing`, with the number of bytes, around each write to a data file from now on."""
-        self._context.observe_write = observe_write
 
     def present_bytes(self, object_id: ObjectId) -> int:
         """Bytes of an object that are here, by its files; blocking. 0, too, if the disk does not tell."""
@@ -164,18 +147,6 @@ class Store:
             self._health.report_failure(error)
             return 0
         return summary.present_bytes if summary is not None else 0
-
-    def recently_used_bytes(self, since: float) -> int:
-        """Bytes of the objects that are open, whole or not, and of those used since then (in seconds since the
-        epoch)."""
-        with self._lock:
-            opened = {object_id: stored.version.size for object_id, stored in self._open_objects.items()}
-        used = [
-            record.present_bytes
-            for object_id, record in self._object_table.snapshot()
-            if object_id not in opened and record.last_use_ns >= since * 1e9
-        ]
-        return sum(opened.values()) + sum(used)
 
     def is_open(self, object_id: ObjectId) -> bool:
         """Whether this process has it open."""

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.content import content
-from tests.support.faulty import FaultyServer
 from tests.support.live import HANG, MIB, is_right, kill_daemon, status
-from tests.support.mounting import RealMount, mounted, needs_fuse, s3_environment, tmpfs
-from tests.support.servers import S3Bucket, wait_until
-from tests.support.slowdisk import slow_disk
+from tests.support.mounting import RealMount, mounted, needs_fuse, tmpfs
+from tests.support.servers import wait_until
 
 pytestmark = needs_fuse
 
@@ -128,37 +125,3 @@ def test_memory_that_is_not_there_is_one_clear_line(source: Path, tmp_path: Path
         mounted(f"file://{source}", tmp_path, store="off", memory_dir=little, memory_size="8MiB"),
     ):
         pass
-
-
-def test_a_disk_that_is_slower_than_the_network_is_passed_over(
-    s3_bucket: S3Bucket, faulty_s3: FaultyServer, memory: Path, tmp_path: Path
-) -> None:
-    size = 20 * MIB
-    first, second = "first/model.safetensors", "second/model.safetensors"
-    for key in (first, second):
-        s3_bucket.put(key, content(key, 1, 0, size))
-    for request in range(20):  # of 1 MiB: a network of 20 MiB/s at most, for long enough to be believed
-        faulty_s3.before(lambda: time.sleep(0.05), nth=request + 1)
-    options = {
-        **OPTIONS,
-        "store": "auto",
-        "memory_dir": memory,
-        "memory_size": "48MiB",
-        "prefetch_budget": 0,
-        "concurrency": 1,
-    }
-    env = s3_environment(s3_bucket.server, faulty_s3.url)
-    with slow_disk(tmp_path, size=200 * MIB, per_second=5 * MIB) as disk:
-        options["cache_dir"] = disk.path / "cache"
-        with mounted(s3_bucket.url, tmp_path, env=env, prefix=disk.prefix, **options) as mount:
-            wait_until(lambda: status(mount)["cache"]["pace_write"], "a measurement", HANG)
-            is_right(mount.path / first, first, size)
-            assert sizes_in(disk.path) == {size}  # nothing was known of the network yet
-            measured = status(mount)["cache"]
-            assert measured["pace_write"] < 10 * MIB < measured["pace_arriving"]
-            assert "measured" in mount.command("status", str(mount.path)).stdout
-            is_right(mount.path / second, second, size)
-            assert len(list(disk.path.rglob("*.data"))) == 1
-            assert sizes_in(memory) == {size}
-            is_right(mount.path / first, first, size)
-            assert len(list(memory.rglob("*.data"))) == 1  # what is on the disk stays there

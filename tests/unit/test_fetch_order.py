@@ -8,7 +8,7 @@ from pathlib import Path
 from fusecache.fetch.interface import FetchSettings
 from fusecache.fetch.service import FetchService
 from fusecache.store.store import Store
-from fusecache.store.throughput import Throughput
+from fusecache.throughput import Throughput
 from fusecache.types import ObjectVersion
 from tests.support.content import check
 from tests.support.scripted import WAIT, ScriptedOrigin, Step, version

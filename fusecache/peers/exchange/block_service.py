@@ -29,7 +29,6 @@ from fusecache.peers.profiles import PeerProfiles
 from fusecache.peers.transport.server import BlockResponse, Piece
 from fusecache.peers.transport.wire import BlockRequest, RequestError
 from fusecache.store.interface import BlockStore
-from fusecache.store.tier_placement import is_clearly_slower
 from fusecache.types import ObjectId, ObjectVersion
 
 _log = logging.getLogger(__name__)
@@ -113,7 +112,6 @@ class BlockService:
 
     def coverage(self) -> list[dict[str, Any]]:
         """See Node."""
-        slow = is_clearly_slower(self._store.measured_rates().disk_read, self._block_source.peak_throughput())
         return [
             {
                 "id": info.id,
@@ -121,7 +119,6 @@ class BlockService:
                 "key": info.version.key,
                 "size": info.version.size,
                 "cached_bytes": info.present_bytes,
-                "quick": info.is_in_memory or not slow,
             }
             for info in self._store.objects()
         ]
@@ -162,7 +159,7 @@ class BlockService:
                 await trio.to_thread.run_sync(self._fetch_service.release_fetch, object_fetch)
 
     def _open_fetch(self, version: ObjectVersion, source: str) -> ObjectFetch:
-        """Who is asked gives what it has, be it from a slow disk: it has asked nobody else for it yet."""
+        """Open the version where this node has most of it: the caller asks for what is here."""
         with self._store.open_in_place(version):
             return self._fetch_service.open_object(version, source)
 

@@ -39,7 +39,7 @@ from fusecache.peers.membership.placement import rank_members
 from fusecache.peers.transport.client import PeerClient
 from fusecache.peers.transport.wire import BlockRequest
 from fusecache.semaphore import ResizableSemaphore
-from fusecache.store.throughput import PeakThroughput
+from fusecache.throughput import PeakThroughput
 from fusecache.types import ObjectId, ObjectVersion
 
 _log = logging.getLogger(__name__)
@@ -193,11 +193,6 @@ class PeerBlockSource:
     def max_prefetch_flights(self) -> int:
         """See loader.Supplier."""
         return self.receiver_rates.max_prefetch_flights(self.peak_throughput(), self.peer_workers)
-
-    def count_discarded(self, nbytes: int) -> None:
-        """So many bytes came, and are not kept."""
-        with self._lock:
-            self._peak_throughput.add_arrival(time.monotonic(), nbytes)
 
     def route_of(self, version: ObjectVersion, block_size: int) -> Route | None:
         """See loader.Supplier."""

@@ -127,7 +127,6 @@ class ControlService:
                 "objects_quarantined": usage.objects_quarantined,
                 "corrupt_blocks": usage.corrupt_blocks,
                 "sick": usage.sick,
-                **{f"pace_{name}": pace for name, pace in vars(self._store.measured_rates()).items()},
             },
             "origin": {
                 name: sum(getattr(origin.stats, name) for origin in origins)
