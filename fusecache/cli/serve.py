@@ -20,11 +20,15 @@ from fusecache.config.model import MountConfig, make_default_cache_dir
 from fusecache.control.mounts import SOCKET_NAME, make_mount_runtime_dir, serve_mountpoint
 from fusecache.control.server import serve_requests
 from fusecache.errors import ConfigError, first_error
+from fusecache.events import EventHub
 from fusecache.fetch.interface import FetchSettings
 from fusecache.fetch.service import FetchService
 from fusecache.origin.factory import open_origin
 from fusecache.origin.interface import Origin
-from fusecache.peers.node import PeerNode
+from fusecache.peers.directory import PeerDirectory
+from fusecache.peers.node import PeerNode, make_block_source
+from fusecache.peers.profiles import PeerProfiles
+from fusecache.prefetch.profiles.access_profile import MAX_BYTES, check_profile
 from fusecache.prefetch.profiles.profile_store import ProfileStore
 from fusecache.store.factory import open_store
 from fusecache.store.interface import BlockStore
@@ -82,44 +86,62 @@ async def _serve_node(config: MountConfig) -> None:
         for source in config.sources:
             origins[source.name] = open_origin(source, config.tuning)
             stack.callback(origins[source.name].close)
-        store = stack.enter_context(open_store(config, keep_objects=False))
-        cluster = PeerNode(
+        directory = PeerDirectory(
             config.peers,
-            store,
-            origins,
-            concurrency=config.tuning.concurrency,
             weight=config.weights_limit_bytes(),
+            block_size=config.block_size,
+            events=EventHub(),
         )
-        stack.callback(cluster.close)
+        stack.callback(directory.close)
+        store = stack.enter_context(
+            open_store(config, keep_objects=False, is_spare=directory.coverage.is_kept_elsewhere)
+        )
         settings = FetchSettings(
             concurrency=config.tuning.concurrency,
             range_bytes=config.tuning.range_size,
             deadline=config.tuning.deadline,
             prefetch=False,
         )
-        cluster.share_profiles(ProfileStore(config.cache_dir))
-        loader = stack.enter_context(
-            FetchService(store, origins, _NoSiblings(), settings, cluster.block_source)
+        block_source = make_block_source(
+            config.peers, directory, origins, concurrency=config.tuning.concurrency
         )
+        loader = stack.enter_context(FetchService(store, origins, _NoSiblings(), settings, block_source))
 
         def status() -> dict[str, Any]:
-            return _build_status(config, store, origins, loader, cluster, started)
+            return _build_status(config, store, origins, loader, node, started)
+
+        node = PeerNode(
+            config.peers,
+            directory,
+            store=store,
+            origins=origins,
+            block_source=block_source,
+            fetch_service=loader,
+            peer_profiles=PeerProfiles(
+                directory.name,
+                directory.members,
+                directory.client,
+                profile_files=ProfileStore(config.cache_dir),
+                check_profile=check_profile,
+                max_bytes=MAX_BYTES,
+            ),
+            render_metrics=lambda: render_metrics(StatusCollector(status)),
+        )
 
         async def on_status(request: dict[str, Any]) -> object:
             return await trio.to_thread.run_sync(status)
 
         async def on_peers(request: dict[str, Any]) -> object:
-            return await cluster.report()
+            return await node.report()
 
-        cluster.render_metrics = lambda: render_metrics(StatusCollector(status))
         if config.metrics_port:
             stack.callback(MetricsServer(config.metrics_port, StatusCollector(status)).close)
-        directory = make_mount_runtime_dir(config.runtime_dir, config.mountpoint)
+        runtime_dir = make_mount_runtime_dir(config.runtime_dir, config.mountpoint)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with trio.open_nursery() as nursery:
                 handlers = {"status": on_status, "peers": on_peers}
-                await nursery.start(functools.partial(serve_requests, directory / SOCKET_NAME, handlers))
-                await nursery.start(cluster.run, loader)
+                await nursery.start(functools.partial(serve_requests, runtime_dir / SOCKET_NAME, handlers))
+                await nursery.start(node.run)
                 print(f"fusecache: serving as node {config.peers.node}", file=sys.stderr, flush=True)
                 async for _ in signals:
                     break
@@ -131,7 +153,7 @@ def _build_status(
     store: BlockStore,
     origins: dict[str, Origin],
     fetch_service: FetchService,
-    cluster: PeerNode,
+    node: PeerNode,
     started_at: float,
 ) -> dict[str, Any]:
     usage = store.usage()
@@ -140,13 +162,13 @@ def _build_status(
         "node": config.peers.node,
         "sources": [{"name": source.name, "url": source.url} for source in config.sources],
         "bytes": {
-            "peer": cluster.block_source.stats.bytes_from_peers,
+            "peer": node.block_source.stats.bytes_from_peers,
             "origin": sum(origin.stats.bytes for origin in origins.values()),
         },
         "cache": {"dir": str(store.directories[0]), **vars(usage)},
         "origin": {name: sum(getattr(origin.stats, name) for origin in origins.values()) for name in names},
         "loader": {**fetch_service.progress(), "flights": fetch_service.stats.flights},
-        "peers": cluster.counters(),
+        "peers": node.counters(),
         "process": {
             "pid": os.getpid(),
             "cpu_seconds": time.process_time(),

@@ -6,7 +6,7 @@ from fusecache.errors import FusecacheError
 
 
 class PeerError(FusecacheError):
-    """A request to another node failed: it does not answer, breaks off, or breaks the protocol."""
+    """A request to another node failed: the node does not answer, breaks off, or breaks the protocol."""
 
 
 class PeerConnectTimeoutError(PeerError):
@@ -18,15 +18,15 @@ class PeerRefusedError(PeerError):
 
 
 class PeerMissError(PeerError):
-    """The node has not got these blocks, and is not the one to fetch them."""
+    """The node does not have these blocks, and is not the one to fetch them."""
 
 
 class PeerVersionGoneError(PeerError):
-    """The node found that the origin has another version now, or none."""
+    """The node found that the origin has another version of the object now, or none."""
 
 
 class PeerBusyError(PeerError):
-    """The node has too much to do: ask again in `retry_after` seconds."""
+    """The node has too much to do: ask it again in `retry_after` seconds."""
 
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)

@@ -1,42 +1,27 @@
-"""One node's part in its cluster: membership, the server, the client, and what they know of each other."""
+"""One node's part in its cluster: it serves blocks to the others, and finds out which of them are alive."""
 
 from __future__ import annotations
 
-import functools
 import logging
-import secrets
 import socket
-import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import trio
 
-import fusecache
 from fusecache.config.peer_settings import PeerSettings, is_loopback, split_address
-from fusecache.errors import ConfigError, FusecacheError
+from fusecache.errors import ConfigError
 from fusecache.fetch.service import FetchService
+from fusecache.peers.directory import PeerDirectory
 from fusecache.peers.exchange.block_service import BlockService
 from fusecache.peers.exchange.block_source import PeerBlockSource
-from fusecache.peers.exchange.outgoing import OutgoingBytes
-from fusecache.peers.member import PROTOCOL, NodeInfo
-from fusecache.peers.membership.candidate import HttpProbe
 from fusecache.peers.membership.discovery import Discovery, DnsDiscovery, StaticDiscovery
 from fusecache.peers.membership.etcd import EtcdDiscovery
-from fusecache.peers.membership.placement import rank_members
-from fusecache.peers.membership.probes import Membership
+from fusecache.peers.membership.http_probe import HttpProbe
+from fusecache.peers.membership.probes import MembershipProber
 from fusecache.peers.profiles import PeerProfiles
-from fusecache.peers.transport.auth import (
-    RequestSigner,
-    RequestVerifier,
-    load_shared_secret,
-    make_client_tls,
-    make_server_tls,
-)
-from fusecache.peers.transport.client import PeerClient
 from fusecache.peers.transport.server import PeerServer
-from fusecache.prefetch.profiles.profile_store import ProfileStore
 from fusecache.store.interface import BlockStore
 from fusecache.types import ObjectId
 
@@ -46,75 +31,74 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 PEER_WORKERS = 64
-"""Requests to other nodes at a time: enough to follow all stripes that come from the origin (choice.ORIGIN_REQUESTS),
-and no more memory than a buffer each."""
+"""Requests to other nodes at a time: enough to follow all stripes that come from the origin
+(policy.MAX_CLUSTER_ORIGIN_REQUESTS), and no more memory than a buffer each."""
 _COVERAGE_EVERY = 20.0
-"""Seconds between looks at what the other nodes have, while that matters."""
+"""Seconds between polls of what the other nodes have, while that matters."""
 _NODES_POLLED_PER_SECOND = 5
-"""Nodes per second, on average: in a large cluster the looks are farther apart."""
-_COVERAGE_TIMEOUT = 5.0
+"""Nodes per second, on average: in a large cluster the polls are farther apart."""
 _NEARLY_FULL = 0.8
 
 
+def make_block_source(
+    settings: PeerSettings, directory: PeerDirectory, origins: Mapping[str, Origin], *, concurrency: int
+) -> PeerBlockSource:
+    """Where a node of a cluster gets its blocks from; `concurrency`: requests to the origin at a time, at most."""
+    return PeerBlockSource(
+        directory.name,
+        directory.members,
+        directory.client,
+        origins,
+        stripe_bytes=settings.stripe,
+        peer_workers=PEER_WORKERS,
+        concurrency=concurrency,
+        fallback_requests=settings.fallback,
+        outgoing=directory.outgoing,
+        stores_remote=settings.local_copies == "all",
+    )
+
+
 class PeerNode:
-    """Make it, give the loader its `exchange` as supplier, then `run` it. Raises ConfigError."""
+    """A node that takes part in its cluster while `run` runs. The store was given the directory, the fetch service the
+    block source. `render_metrics` makes the page that GET /metrics shows; it is called in a thread.
+
+    All that it keeps itself is where it is reached, which is final once the server listens.
+    """
 
     def __init__(
         self,
         settings: PeerSettings,
+        directory: PeerDirectory,
+        *,
         store: BlockStore,
         origins: Mapping[str, Origin],
-        *,
-        concurrency: int,
-        weight: int,
+        block_source: PeerBlockSource,
+        fetch_service: FetchService,
+        peer_profiles: PeerProfiles | None,
+        render_metrics: Callable[[], str],
     ) -> None:
+        """Raises ConfigError when it is to serve, and can't tell the others where."""
         self._settings = settings
+        self._directory = directory
         self._store = store
-        self._origins = origins
-        self.render_metrics: Callable[[], str] = lambda: ""
-        """The page that GET /metrics shows. Called in a thread."""
-        self._instance_id = secrets.token_hex(8)
-        self._weight = max(1, settings.weight or weight)
-        secret = load_shared_secret(settings)
-        self._server_tls, tls = make_server_tls(settings), make_client_tls(settings)
-        self._client_tls = tls
-        self._verifier = None if secret is None else RequestVerifier(secret, settings.tenant)
-        signer = None if secret is None else RequestSigner(secret, settings.node, settings.tenant)
-        self._client = PeerClient(
-            settings.node,
-            signer=signer,
-            tls=tls,
-            connect_timeout=settings.timeout,
-            receive_window=store.block_size,
+        self._fetch_service = fetch_service
+        self._own_url = self._find_own_url()
+        """Where others reach this node; None: it does not serve."""
+        self.block_source = block_source
+        self._block_service = BlockService(
+            directory.own_info,
+            directory.members,
+            block_source,
+            fetch_service,
+            store,
+            {origin.identity: name for name, origin in origins.items()},
+            outgoing=directory.outgoing,
+            streams=settings.streams,
+            render_metrics=render_metrics,
+            peer_profiles=peer_profiles,
         )
-        self._url = self._find_own_url()
-        self._coverage: dict[str, dict[ObjectId, int]] = {}
-        """Node -> object -> bytes, as last seen."""
-        self._members = _LateMembership()
-        self._outgoing = OutgoingBytes()
-        self.block_source = PeerBlockSource(
-            settings.node,
-            self._members,
-            self._client,
-            origins,
-            stripe_bytes=settings.stripe,
-            peer_workers=PEER_WORKERS,
-            concurrency=concurrency,
-            fallback_requests=settings.fallback,
-            outgoing=self._outgoing,
-            stores_remote=settings.local_copies == "all",
-        )
-        self._block_service: BlockService | None = None
-        self._peer_profiles: PeerProfiles | None = None
-        store.is_spare = self._is_spare
-
-    def share_profiles(self, profile_store: ProfileStore) -> PeerProfiles:
-        """Give recordings on this shelf to other nodes, and put there what they have; before `run`."""
-        self._peer_profiles = PeerProfiles(self._settings.node, self._members, self._client, profile_store)
-        return self._peer_profiles
 
     def _find_own_url(self) -> str | None:
-        """Where others reach this node; None: it does not serve. Raises ConfigError."""
         settings = self._settings
         if not settings.listen:
             return None
@@ -125,135 +109,82 @@ class PeerNode:
             host = _own_address_towards(settings)
         if ":" in host:
             host = f"[{host}]"
-        return f"{'https' if self._server_tls else 'http'}://{host}:{port}"
+        scheme = "http" if self._directory.credentials.server_tls is None else "https"
+        return f"{scheme}://{host}:{port}"
 
-    def node_info(self) -> NodeInfo:
-        """What this node says of itself."""
-        return NodeInfo(
-            self._settings.node,
-            self._instance_id,
-            self._weight,
-            self._settings.tenant,
-            PROTOCOL,
-            fusecache.__version__,
-            time.time(),
-        )
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Take part until cancelled; started once it is known which nodes are there, or after some seconds. Raises
+        ConfigError when the address to serve at can't be had."""
+        directory = self._directory
+        async with trio.open_nursery() as nursery, HttpProbe(directory.credentials.client_tls) as probe:
+            if self._own_url is not None:
+                await self._serve_peers(nursery)
+            members_changed = trio.Event()
 
-    async def run(
-        self, fetch_service: FetchService, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
-        """Take part until cancelled; started once it is known who is there, or after some seconds. Raises ConfigError
-        when the address to serve at can't be had."""
-        async with trio.open_nursery() as nursery, HttpProbe(self._client_tls) as probe:
-            if self._url is not None:
-                await self._serve_peers(fetch_service, nursery)
-            changed = trio.Event()
+            def on_members_changed() -> None:
+                members_changed.set()
 
-            def on_change() -> None:
-                changed.set()
-
-            membership = Membership(
-                self.node_info(), self._url, self._make_discovery(), probe, on_members_changed=on_change
-            )
-            self._members.membership = membership
-            await nursery.start(membership.run)
-            nursery.start_soon(self._poll_coverage_when_needed)
-            await trio.to_thread.run_sync(fetch_service.update_routes)
+            directory.members.join(self._own_url)
+            directory.members_changed.subscribe(on_members_changed)
+            prober = MembershipProber(directory.members, self._make_discovery(), probe)
+            await nursery.start(prober.run)
+            nursery.start_soon(self._poll_coverage_when_nearly_full)
+            await trio.to_thread.run_sync(self._fetch_service.update_routes)
             task_status.started()
             while True:
-                await changed.wait()
-                changed = trio.Event()
-                await trio.to_thread.run_sync(fetch_service.update_routes)
+                await members_changed.wait()
+                members_changed = trio.Event()
+                await trio.to_thread.run_sync(self._fetch_service.update_routes)
 
-    async def _serve_peers(self, fetch_service: FetchService, nursery: trio.Nursery) -> None:
-        settings = self._settings
-        self._block_service = BlockService(
-            self.node_info,
-            self._members,
-            self.block_source,
-            fetch_service,
-            self._store,
-            {origin.identity: name for name, origin in self._origins.items()},
-            outgoing=self._outgoing,
-            streams=settings.streams,
-            render_metrics=lambda: self.render_metrics(),
-            peer_profiles=self._peer_profiles,
-        )
+    async def _serve_peers(self, nursery: trio.Nursery) -> None:
+        settings, credentials = self._settings, self._directory.credentials
         host, port = split_address(settings.listen)
         server = PeerServer(
             self._block_service,
             host,
             port,
             connections=settings.connections,
-            verifier=self._verifier,
-            tls=self._server_tls,
+            verifier=credentials.verifier,
+            tls=credentials.server_tls,
             congestion=settings.congestion,
         )
         nursery.start_soon(self._block_service.close_idle_fetches)
-        await nursery.start(server.run)
+        bound_port: int = await nursery.start(server.run)
         if port == 0 and not settings.advertise:
-            self._url = str(self._url).rpartition(":")[0] + f":{server.port}"
-        _log.info("serving blocks to other nodes at %s as %s", self._url, settings.node)
+            self._own_url = str(self._own_url).rpartition(":")[0] + f":{bound_port}"
+        _log.info("serving blocks to other nodes at %s as %s", self._own_url, settings.node)
 
     def _make_discovery(self) -> Discovery:
         settings = self._settings
         if settings.discovery == "dns":
             host, port = split_address(settings.dns)
-            return DnsDiscovery(host, port, "https" if self._client_tls else "http")
+            return DnsDiscovery(
+                host, port, "http" if self._directory.credentials.client_tls is None else "https"
+            )
         if settings.discovery == "etcd":
-            me = None if self._url is None else {"name": settings.node, "url": self._url}
-            return EtcdDiscovery(settings.etcd, settings.etcd_prefix, me, instance=self._instance_id)
+            own_entry = None if self._own_url is None else {"name": settings.node, "url": self._own_url}
+            instance = self._directory.own_info().instance
+            return EtcdDiscovery(settings.etcd, settings.etcd_prefix, own_entry, instance=instance)
         return StaticDiscovery(settings.members)
 
-    # -- what the others have
-
-    async def _poll_coverage_when_needed(self) -> None:
-        """Until cancelled, keep asking the other nodes what they have while room in the store is short."""
+    async def _poll_coverage_when_nearly_full(self) -> None:
+        """Until cancelled, keep asking the other nodes what they have while room in the store is short: what another
+        node keeps is evicted first."""
         while True:
             usage = await trio.to_thread.run_sync(self._store.usage)
             if usage.fullness > _NEARLY_FULL:
-                await self.poll_coverage()
-            await trio.sleep(max(_COVERAGE_EVERY, len(self._members.members()) / _NODES_POLLED_PER_SECOND))
-
-    async def poll_coverage(self) -> None:
-        """Ask all other nodes what they have."""
-        found: dict[str, dict[ObjectId, int]] = {}
-
-        async def ask(name: str, url: str) -> None:
-            try:
-                answer = await trio.to_thread.run_sync(
-                    functools.partial(self._client.request_json, url, "/v1/objects", _COVERAGE_TIMEOUT)
-                )
-                found[name] = {ObjectId(str(item["id"])): int(item["cached_bytes"]) for item in answer}
-            except (FusecacheError, TypeError, KeyError, ValueError) as error:
-                _log.debug("node %s does not tell what it has: %s", name, error)
-
-        async with trio.open_nursery() as nursery:
-            for member in self._members.members():
-                if member.name != self._settings.node:
-                    nursery.start_soon(ask, member.name, member.url)
-        self._coverage = found
-
-    def _is_spare(self, object_id: ObjectId) -> bool:
-        """Whether another node has this object, and is the one to keep it longer."""
-        version = self._store.version_of(object_id)
-        if version is None:
-            return False
-        for member in rank_members(object_id, -1, self._members.members()):
-            if member.name == self._settings.node:
-                return False
-            if self._coverage.get(member.name, {}).get(object_id, 0) >= version.size:
-                return True
-        return False
+                await self._directory.coverage.poll()
+            members = self._directory.members.members()
+            await trio.sleep(max(_COVERAGE_EVERY, len(members) / _NODES_POLLED_PER_SECOND))
 
     # -- seeing it
 
     async def report(self) -> dict[str, Any]:
-        """Everything `fusecache peers` tells."""
-        await self.poll_coverage()
+        """Everything that `fusecache peers` shows. Asks the other nodes what they have, for some seconds at most."""
+        await self._directory.coverage.poll()
         return {
             "node": self._settings.node,
-            "url": self._url,
+            "url": self._own_url,
             "discovery": self._settings.discovery,
             "tenant": self._settings.tenant,
             "members": await trio.to_thread.run_sync(self._member_rows),
@@ -262,34 +193,29 @@ class PeerNode:
         }
 
     def _member_rows(self) -> list[dict[str, Any]]:
-        shares = self._weight_shares()
+        shares = self._directory.weight_shares()
         rows = []
-        for state in self._members.member_states():
+        for state in self._directory.members.member_states():
             traffic = self.block_source.traffic(state.name)
-            why, bad = self.block_source.breaker.describe_node(state.name)
+            reason, bad_blocks = self.block_source.breaker.describe_node(state.name)
             rows.append(
                 {
                     **vars(state),
-                    "avoided": why,
+                    "avoided": reason,
                     "share": shares.get(state.name, 0.0) if state.state == "alive" else 0.0,
                     "bytes_in": traffic.bytes_in,
                     "bytes_out": traffic.bytes_out,
                     "requests": traffic.requests,
                     "errors": traffic.errors,
-                    "bad_blocks": bad,
+                    "bad_blocks": bad_blocks,
                     "first_byte": traffic.first_byte_seconds,
                     "bytes_per_second": self.block_source.speeds.stored_rate(state.name),
                 }
             )
         return rows
 
-    def _weight_shares(self) -> dict[str, float]:
-        members = self._members.members()
-        total = sum(member.weight for member in members)
-        return {member.name: member.weight / total for member in members}
-
     def _coverage_rows(self) -> list[dict[str, Any]]:
-        """Bytes of each object per node."""
+        """Bytes of each of this node's objects per node."""
         found: dict[ObjectId, dict[str, Any]] = {}
         for info in self._store.objects():
             found[info.id] = {
@@ -299,15 +225,15 @@ class PeerNode:
                 "size": info.version.size,
                 "nodes": {self._settings.node: info.present_bytes},
             }
-        for name, objects in self._coverage.items():
+        for name, objects in self._directory.coverage.bytes_by_node.items():
             for object_id, nbytes in objects.items():
                 if object_id in found:
                     found[object_id]["nodes"][name] = nbytes
         return sorted(found.values(), key=lambda item: (item["source"], item["key"]))
 
     def counters(self) -> dict[str, Any]:
-        """Figures of the exchange; quick, from any thread."""
-        stats, holdings = self.block_source.stats, self._block_service
+        """Figures of what this node gets from others and gives to them; quick, from any thread."""
+        stats, service = self.block_source.stats, self._block_service
         peers = list(stats.traffic_by_node.values())
         return {
             "bytes_in": stats.bytes_from_peers,
@@ -318,45 +244,17 @@ class PeerNode:
             "redirected": stats.redirects,
             "hedged": stats.hedges,
             "busy": stats.busy_answers,
-            "refused": holdings.refused_requests if holdings else 0,
-            "sending": holdings.responses_in_progress if holdings else 0,
-            "queued": holdings.queued_requests if holdings else 0,
+            "refused": service.refused_requests,
+            "sending": service.responses_in_progress,
+            "queued": service.queued_requests,
             "receiving": self.block_source.transfers_in_progress,
             "pace": self.block_source.peak_throughput(),
-            "nodes": len(self._members.members()),
+            "nodes": len(self._directory.members.members()),
         }
-
-    def close(self) -> None:
-        """Close connections."""
-        self._client.close()
-
-
-class _LateMembership:
-    """The membership, which comes after what asks it; nobody is there until then. Thread-safe."""
-
-    def __init__(self) -> None:
-        self.membership: Membership | None = None
-
-    def members(self) -> Any:
-        return () if self.membership is None else self.membership.members()
-
-    def member_states(self) -> Any:
-        return [] if self.membership is None else self.membership.member_states()
-
-    def is_alive(self, name: str) -> bool:
-        return self.membership is not None and self.membership.is_alive(name)
-
-    def mark_heard(self, name: str) -> None:
-        if self.membership is not None:
-            self.membership.mark_heard(name)
-
-    def mark_suspect(self, name: str) -> None:
-        if self.membership is not None:
-            self.membership.mark_suspect(name)
 
 
 def _own_address_towards(settings: PeerSettings) -> str:
-    """This machine's address as the others see it: the one it would reach them from. Raises ConfigError."""
+    """The address of this machine from which it would reach the others. Raises ConfigError."""
     targets = [urlsplit(url) for url in (*settings.members, *settings.etcd)]
     hosts = [(target.hostname or "", target.port or 80) for target in targets]
     if settings.dns:

@@ -1,8 +1,8 @@
-"""Recordings of how models are read, among the nodes of a cluster: small files that the loader makes and follows.
+"""Access profiles of models, among the nodes of a cluster: small files whose format this module does not know.
 
-The nodes first in the ranking of a model's id are where its recording is looked for, and where it is brought: who made
-one asks them for it, saying that it has it, and those that have none come and take it. So there are GETs only, and
-nobody keeps what was pushed at it.
+The nodes first in the ranking of a model's id are the home of its profile. A node that needs one asks them for it. A
+node that recorded one asks them, too, and says in the request that it has it: those that have none come and take it. So
+there are GETs only, and no node stores what another one pushed at it.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
+from typing import Protocol
 
 from fusecache.peers.errors import PeerError
-from fusecache.peers.exchange.block_source import MembershipView
 from fusecache.peers.member import Member
-from fusecache.peers.membership.placement import rank_members
+from fusecache.peers.membership.placement import WHOLE_OBJECT, rank_members
+from fusecache.peers.membership.table import MembershipTable
 from fusecache.peers.transport.client import PeerClient
-from fusecache.prefetch.profiles.access_profile import ProfileError, unpack_profile
-from fusecache.prefetch.profiles.profile_store import ProfileStore
 from fusecache.types import ObjectId
 
 _log = logging.getLogger(__name__)
@@ -26,24 +26,76 @@ _HOME_NODES = 3
 _QUERY_TIMEOUT = 1.0
 """Seconds for all of them together."""
 _MAX_CONCURRENT_FETCHES = 4
-"""Recordings taken from other nodes at a time; an offer beyond that is passed over."""
+"""Offered profiles taken from other nodes at a time; an offer beyond that is passed over."""
+
+
+class ProfileFiles(Protocol):
+    """Where this node keeps profiles. Thread-safe; does disk I/O, and raises nothing."""
+
+    def load_profile(self, name: str) -> bytes | None:
+        """The profile of this name; None: there is none."""
+        ...
+
+    def save_profile(self, name: str, data: bytes) -> None:
+        """Keep `data` as the profile of this name."""
+        ...
 
 
 class PeerProfiles:
-    """See loader.Others; `given` and `offered` are for the server. Thread-safe. `name` is this node's."""
+    """Exchanges profiles with the other nodes: `find_profile` and `offer_profile` are for this node, `load_profile` and
+    `fetch_offered` for the server that answers others. Thread-safe: it holds no state but a semaphore.
+
+    `check_profile(data, name)` says why the bytes are not a profile of this name; "": they are one. A profile has at
+    most `max_bytes`.
+    """
 
     def __init__(
-        self, own_name: str, members: MembershipView, client: PeerClient, profile_store: ProfileStore
+        self,
+        own_name: str,
+        members: MembershipTable,
+        client: PeerClient,
+        *,
+        profile_files: ProfileFiles,
+        check_profile: Callable[[bytes, str], str],
+        max_bytes: int,
     ) -> None:
         self._own_name = own_name
         self._members = members
         self._client = client
-        self._profile_store = profile_store
+        self._profile_files = profile_files
+        self._check_profile = check_profile
+        self._max_bytes = max_bytes
         self._fetch_slots = threading.BoundedSemaphore(_MAX_CONCURRENT_FETCHES)
 
-    def _home_nodes(self, name: str) -> list[Member]:
-        found = rank_members(ObjectId(name), -1, self._members.members(), _HOME_NODES + 1)
-        return [member for member in found if member.name != self._own_name][:_HOME_NODES]
+    def find_profile(self, name: str) -> bytes | None:
+        """The profile of this name that another node has, as that node sent it; None: none was found. Blocks for a
+        second at most."""
+        return self._query_home_nodes(name, has_profile=False)
+
+    def offer_profile(self, name: str) -> None:
+        """Let the home nodes know that this node has the profile. Blocks for a second at most."""
+        self._query_home_nodes(name, has_profile=True)
+
+    def load_profile(self, name: str) -> bytes | None:
+        """The profile of this name that this node has. Does disk I/O."""
+        return self._profile_files.load_profile(name)
+
+    def fetch_offered(self, name: str, node: str) -> None:
+        """Take the profile that another node says it has, and keep it if it is one. Blocks for a second at most."""
+        url = next((member.url for member in self._members.members() if member.name == node), None)
+        if url is None or node == self._own_name or not self._fetch_slots.acquire(blocking=False):
+            return
+        try:
+            data = self._client.request_profile(url, name, _QUERY_TIMEOUT, max_bytes=self._max_bytes)
+            reason = "" if data is None else self._check_profile(data, name)
+            if reason:
+                _log.warning("the profile that node %s offers is passed over: %s", node, reason)
+            elif data is not None:
+                self._profile_files.save_profile(name, data)
+        except PeerError as error:
+            _log.warning("the profile that node %s offers is passed over: %s", node, error)
+        finally:
+            self._fetch_slots.release()
 
     def _query_home_nodes(self, name: str, has_profile: bool) -> bytes | None:
         until = time.monotonic() + _QUERY_TIMEOUT
@@ -52,36 +104,16 @@ class PeerProfiles:
             if left <= 0:
                 break
             try:
-                data = self._client.request_profile(member.url, name, left, has_profile=has_profile)
+                data = self._client.request_profile(
+                    member.url, name, left, max_bytes=self._max_bytes, has_profile=has_profile
+                )
             except PeerError as error:
-                _log.debug("node %s tells no recording: %s", member.name, error)
+                _log.debug("node %s gives no profile: %s", member.name, error)
                 continue
             if data is not None and not has_profile:
                 return data
         return None
 
-    def find_profile(self, name: str) -> bytes | None:
-        """See loader.Others."""
-        return self._query_home_nodes(name, has_profile=False)
-
-    def offer_profile(self, name: str) -> None:
-        """See loader.Others."""
-        self._query_home_nodes(name, has_profile=True)
-
-    def load_profile(self, name: str) -> bytes | None:
-        """What this node has. Does disk I/O."""
-        return self._profile_store.load_profile(name)
-
-    def fetch_offered(self, name: str, node: str) -> None:
-        """Another node says that it has what this one has not: take it. Blocks; bounded by a deadline."""
-        url = next((member.url for member in self._members.members() if member.name == node), None)
-        if url is None or node == self._own_name or not self._fetch_slots.acquire(blocking=False):
-            return
-        try:
-            data = self._client.request_profile(url, name, _QUERY_TIMEOUT)
-            if data is not None and unpack_profile(data).model_id == name:
-                self._profile_store.save_profile(name, data)
-        except (PeerError, ProfileError) as error:
-            _log.warning("the recording that node %s offers is passed over: %s", node, error)
-        finally:
-            self._fetch_slots.release()
+    def _home_nodes(self, name: str) -> list[Member]:
+        found = rank_members(ObjectId(name), WHOLE_OBJECT, self._members.members(), _HOME_NODES + 1)
+        return [member for member in found if member.name != self._own_name][:_HOME_NODES]

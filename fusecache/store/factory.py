@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 from fusecache.config.model import MountConfig
@@ -12,6 +12,7 @@ from fusecache.store.interface import BlockStore
 from fusecache.store.memory import MemoryDirectory
 from fusecache.store.store import Store
 from fusecache.store.tiers import TieredStore
+from fusecache.types import ObjectVersion
 
 _MEMORY_FREE_SHARE = 0.05
 """Share of the tmpfs that is left free: engines have their own use for it (NCCL, workers that share tensors)."""
@@ -19,7 +20,11 @@ _MEMORY_FREE_SHARE = 0.05
 
 @contextlib.contextmanager
 def open_store(
-    config: MountConfig, *, keep_objects: bool, attestation_policy: AttestationPolicy | None = None
+    config: MountConfig,
+    *,
+    keep_objects: bool,
+    attestation_policy: AttestationPolicy | None = None,
+    is_spare: Callable[[ObjectVersion], bool] | None = None,
 ) -> Iterator[BlockStore]:
     """The store, while this is entered. `keep`: an earlier daemon of this mount may have left objects in memory, which
     are still good. Raises StoreError and ConfigError, in one line."""
@@ -28,7 +33,11 @@ def open_store(
             None
             if config.store == "on"
             else _open_memory_store(
-                config, stack, keep_objects=keep_objects, attestation_policy=attestation_policy
+                config,
+                stack,
+                keep_objects=keep_objects,
+                attestation_policy=attestation_policy,
+                is_spare=is_spare,
             )
         )
         if memory is not None and config.store == "off":
@@ -44,6 +53,7 @@ def open_store(
                 block_size=config.block_size,
                 verify=config.block_verify_mode(),
                 attestation_policy=attestation_policy,
+                is_spare=is_spare,
             )
         )
         if memory is None:
@@ -53,7 +63,12 @@ def open_store(
 
 
 def _open_memory_store(
-    config: MountConfig, stack: ExitStack, *, keep_objects: bool, attestation_policy: AttestationPolicy | None
+    config: MountConfig,
+    stack: ExitStack,
+    *,
+    keep_objects: bool,
+    attestation_policy: AttestationPolicy | None,
+    is_spare: Callable[[ObjectVersion], bool] | None,
 ) -> Store:
     limit = config.memory_limit_bytes()
     directory = MemoryDirectory(
@@ -73,5 +88,6 @@ def _open_memory_store(
             verify=config.block_verify_mode(),
             attestation_policy=attestation_policy,
             is_in_memory=True,
+            is_spare=is_spare,
         )
     )

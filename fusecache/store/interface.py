@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -14,8 +14,6 @@ from fusecache.types import ObjectId, ObjectVersion
 
 class BlockStore(Protocol):
     """A Store, or several that look like one (tiers.py). Thread-safe; for what the methods do, see Store."""
-
-    is_spare: Callable[[ObjectId], bool] | None
 
     @property
     def directories(self) -> Sequence[Path]:

@@ -61,11 +61,12 @@ class Store:
         verify: Literal["start", "boot", "always"] = "start",
         attestation_policy: AttestationPolicy | None = None,
         is_in_memory: bool = False,
+        is_spare: Callable[[ObjectVersion], bool] | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.block_size = block_size
         self._is_in_memory = is_in_memory
-        self.is_spare: Callable[[ObjectId], bool] | None = None
+        self._is_spare = is_spare
         """What goes first when there is no room: what is elsewhere, too. From any thread, often: has to be quick."""
         if limit <= 0 or free_floor < 0 or block_size <= 0:
             raise ConfigError(f"cache directory {directory}: cache_size and block_size must be above 0")
@@ -221,7 +222,7 @@ class Store:
         freed = 0
         for evictable in (
             (self._is_spare_and_evictable, self._is_evictable)
-            if self.is_spare is not None
+            if self._is_spare is not None
             else (self._is_evictable,)
         ):
             for object_id in self._object_table.victims(evictable):
@@ -231,7 +232,13 @@ class Store:
         return freed
 
     def _is_spare_and_evictable(self, object_id: ObjectId) -> bool:
-        return self.is_spare is not None and self.is_spare(object_id) and self._is_evictable(object_id)
+        version = self.version_of(object_id)
+        return (
+            version is not None
+            and self._is_spare is not None
+            and self._is_spare(version)
+            and self._is_evictable(object_id)
+        )
 
     def _is_evictable(self, object_id: ObjectId) -> bool:
         record = self._object_table.get(object_id)

@@ -9,7 +9,7 @@ Lock order: TieredStore._lock before the stores'; held across the opening of fil
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
@@ -42,15 +42,6 @@ class TieredStore:
     def block_size(self) -> int:
         """See BlockStore."""
         return self._disk_store.block_size
-
-    @property
-    def is_spare(self) -> Callable[[ObjectId], bool] | None:
-        """See Store."""
-        return self._disk_store.is_spare
-
-    @is_spare.setter
-    def is_spare(self, spare: Callable[[ObjectId], bool] | None) -> None:
-        self._disk_store.is_spare = self._memory_store.is_spare = spare
 
     # -- opening
 

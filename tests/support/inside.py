@@ -8,12 +8,14 @@ from pathlib import Path
 
 import trio
 
+from fusecache.events import Event
 from fusecache.fetch.interface import FetchSettings
 from fusecache.fetch.service import FetchService
 from fusecache.peers.exchange.block_service import BlockService
 from fusecache.peers.exchange.block_source import PeerBlockSource
 from fusecache.peers.exchange.outgoing import OutgoingBytes
 from fusecache.peers.member import PROTOCOL, Member, NodeInfo
+from fusecache.peers.membership.table import MembershipTable
 from fusecache.peers.transport.client import PeerClient
 from fusecache.peers.transport.server import PeerServer
 from fusecache.store.store import Store
@@ -29,25 +31,20 @@ DATA = content(FILE.key, FILE.etag, 0, FILE.size)
 DEADLINE = 20.0
 
 
-class Everybody:
-    """A membership in which nobody dies."""
+class Everybody(MembershipTable):
+    """A membership in which nobody dies, and whose members are told by the test."""
 
     def __init__(self) -> None:
+        super().__init__(NodeInfo("", "", 1, "", PROTOCOL, "0", 0.0), Event())
         self.found: tuple[Member, ...] = ()
 
     def members(self) -> tuple[Member, ...]:
-        """See Members."""
+        """Those that the test named."""
         return self.found
 
     def is_alive(self, name: str) -> bool:
-        """See Members."""
+        """Everybody is."""
         return True
-
-    def mark_heard(self, name: str) -> None:
-        """See Members."""
-
-    def mark_suspect(self, name: str) -> None:
-        """See Members."""
 
 
 class CatalogView:
@@ -104,8 +101,8 @@ class Node:
         self.loader.start()
         server = PeerServer(self.holdings, "127.0.0.1", 0, connections=32)
         nursery.start_soon(self.holdings.close_idle_fetches)
-        await nursery.start(server.run)
-        self.url = f"http://127.0.0.1:{server.port}"
+        port = await nursery.start(server.run)
+        self.url = f"http://127.0.0.1:{port}"
 
     def read(self) -> bytes:
         """All of FILE."""

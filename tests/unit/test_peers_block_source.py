@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import xxhash
 
+from fusecache.events import Event
 from fusecache.peers.errors import PeerConnectTimeoutError
 from fusecache.peers.exchange.block_source import PeerBlockSource
 from fusecache.peers.exchange.outgoing import OutgoingBytes
-from fusecache.peers.member import Member
+from fusecache.peers.member import PROTOCOL, Member, NodeInfo
+from fusecache.peers.membership.table import MembershipTable
 from fusecache.peers.transport.client import PeerClient, TransferObserver
 from fusecache.peers.transport.wire import BlockRequest
 from tests.support.content import content
@@ -23,24 +25,20 @@ FILE = version("a.safetensors", BLOCK)
 DATA = content(FILE.key, FILE.etag, 0, BLOCK)
 
 
-class Everybody:
-    """Of a membership, what a flight asks."""
+class Everybody(MembershipTable):
+    """Two members, of which the test says which one is alive."""
 
     def __init__(self) -> None:
+        super().__init__(NodeInfo("me", "", 1, "", PROTOCOL, "0", 0.0), Event())
         self.alive = {"a", "me"}
-        self.suspected: list[str] = []
+        self.suspects: list[str] = []
+        self.suspected.subscribe(self.suspects.append)
 
     def members(self) -> tuple[Member, ...]:
         return tuple(Member(name, f"http://{name}:1", 1 << 30) for name in ("a", "me"))
 
     def is_alive(self, name: str) -> bool:
         return name in self.alive
-
-    def mark_heard(self, name: str) -> None:
-        pass
-
-    def mark_suspect(self, name: str) -> None:
-        self.suspected.append(name)
 
 
 class ScriptedBlocks:
@@ -122,7 +120,7 @@ def test_a_node_whose_connection_is_lost_once_is_asked_again(origin: ScriptedOri
     data, exchange = supplied(UnreachableClient(2), members, origin)
     assert data == DATA
     assert (exchange.stats.fallbacks, origin.reads) == (0, [])
-    assert members.suspected == ["a"]
+    assert members.suspects == ["a"]
     assert exchange.traffic("a").errors == 0
 
 

@@ -11,6 +11,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,11 +29,12 @@ from fusecache.peers.errors import (
     PeerVersionGoneError,
 )
 from fusecache.peers.member import PROTOCOL, NodeInfo
-from fusecache.peers.membership.candidate import HttpProbe
-from fusecache.peers.transport.auth import RequestSigner, RequestVerifier, make_client_tls, make_server_tls
+from fusecache.peers.membership.http_probe import HttpProbe
+from fusecache.peers.transport.auth import RequestSigner, RequestVerifier
 from fusecache.peers.transport.client import PeerClient, RequestTimeout
+from fusecache.peers.transport.credentials import load_credentials
 from fusecache.peers.transport.server import PeerServer, Piece
-from fusecache.peers.transport.wire import MAX_PROFILE_BYTES, BlockRequest, RequestError
+from fusecache.peers.transport.wire import BlockRequest, RequestError
 from fusecache.types import ObjectVersion
 
 BLOCK = 300_000
@@ -117,10 +119,9 @@ def node(tmp_path: Path) -> FakeRequestHandler:
 
 @pytest.fixture
 async def serve(node: FakeRequestHandler, nursery: trio.Nursery) -> Callable[..., Any]:
-    async def start(**options: Any) -> PeerServer:
+    async def start(**options: Any) -> SimpleNamespace:
         server = PeerServer(node, "127.0.0.1", 0, **{"connections": 10, **options})
-        await nursery.start(server.run)
-        return server
+        return SimpleNamespace(port=await nursery.start(server.run))
 
     return start
 
@@ -152,7 +153,7 @@ async def in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
         return await trio.to_thread.run_sync(functools.partial(work, *arguments), abandon_on_cancel=True)
 
 
-def url_of(server: PeerServer, scheme: str = "http") -> str:
+def url_of(server: SimpleNamespace, scheme: str = "http") -> str:
     return f"{scheme}://127.0.0.1:{server.port}"
 
 
@@ -426,8 +427,8 @@ def tls(folder: Path, name: str) -> PeerSettings:
 
 
 async def test_mutual_tls(serve: Any, certificates: Path) -> None:
-    server = await serve(tls=make_server_tls(tls(certificates, "ours")))
-    ours = make_client_tls(tls(certificates, "ours"))
+    server = await serve(tls=load_credentials(tls(certificates, "ours")).server_tls)
+    ours = load_credentials(tls(certificates, "ours")).client_tls
     client = PeerClient("me", tls=ours)
     assert await in_thread(fetch, client, url_of(server, "https"), request()) == DATA
     async with HttpProbe(ours) as probe:
@@ -435,7 +436,7 @@ async def test_mutual_tls(serve: Any, certificates: Path) -> None:
     anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     anybody.check_hostname = False
     anybody.load_verify_locations(certificates / "ours.ca")
-    for wrong in (make_client_tls(tls(certificates, "other")), anybody):
+    for wrong in (load_credentials(tls(certificates, "other")).client_tls, anybody):
         with pytest.raises(PeerError):
             await in_thread(fetch, PeerClient("me", tls=wrong), url_of(server, "https"), request())
 
@@ -445,11 +446,11 @@ async def test_recordings_are_given_to_who_asks_by_name(node: FakeRequestHandler
     node.profiles[name] = b"in this order"
     server = await serve()
     client = PeerClient("me")
-    get = functools.partial(client.request_profile, url_of(server))
+    get = functools.partial(client.request_profile, url_of(server), max_bytes=1000)
     assert await in_thread(functools.partial(get, name, 5.0, has_profile=True)) == b"in this order"
     assert await in_thread(get, name[::-1], 5.0) is None
     assert node.profile_requests == [(name, "me", True), (name[::-1], "me", False)]
-    node.profiles[name] = bytes(MAX_PROFILE_BYTES + 1)
+    node.profiles[name] = bytes(1001)
     with pytest.raises(PeerError):
         await in_thread(get, name, 5.0)
     client.close()

@@ -11,17 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusecache.peers.errors import PeerError
-from fusecache.peers.member import PROTOCOL, NodeInfo
+from fusecache.peers.member import PROTOCOL, NodeInfo, pack_node_info, unpack_node_info
 from fusecache.peers.transport.auth import RequestSigner, RequestVerifier
 from fusecache.peers.transport.wire import (
     FRAME_HEADER,
     BlockRequest,
     RequestError,
-    pack_node_info,
     pack_version,
     parse_block_request,
     parse_frame_checksum,
-    unpack_node_info,
     unpack_version,
 )
 from fusecache.types import ObjectVersion

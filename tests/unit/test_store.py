@@ -375,9 +375,9 @@ def test_the_limit_holds_and_the_oldest_goes(store: Store) -> None:
     assert disk_usage(store) == store.usage().used
 
 
-def test_what_is_elsewhere_too_goes_first(store: Store) -> None:
-    spare = {version(f"k{i}", blocks=9).id for i in (4, 7)}
-    store.is_spare = spare.__contains__
+def test_what_is_elsewhere_too_goes_first(make: Any) -> None:
+    spare = {version(f"k{i}", blocks=9) for i in (4, 7)}
+    store: Store = make(is_spare=spare.__contains__)
     for i in range(12):
         stored = store.open(version(f"k{i}", blocks=9))
         fill(stored)

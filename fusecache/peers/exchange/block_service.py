@@ -22,9 +22,10 @@ from fusecache.fetch.object_fetch import ObjectFetch
 from fusecache.fetch.service import FetchService
 from fusecache.fetch.waiter import Waiter
 from fusecache.peers.exchange import policy
-from fusecache.peers.exchange.block_source import MembershipView, PeerBlockSource
+from fusecache.peers.exchange.block_source import PeerBlockSource
 from fusecache.peers.exchange.outgoing import OutgoingBytes
 from fusecache.peers.member import Member, NodeInfo
+from fusecache.peers.membership.table import MembershipTable
 from fusecache.peers.profiles import PeerProfiles
 from fusecache.peers.transport.server import BlockResponse, Piece
 from fusecache.peers.transport.wire import BlockRequest, RequestError
@@ -53,7 +54,7 @@ class BlockService:
     def __init__(
         self,
         get_node_info: Callable[[], NodeInfo],
-        members: MembershipView,
+        members: MembershipTable,
         block_source: PeerBlockSource,
         fetch_service: FetchService,
         store: BlockStore,

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from fusecache.bounded import BoundedDict
 from fusecache.errors import CancelledReadError, UnavailableError
@@ -36,6 +35,7 @@ from fusecache.peers.exchange.outgoing import OutgoingBytes
 from fusecache.peers.exchange.transfer_monitor import PeerTransfer, TransferMonitor
 from fusecache.peers.member import Member
 from fusecache.peers.membership.placement import rank_members
+from fusecache.peers.membership.table import MembershipTable
 from fusecache.peers.transport.client import PeerClient
 from fusecache.peers.transport.wire import BlockRequest
 from fusecache.semaphore import ResizableSemaphore
@@ -56,26 +56,6 @@ _STORED_HEDGE_EVERY = 0.5
 looked every second, the last ten seconds of 16 nodes in the lab went into questions."""
 _MAX_RANKINGS = 10_000
 """Kept at a time, as long as the members stay the same."""
-
-
-class MembershipView(Protocol):
-    """What is asked of the membership; from any thread."""
-
-    def members(self) -> tuple[Member, ...]:
-        """The nodes that are alive, this one among them if it serves."""
-        ...
-
-    def is_alive(self, name: str) -> bool:
-        """Whether this node is one of them."""
-        ...
-
-    def mark_heard(self, name: str) -> None:
-        """It sent bytes just now."""
-        ...
-
-    def mark_suspect(self, name: str) -> None:
-        """It did not answer: have a look at it."""
-        ...
 
 
 @dataclass
@@ -128,7 +108,7 @@ class PeerBlockSource:
     def __init__(
         self,
         own_name: str,
-        members: MembershipView,
+        members: MembershipTable,
         client: PeerClient,
         origins: Mapping[str, Origin],
         *,

@@ -17,6 +17,9 @@ import xxhash
 from fusecache.peers.member import Member
 from fusecache.types import ObjectId
 
+WHOLE_OBJECT = -1
+"""The stripe number under which the nodes are ranked for an object as a whole."""
+
 
 def stripe_count(size: int, stripe_bytes: int) -> int:
     """Stripes of `stripe` bytes of an object of `size` bytes."""

@@ -1,4 +1,4 @@
-"""Who may ask: requests signed with the cluster's shared secret, and mutual TLS.
+"""Which requests are answered: those that are signed with the cluster's shared secret.
 
 A signature is an HMAC-SHA256 over the method, the target (path and query: the object and the range), the tenant, the
 node, the time, a nonce, and every header whose name begins with `fusecache-`. It holds for a minute around the
@@ -10,15 +10,13 @@ from __future__ import annotations
 import hmac
 import re
 import secrets
-import ssl
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
-from fusecache.config.peer_settings import PeerSettings
-from fusecache.errors import ConfigError
-from fusecache.peers.transport.wire import NAME_PATTERN, RequestError
+from fusecache.peers.member import NAME_PATTERN
+from fusecache.peers.transport.wire import RequestError
 
 AUTH_SCHEME = "Fusecache-HMAC-SHA256"
 MAX_CLOCK_SKEW = 60.0
@@ -122,48 +120,3 @@ class RequestVerifier:
                 raise RequestError(503, "too many requests", {"Retry-After": "1"})
             # a time up to WINDOW ahead of ours is taken: remember until it is WINDOW behind
             self._seen_nonces[nonce] = now + 2 * MAX_CLOCK_SKEW
-
-
-def load_shared_secret(settings: PeerSettings) -> str | None:
-    """The cluster's secret, from the settings or its file. Raises ConfigError."""
-    if settings.secret is not None:
-        return settings.secret.get_secret_value()
-    if settings.secret_file is None:
-        return None
-    try:
-        text = settings.secret_file.read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise ConfigError(f"peers.secret_file {settings.secret_file}: {reason}") from None
-    if len(text) < 16:
-        raise ConfigError(f"peers.secret_file {settings.secret_file}: at least 16 characters are needed")
-    return text
-
-
-def make_server_tls(settings: PeerSettings) -> ssl.SSLContext | None:
-    """What a server with mutual TLS needs: a client without a certificate of the cluster is not let in. None: plain
-    HTTP. Raises ConfigError."""
-    return _make_tls_context(settings, ssl.PROTOCOL_TLS_SERVER)
-
-
-def make_client_tls(settings: PeerSettings) -> ssl.SSLContext | None:
-    """The same for a client. Nodes are known by the authority that signed them, not by their host names."""
-    return _make_tls_context(settings, ssl.PROTOCOL_TLS_CLIENT)
-
-
-def _make_tls_context(settings: PeerSettings, protocol: int) -> ssl.SSLContext | None:
-    if settings.tls_cert is None:
-        return None
-    context = ssl.SSLContext(protocol)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_REQUIRED
-    try:
-        context.load_cert_chain(settings.tls_cert, settings.tls_key, password=lambda: b"")
-        context.load_verify_locations(settings.tls_ca)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(
-            f"peers.tls_cert {settings.tls_cert}, peers.tls_key {settings.tls_key} and peers.tls_ca "
-            f"{settings.tls_ca} can't be used: {error.strerror or error}"
-        ) from None
-    return context

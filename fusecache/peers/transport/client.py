@@ -36,7 +36,6 @@ from fusecache.peers.transport.wire import (
     AGE_HEADER,
     FRAME_HEADER,
     MAX_HEAD_BYTES,
-    MAX_PROFILE_BYTES,
     BlockRequest,
     parse_age,
     parse_frame_checksum,
@@ -260,10 +259,10 @@ class PeerClient:
             connection.close()
 
     def request_profile(
-        self, url: str, name: str, timeout: float, *, has_profile: bool = False
+        self, url: str, name: str, timeout: float, *, max_bytes: int, has_profile: bool = False
     ) -> bytes | None:
-        """The recording of this name that a node has; None: it has none. `have`: we do, and it may come and take it.
-        Raises PeerError."""
+        """The access profile of this name that the node at `url` has; None: it has none. `has_profile`: this node has
+        it, and the other one may come and take it. Raises PeerError, also for more than `max_bytes`."""
         watch = RequestTimeout(url, timeout)
         headers = {"Fusecache-Node": self._own_name}
         if has_profile:
@@ -271,7 +270,7 @@ class PeerClient:
         connection, answer, rest = self._send_with_clock_retry(url, profile_target(name), headers, watch)
         keep = False
         try:
-            body = self._read_body(connection, answer, rest, watch, MAX_PROFILE_BYTES)
+            body = self._read_body(connection, answer, rest, watch, max_bytes)
             keep = len(body) == answer.length and not answer.will_close
             if answer.status == 404:
                 return None

@@ -26,7 +26,7 @@ import h11
 import trio
 
 from fusecache.errors import ConfigError, FusecacheError
-from fusecache.peers.member import NodeInfo
+from fusecache.peers.member import NodeInfo, pack_node_info
 from fusecache.peers.transport.auth import RequestVerifier
 from fusecache.peers.transport.congestion import set_congestion_control
 from fusecache.peers.transport.wire import (
@@ -36,7 +36,6 @@ from fusecache.peers.transport.wire import (
     MAX_HEAD_BYTES,
     BlockRequest,
     RequestError,
-    pack_node_info,
     parse_block_request,
     parse_profile_target,
 )
@@ -120,7 +119,7 @@ class PeerRequestHandler(Protocol):
 
 
 class PeerServer:
-    """Serves `node` at (host, port); port 0: any, told by `port` once `run` has started."""
+    """Answers requests at (host, port) with what `handler` has; port 0: any free port."""
 
     def __init__(
         self,
@@ -133,8 +132,8 @@ class PeerServer:
         tls: ssl.SSLContext | None = None,
         congestion: str = "",
     ) -> None:
-        self.port = port
         self._host = host
+        self._port = port
         self._handler = handler
         self._verifier = verifier
         self._tls = tls
@@ -145,22 +144,22 @@ class PeerServer:
         self._stopping = threading.Event()
         self._thread_limiter = trio.CapacityLimiter(256)
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve until cancelled. Raises ConfigError when the address, or `congestion`, can't be had."""
+    async def run(self, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled; started, with its port, when it listens. Raises ConfigError when the address, or
+        `congestion`, can't be had."""
         try:
-            listeners = await trio.open_tcp_listeners(self.port, host=self._host or None, backlog=_BACKLOG)
+            listeners = await trio.open_tcp_listeners(self._port, host=self._host or None, backlog=_BACKLOG)
         except OSError as error:
             raise ConfigError(
-                f"peers.listen={self._host}:{self.port}: {error.strerror or error}: choose another address"
+                f"peers.listen={self._host}:{self._port}: {error.strerror or error}: choose another address"
             ) from None
         try:
             for listener in listeners:
                 set_congestion_control(listener.socket, self._congestion)
-            self.port = listeners[0].socket.getsockname()[1]
             async with trio.open_nursery() as nursery:
                 for listener in listeners:
                     nursery.start_soon(self._accept_connections, listener, nursery)
-                task_status.started()
+                task_status.started(listeners[0].socket.getsockname()[1])
         finally:
             self._stopping.set()
             for listener in listeners:

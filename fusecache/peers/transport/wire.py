@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fusecache.peers.errors import PeerError
-from fusecache.peers.member import PROTOCOL, NodeInfo
+from fusecache.peers.member import NAME_PATTERN
 from fusecache.types import ObjectId, ObjectVersion
 
 CONTENT_TYPE = "application/vnd.fusecache.blocks"
@@ -33,12 +33,8 @@ MAX_HEAD_BYTES = 16 * 1024
 AGE_HEADER = "Fusecache-Age"
 """Of an interim answer: seconds since the node at the end of the chain said that it is there, and waits."""
 
-MAX_PROFILE_BYTES = 64 * 1024
-"""Bytes of a recording (loader/recording.py)."""
-
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _BLOCKS_TARGET = re.compile(r"/v1/objects/([0-9a-f]{32})/blocks/(\d{1,12})-(\d{1,12})(\?frames=0)?")
-_PROFILE_TARGET = re.compile(r"/v1/orders/([0-9a-f]{32})")
+_PROFILE_TARGET = re.compile(r"/v1/profiles/([0-9a-f]{32})")
 _INTEGER = re.compile(r"\d{1,18}")
 _URGENCY_PARAMETER = re.compile(r"(?:^|,)\s*u=([0-7])(?:\s*[,;]|\s*$)")
 _DEFAULT_URGENCY = 3
@@ -113,8 +109,8 @@ class BlockRequest:
             found["Fusecache-Failed"] = ",".join(self.failed_nodes)
         if self.caller:
             found["Fusecache-Node"] = self.caller
-            found["Fusecache-Owed"] = str(self.unsent_bytes)
-            found["Fusecache-Pace"] = str(self.receive_rate)
+            found["Fusecache-Unsent-Bytes"] = str(self.unsent_bytes)
+            found["Fusecache-Receive-Rate"] = str(self.receive_rate)
         return found
 
 
@@ -165,8 +161,8 @@ def parse_block_request(target: str, headers: Mapping[str, str]) -> BlockRequest
         headers.get("fusecache-direct") == "1",
         match[4] is None,
         _parse_urgency(headers) < _PREFETCH_URGENCY,
-        _parse_integer(headers, "fusecache-owed", 0),
-        _parse_integer(headers, "fusecache-pace", 0),
+        _parse_integer(headers, "fusecache-unsent-bytes", 0),
+        _parse_integer(headers, "fusecache-receive-rate", 0),
         node,
     )
 
@@ -180,7 +176,7 @@ def _parse_urgency(headers: Mapping[str, str]) -> int:
 
 def profile_target(name: str) -> str:
     """Where a recording is asked for."""
-    return f"/v1/orders/{name}"
+    return f"/v1/profiles/{name}"
 
 
 def parse_profile_target(target: str) -> str | None:
@@ -218,60 +214,9 @@ def unpack_version(text: str) -> ObjectVersion:
     return ObjectVersion(origin, key, etag, size, mtime_ns)
 
 
-def pack_node_info(node_info: NodeInfo) -> bytes:
-    """What a node says of itself, as JSON."""
-    return json.dumps({**vars(node_info)}, separators=(",", ":")).encode() + b"\n"
-
-
-def unpack_node_info(body: bytes) -> NodeInfo:
-    """What a node says of itself. Raises PeerError when it is not that of a node of any protocol."""
-    try:
-        found = json.loads(body)
-        health = NodeInfo(**{name: found[name] for name in NodeInfo.__dataclass_fields__})
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise PeerError("what answers is not a node of a cluster") from None
-    texts = (health.name, health.instance, health.tenant, health.version)
-    if not all(isinstance(text, str) and len(text) <= 64 and text.isprintable() for text in texts):
-        raise PeerError("the node's names can't be read")
-    if not NAME_PATTERN.fullmatch(health.name) or not (
-        health.tenant == "" or NAME_PATTERN.fullmatch(health.tenant)
-    ):
-        raise PeerError("the node's name or tenant is not a name")
-    if type(health.weight) is not int or not 1 <= health.weight <= 1 << 60:
-        raise PeerError(f"{health.name}: its weight can't be")
-    if type(health.protocol) is not int or isinstance(health.time, bool):
-        raise PeerError(f"{health.name}: its protocol can't be read")
-    if not isinstance(health.time, int | float):
-        raise PeerError(f"{health.name}: its time can't be read")
-    return health
-
-
 def parse_frame_checksum(header: bytes | bytearray, block: int, length: int) -> int:
     """The checksum in a frame's header, which has to be that of this block. Raises PeerError."""
     checksum, found_length, found_block = FRAME_HEADER.unpack(header)
     if found_block != block or found_length != length or not checksum:
         raise PeerError(f"sent block {found_block} of {found_length} bytes for block {block} of {length}")
     return int(checksum)
-
-
-__all__ = [
-    "CONTENT_TYPE",
-    "FRAME_HEADER",
-    "MAX_HEAD_BYTES",
-    "MAX_HOPS",
-    "MAX_PROFILE_BYTES",
-    "MAX_REQUEST_BLOCKS",
-    "MAX_REQUEST_DEADLINE",
-    "NAME_PATTERN",
-    "PROTOCOL",
-    "BlockRequest",
-    "RequestError",
-    "pack_node_info",
-    "pack_version",
-    "parse_block_request",
-    "parse_frame_checksum",
-    "parse_profile_target",
-    "profile_target",
-    "unpack_node_info",
-    "unpack_version",
-]

@@ -175,3 +175,12 @@ def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
         shift += 7
+
+
+def check_profile(data: bytes, model_id: str) -> str:
+    """Why these bytes are not a profile of the model; "": they are one."""
+    try:
+        found = unpack_profile(data)
+    except ProfileError as error:
+        return str(error)
+    return "" if found.model_id == model_id else "it is another model's"

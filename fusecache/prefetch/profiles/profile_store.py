@@ -16,10 +16,11 @@ import re
 import threading
 from pathlib import Path
 
+from fusecache.prefetch.profiles.access_profile import MAX_BYTES
+
 _log = logging.getLogger(__name__)
 
 MAX_PROFILES = 1024
-MAX_PROFILE_BYTES = 64 << 10
 _NAME = re.compile(r"[0-9a-f]{32}")
 
 
@@ -37,19 +38,19 @@ class ProfileStore:
             return None
         try:
             with path.open("rb") as file:
-                data = file.read(MAX_PROFILE_BYTES + 1)
+                data = file.read(MAX_BYTES + 1)
             os.utime(path)
         except FileNotFoundError:
             return None
         except OSError as error:
             self._warn_once(error)
             return None
-        return data if len(data) <= MAX_PROFILE_BYTES else None
+        return data if len(data) <= MAX_BYTES else None
 
     def save_profile(self, name: str, data: bytes) -> None:
         """Keep it, instead of what was there."""
         path = self._path(name)
-        if path is None or len(data) > MAX_PROFILE_BYTES:
+        if path is None or len(data) > MAX_BYTES:
             return
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:

@@ -41,7 +41,11 @@ from fusecache.fetch.interface import FetchSettings
 from fusecache.fetch.service import FetchService
 from fusecache.origin.factory import open_origin
 from fusecache.origin.interface import Origin
-from fusecache.peers.node import PeerNode
+from fusecache.peers.directory import PeerDirectory
+from fusecache.peers.exchange.block_source import PeerBlockSource
+from fusecache.peers.node import PeerNode, make_block_source
+from fusecache.peers.profiles import PeerProfiles
+from fusecache.prefetch.profiles.access_profile import MAX_BYTES, check_profile
 from fusecache.prefetch.profiles.profile_store import ProfileStore
 from fusecache.store.attestation import AttestationPolicy
 from fusecache.store.factory import open_store
@@ -182,8 +186,8 @@ def _report_failure(keeper_socket: socket.socket, error: BaseException) -> int:
 
 @contextlib.contextmanager
 def _open_origins_and_store(
-    config: MountConfig, keeper_link: KeeperLink
-) -> Iterator[tuple[dict[str, Origin], BlockStore]]:
+    config: MountConfig, keeper_link: KeeperLink, events: EventHub
+) -> Iterator[tuple[dict[str, Origin], PeerDirectory | None, BlockStore]]:
     with contextlib.ExitStack() as stack:
         origins: dict[str, Origin] = {}
         for source in config.sources:
@@ -194,16 +198,30 @@ def _open_origins_and_store(
             if config.verify != "manifest"
             else AttestationPolicy(_read_trust_anchor(config), is_manifest)
         )
+        peer_directory: PeerDirectory | None = None
+        if config.peers.is_enabled:
+            peer_directory = PeerDirectory(
+                config.peers,
+                weight=config.weights_limit_bytes(),
+                block_size=config.block_size,
+                events=events,
+            )
+            stack.callback(peer_directory.close)
         store = stack.enter_context(
-            open_store(config, keep_objects=keeper_link.answered_init is not None, attestation_policy=seals)
+            open_store(
+                config,
+                keep_objects=keeper_link.answered_init is not None,
+                attestation_policy=seals,
+                is_spare=None if peer_directory is None else peer_directory.coverage.is_kept_elsewhere,
+            )
         )
-        yield origins, store
+        yield origins, peer_directory, store
 
 
 async def _build_and_serve(config: MountConfig, keeper_link: KeeperLink, daemon_info: DaemonInfo) -> int:
     directory = make_mount_runtime_dir(config.runtime_dir, config.mountpoint)
-    with _open_origins_and_store(config, keeper_link) as (origins, store):
-        events = EventHub()
+    events = EventHub()
+    with _open_origins_and_store(config, keeper_link, events) as (origins, peer_directory, store):
         catalog = Catalog(
             [
                 CatalogSource(
@@ -233,13 +251,24 @@ async def _build_and_serve(config: MountConfig, keeper_link: KeeperLink, daemon_
             learn=config.learn == "auto",
             read_ahead=min(config.read_ahead, mounting.LIMITED_READ_AHEAD_BYTES),
         )
-        peer_node = _build_cluster(config, store, origins)
         inspector = _build_inspector(config, catalog_view, origins)
-        block_source = peer_node.block_source if peer_node is not None else None
         journal = OpenFileJournal(directory / "open", discard_existing=keeper_link.answered_init is None)
         upgrade = False
         orders = ProfileStore(config.cache_dir)
-        others = peer_node.share_profiles(orders) if peer_node is not None else None
+        block_source: PeerBlockSource | None = None
+        others: PeerProfiles | None = None
+        if peer_directory is not None:
+            block_source = make_block_source(
+                config.peers, peer_directory, origins, concurrency=config.tuning.concurrency
+            )
+            others = PeerProfiles(
+                peer_directory.name,
+                peer_directory.members,
+                peer_directory.client,
+                profile_files=orders,
+                check_profile=check_profile,
+                max_bytes=MAX_BYTES,
+            )
         with FetchService(
             store, origins, catalog_view, settings, block_source, orders, others, inspector
         ) as fetch_service:
@@ -300,6 +329,18 @@ async def _build_and_serve(config: MountConfig, keeper_link: KeeperLink, daemon_
                 ),
             )
             pyfuse3.init(operations, channel.pyfuse3_path, set(pyfuse3.default_options))
+            peer_node: PeerNode | None = None
+            if peer_directory is not None and block_source is not None:
+                peer_node = PeerNode(
+                    config.peers,
+                    peer_directory,
+                    store=store,
+                    origins=origins,
+                    block_source=block_source,
+                    fetch_service=fetch_service,
+                    peer_profiles=others,
+                    render_metrics=lambda: render_metrics(StatusCollector(service.build_status)),
+                )
             service = ControlService(
                 config,
                 daemon_info,
@@ -373,9 +414,7 @@ async def _serve_until_unmounted(
             nursery.start_soon(watch_signals)
             await nursery.start(serve_requests, mount_runtime_dir / SOCKET_NAME, control_service.handlers)
             if cluster is not None:
-                stack.callback(cluster.close)
-                cluster.render_metrics = lambda: render_metrics(StatusCollector(control_service.build_status))
-                await nursery.start(cluster.run, fetch_service)
+                await nursery.start(cluster.run)
             nursery.start_soon(
                 functools.partial(
                     trio.to_thread.run_sync, channel.start, config.threads, keeper_link.answered_init
@@ -421,18 +460,6 @@ def _build_inspector(
 
     return ManifestInspector(
         ExpectedDigests(catalog_view.find_object, catalog_view.read_object, ask, _read_manifest_key(config))
-    )
-
-
-def _build_cluster(config: MountConfig, store: BlockStore, origins: Mapping[str, Origin]) -> PeerNode | None:
-    if not config.peers.is_enabled:
-        return None
-    return PeerNode(
-        config.peers,
-        store,
-        origins,
-        concurrency=config.tuning.concurrency,
-        weight=config.weights_limit_bytes(),
     )
 
 

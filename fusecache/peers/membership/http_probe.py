@@ -1,4 +1,4 @@
-"""A look at whether a node is there, and who it is: GET /v1/health."""
+"""Asks a URL which node is there: GET /v1/health."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from types import TracebackType
 import httpx
 
 from fusecache.peers.errors import PeerError, PeerRefusedError
-from fusecache.peers.member import NodeInfo
-from fusecache.peers.transport.wire import unpack_node_info
+from fusecache.peers.member import NodeInfo, unpack_node_info
 
 _MAX_BODY = 16 * 1024
 
 
 class HttpProbe:
-    """Asks nodes who they are; an async context manager. With `tls`, over mutual TLS."""
+    """Asks nodes who they are; an async context manager. `tls` is for mutual TLS. Sets no deadline: callers do."""
 
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self._client = httpx.AsyncClient(
             verify=tls if tls is not None else False,
             trust_env=False,
-            timeout=None,  # noqa: S113  who asks has a deadline
+            timeout=None,  # noqa: S113  the caller has a deadline
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=30),
         )
 
@@ -35,7 +34,7 @@ class HttpProbe:
         await self._client.__aexit__(kind, error, trace)
 
     async def __call__(self, url: str) -> NodeInfo:
-        """What the node says of itself. Raises PeerError, PeerRefusedError when TLS fails."""
+        """What the node at `url` says of itself. Raises PeerError, PeerRefusedError when TLS fails."""
         body = b""
         try:
             async with self._client.stream("GET", f"{url}/v1/health") as answer:
