@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import trio
@@ -13,6 +13,7 @@ import trio
 from fusecache.config.peer_settings import PeerSettings, is_loopback, split_address
 from fusecache.errors import ConfigError
 from fusecache.fetch.service import FetchService
+from fusecache.origin.interface import Origin
 from fusecache.peers.directory import PeerDirectory
 from fusecache.peers.exchange.block_service import BlockService
 from fusecache.peers.exchange.block_source import PeerBlockSource
@@ -24,9 +25,6 @@ from fusecache.peers.profiles import PeerProfiles
 from fusecache.peers.transport.server import PeerServer
 from fusecache.store.interface import BlockStore
 from fusecache.types import ObjectId
-
-if TYPE_CHECKING:
-    from fusecache.origin.interface import Origin
 
 _log = logging.getLogger(__name__)
 

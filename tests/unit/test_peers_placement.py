@@ -6,7 +6,7 @@ import math
 import statistics
 
 import xxhash
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusecache.peers.member import Member
@@ -33,6 +33,7 @@ def test_shares_are_by_weight() -> None:
     assert 0.73 < found.count(1) / 20_000 < 0.77
 
 
+@settings(deadline=None)
 @given(st.integers(2, 12), st.integers(0, 11))
 def test_who_leaves_gives_away_its_own_stripes_only(count: int, leaver: int) -> None:
     members = cluster(count)
@@ -53,6 +54,7 @@ def test_what_a_leaver_had_goes_to_all_the_others() -> None:
     assert statistics.pstdev(heirs.count(at) for at in range(7)) < 30
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(0, 500))
 def test_the_ranking_begins_with_the_owner_and_loses_no_order_without_it(count: int, stripe: int) -> None:
     members = cluster(count)
@@ -70,6 +72,7 @@ def score(member: Member, stripe: int) -> float:
     return -member.weight / math.log(((digest >> 12) + 0.5) / 2.0**52)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=40), st.integers(0, 1000), st.integers(1, 50))
 def test_the_short_cuts_lead_to_what_the_formula_says(weights: list[int], stripe: int, limit: int) -> None:
     members = [Member(f"n{at}", f"http://n{at}:1", weight << 40) for at, weight in enumerate(weights)]
@@ -87,6 +90,7 @@ def test_all_nodes_agree_whatever_the_order_they_know_the_others_in() -> None:
     )
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 6), max_size=60), st.one_of(st.none(), st.integers(0, 6)))
 def test_a_node_fetches_every_stripe_once_its_own_first(owned_by: list[int], me: int | None) -> None:
     order = fetch_order(owned_by, 7, me)
