@@ -1,4 +1,4 @@
-"""What the nodes of a cluster know of each other. It is built before the store, and serves nothing."""
+"""A node's knowledge of the other nodes. It is built before the store, and serves nothing."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import fusecache
 from fusecache.config.peer_settings import PeerSettings
 from fusecache.events import EventHub
 from fusecache.peers.coverage import PeerCoverage
-from fusecache.peers.exchange.outgoing import OutgoingBytes
 from fusecache.peers.member import PROTOCOL, NodeInfo
 from fusecache.peers.membership.table import MembershipTable
+from fusecache.peers.outgoing import OutgoingBytes
 from fusecache.peers.transport.client import PeerClient
 from fusecache.peers.transport.credentials import load_credentials
 
 
 class PeerDirectory:
-    """Who is there (`members`), which node has what (`coverage`), what this node owes the others (`outgoing`), and the
-    `client` that asks them. The parts are thread-safe. Until a PeerNode runs, nobody is there."""
+    """Which nodes there are (`members`), which node has what (`coverage`), how much this node still has to send
+    (`outgoing`), and the `client` that asks the others. The parts are thread-safe. Until a PeerNode runs, there are no
+    members."""
 
     def __init__(self, settings: PeerSettings, *, weight: int, block_size: int, events: EventHub) -> None:
         """`weight`: bytes of cache, which count unless the settings name a weight; `block_size` in bytes. Raises
@@ -48,7 +49,7 @@ class PeerDirectory:
         self.outgoing = OutgoingBytes()
 
     def own_info(self) -> NodeInfo:
-        """What this node says of itself, with the time of this moment."""
+        """This node's introduction to others, with the time of this moment."""
         return dataclasses.replace(self._own_info, time=time.time())
 
     def weight_shares(self) -> dict[str, float]:

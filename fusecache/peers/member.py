@@ -1,4 +1,4 @@
-"""What a node of a cluster is, and how it introduces itself to the others. Pure: no I/O."""
+"""A node of a cluster, and how it introduces itself to the others. Pure: no I/O."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Member:
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """What a node says of itself (GET /v1/health). `instance` is drawn at random at its start, `time` is in seconds
+    """A node's introduction (GET /v1/health). `instance` is drawn at random at its start, `time` is in seconds
     since the epoch."""
 
     name: str

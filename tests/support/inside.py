@@ -13,9 +13,9 @@ from fusecache.fetch.interface import FetchSettings
 from fusecache.fetch.service import FetchService
 from fusecache.peers.exchange.block_service import BlockService
 from fusecache.peers.exchange.block_source import PeerBlockSource
-from fusecache.peers.exchange.outgoing import OutgoingBytes
 from fusecache.peers.member import PROTOCOL, Member, NodeInfo
 from fusecache.peers.membership.table import MembershipTable
+from fusecache.peers.outgoing import OutgoingBytes
 from fusecache.peers.transport.client import PeerClient
 from fusecache.peers.transport.server import PeerServer
 from fusecache.store.store import Store

@@ -17,8 +17,8 @@ import trio
 from fusecache.peers.errors import PeerError, PeerMissError
 from fusecache.peers.exchange import block_service, block_source, policy, transfer_monitor
 from fusecache.peers.exchange.block_source import PeerBlockSource
-from fusecache.peers.exchange.outgoing import OutgoingBytes
 from fusecache.peers.member import Member
+from fusecache.peers.outgoing import OutgoingBytes
 from fusecache.peers.transport.client import PeerClient, RequestTimeout
 from fusecache.peers.transport.wire import BlockRequest
 from tests.support.inside import BLOCK, DATA, DEADLINE, FILE, STRIPE, STRIPES, Everybody, Node, running

@@ -12,9 +12,9 @@ import xxhash
 from fusecache.events import Event
 from fusecache.peers.errors import PeerConnectTimeoutError
 from fusecache.peers.exchange.block_source import PeerBlockSource
-from fusecache.peers.exchange.outgoing import OutgoingBytes
 from fusecache.peers.member import PROTOCOL, Member, NodeInfo
 from fusecache.peers.membership.table import MembershipTable
+from fusecache.peers.outgoing import OutgoingBytes
 from fusecache.peers.transport.client import PeerClient, TransferObserver
 from fusecache.peers.transport.wire import BlockRequest
 from tests.support.content import content

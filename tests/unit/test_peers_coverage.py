@@ -1,4 +1,4 @@
-"""What the other nodes have, as they say it."""
+"""The other nodes' objects, as those nodes list them."""
 
 from __future__ import annotations
 

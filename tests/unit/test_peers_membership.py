@@ -1,4 +1,4 @@
-"""Who is there, by a clock that waits for nobody."""
+"""Which nodes are members, by a clock that waits for nobody."""
 
 from __future__ import annotations
 

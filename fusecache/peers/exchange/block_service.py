@@ -23,9 +23,9 @@ from fusecache.fetch.service import FetchService
 from fusecache.fetch.waiter import Waiter
 from fusecache.peers.exchange import policy
 from fusecache.peers.exchange.block_source import PeerBlockSource
-from fusecache.peers.exchange.outgoing import OutgoingBytes
 from fusecache.peers.member import Member, NodeInfo
 from fusecache.peers.membership.table import MembershipTable
+from fusecache.peers.outgoing import OutgoingBytes
 from fusecache.peers.profiles import PeerProfiles
 from fusecache.peers.transport.server import BlockResponse, Piece
 from fusecache.peers.transport.wire import BlockRequest, RequestError

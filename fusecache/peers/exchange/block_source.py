@@ -31,11 +31,11 @@ from fusecache.peers.errors import (
 )
 from fusecache.peers.exchange import policy
 from fusecache.peers.exchange.breaker import CircuitBreaker, SpeedComparison
-from fusecache.peers.exchange.outgoing import OutgoingBytes
 from fusecache.peers.exchange.transfer_monitor import PeerTransfer, TransferMonitor
 from fusecache.peers.member import Member
 from fusecache.peers.membership.placement import rank_members
 from fusecache.peers.membership.table import MembershipTable
+from fusecache.peers.outgoing import OutgoingBytes
 from fusecache.peers.transport.client import PeerClient
 from fusecache.peers.transport.wire import BlockRequest
 from fusecache.semaphore import ResizableSemaphore

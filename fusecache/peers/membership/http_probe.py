@@ -34,7 +34,7 @@ class HttpProbe:
         await self._client.__aexit__(kind, error, trace)
 
     async def __call__(self, url: str) -> NodeInfo:
-        """What the node at `url` says of itself. Raises PeerError, PeerRefusedError when TLS fails."""
+        """The introduction of the node at `url`. Raises PeerError, PeerRefusedError when TLS fails."""
         body = b""
         try:
             async with self._client.stream("GET", f"{url}/v1/health") as answer:

@@ -73,8 +73,8 @@ class Candidate:
 
     @property
     def published_state(self) -> tuple[str, str, int]:
-        """What the members are made of. Publishing takes 10 ms in a cluster of 10,000, and there are 100 probes a
-        second: so it is done only when this has changed."""
+        """The part from which the members are made. Publishing them takes 10 ms in a cluster of 10,000, and there are
+        100 probes a second: so it is done only when this has changed."""
         return self.state, self.name, self.node_info.weight if self.node_info is not None else 0
 
 

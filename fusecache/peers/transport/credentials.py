@@ -1,4 +1,4 @@
-"""What a node proves its membership with: the cluster's shared secret, and certificates."""
+"""The proofs of membership that a node has: the cluster's shared secret, and certificates."""
 
 from __future__ import annotations
 

@@ -42,7 +42,6 @@ from fusecache.fetch.service import FetchService
 from fusecache.origin.factory import open_origin
 from fusecache.origin.interface import Origin
 from fusecache.peers.directory import PeerDirectory
-from fusecache.peers.exchange.block_source import PeerBlockSource
 from fusecache.peers.node import PeerNode, make_block_source
 from fusecache.peers.profiles import PeerProfiles
 from fusecache.prefetch.profiles.access_profile import MAX_BYTES, check_profile
@@ -255,13 +254,17 @@ async def _build_and_serve(config: MountConfig, keeper_link: KeeperLink, daemon_
         journal = OpenFileJournal(directory / "open", discard_existing=keeper_link.answered_init is None)
         upgrade = False
         orders = ProfileStore(config.cache_dir)
-        block_source: PeerBlockSource | None = None
-        others: PeerProfiles | None = None
-        if peer_directory is not None:
-            block_source = make_block_source(
+        block_source = (
+            None
+            if peer_directory is None
+            else make_block_source(
                 config.peers, peer_directory, origins, concurrency=config.tuning.concurrency
             )
-            others = PeerProfiles(
+        )
+        others = (
+            None
+            if peer_directory is None
+            else PeerProfiles(
                 peer_directory.name,
                 peer_directory.members,
                 peer_directory.client,
@@ -269,6 +272,7 @@ async def _build_and_serve(config: MountConfig, keeper_link: KeeperLink, daemon_
                 check_profile=check_profile,
                 max_bytes=MAX_BYTES,
             )
+        )
         with FetchService(
             store, origins, catalog_view, settings, block_source, orders, others, inspector
         ) as fetch_service:
