@@ -17,7 +17,7 @@ _SEPARATOR = re.compile(r"[;\s]+")
 
 
 def _split_words(value: Any) -> Any:
-    """One text with spaces or semicolons between is a list, too: commas part options."""
+    """A text with spaces or semicolons between the words is a list, too: commas separate options."""
     if isinstance(value, str):
         return tuple(word for word in _SEPARATOR.split(value) if word)
     return value

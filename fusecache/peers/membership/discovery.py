@@ -1,4 +1,4 @@
-"""Where the other nodes may be: a list, or the addresses of a name. See etcd.py for the third way."""
+"""Where the other nodes may be: a list, or the addresses of a name. The third way, etcd, has a module of its own."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ CandidatesListener = Callable[[frozenset[str]], None]
 
 
 class Discovery(Protocol):
-    """A source of candidates."""
+    """A source of candidates: URLs at which a node may be."""
 
     async def run(self, on_candidates: CandidatesListener) -> None:
-        """Call `found` with the URLs of all nodes there may be, at once and whenever they change; for ever. Its own
-        troubles are logged once and tried again; what was found before holds meanwhile."""
+        """Call `on_candidates` with the URLs of all nodes there may be, at once and whenever they change; never
+        returns. A discovery that fails logs it once and tries again; meanwhile the candidates found before stay."""
         ...
 
 
 class StaticDiscovery:
-    """Always these."""
+    """The nodes that the settings list."""
 
     def __init__(self, urls: Iterable[str]) -> None:
         self._urls = frozenset(urls)
 
     async def run(self, on_candidates: CandidatesListener) -> None:
-        """See Discovery."""
+        """Report the list once, and sleep."""
         on_candidates(self._urls)
         await trio.sleep_forever()
 
 
 class DnsDiscovery:
-    """The addresses of a name, like a headless Service's. `lookup` is like trio.socket.getaddrinfo."""
+    """The addresses of a name, like those of a headless Service. `interval` is in seconds; `resolve_host` is like
+    trio.socket.getaddrinfo."""
 
     def __init__(
         self,
@@ -59,29 +60,29 @@ class DnsDiscovery:
         self._resolve_host = resolve_host
 
     async def run(self, on_candidates: CandidatesListener) -> None:
-        """See Discovery."""
+        """Look the name up every few seconds, and report its addresses when they changed."""
         known: frozenset[str] = frozenset()
         trouble = ""
         while True:
-            why = "it has no addresses"
+            reason = "it has no addresses"
             urls: frozenset[str] = frozenset()
             try:
                 with trio.fail_after(_RESOLVE_TIMEOUT):
                     urls = await self._resolve_urls()
             except trio.TooSlowError:
-                why = f"no answer within {_RESOLVE_TIMEOUT:g} s"
+                reason = f"no answer within {_RESOLVE_TIMEOUT:g} s"
             except OSError as error:
-                why = error.strerror or str(error)
+                reason = error.strerror or str(error)
             if urls and urls != known:
                 known = urls
                 on_candidates(known)
             elif not urls and not trouble:
-                trouble = why
+                trouble = reason
                 _log.warning(
                     "peers.dns=%s:%d: %s: going on with the %d addresses known before",
                     self._host,
                     self._port,
-                    why,
+                    reason,
                     len(known),
                 )
             if urls:

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 _TIMEOUT = 5.0
 _WATCH_SILENCE_TIMEOUT = 30.0
-"""Seconds without a word on a watch after which the keys are read anew."""
+"""Seconds without a message on a watch after which the keys are read anew."""
 _RETRY_DELAYS = (0.2, 5.0)
 _MAX_KEYS = 20_000
 _MAX_VALUE_CHARS = 4096
@@ -33,8 +33,16 @@ _REVOKE_TIMEOUT = 1.0
 
 
 class EtcdDiscovery:
-    """See Discovery. `me` is what others need to know of this node ({"name", "url"}), None: it only looks; `instance`
-    tells it from another of its name; `ttl` of the lease in seconds."""
+    """The nodes that have a key below `prefix` in etcd. `own_entry` is this node's value ({"name", "url"}); None: it
+    does not serve, and has no key. `instance` tells this node from another one of its name; `ttl` is that of the lease,
+    in seconds.
+
+    | Session | What happens | Next |
+    |---|---|---|
+    | none | a server answers: lease, key, all keys | watching |
+    | watching | a message: the candidates change | watching |
+    | watching | the stream ends, or is silent for long; the lease is lost | none, with the next server |
+    """
 
     def __init__(
         self,
@@ -60,13 +68,13 @@ class EtcdDiscovery:
         self._rejected_keys: set[str] = set()
 
     async def run(self, on_candidates: CandidatesListener) -> None:
-        """See Discovery."""
-        rest = _RETRY_DELAYS[0]
+        """Keep this node's key alive, and report the nodes that have one; a session at a time."""
+        delay = _RETRY_DELAYS[0]
         async with self._make_client() as http:
             while True:
                 try:
                     await self._run_session(http, on_candidates)
-                    rest = _RETRY_DELAYS[0]
+                    delay = _RETRY_DELAYS[0]
                 except* (httpx.HTTPError, ValueError, KeyError, TypeError, trio.TooSlowError) as group:
                     error = first_error(group)
                     if not self._is_failing:
@@ -80,8 +88,8 @@ class EtcdDiscovery:
                     if self._reported_urls is None:
                         self._report_candidates(on_candidates)
                 self._servers.append(self._servers.pop(0))
-                await trio.sleep(rest * random.uniform(0.5, 1.0))  # noqa: S311  jitter
-                rest = min(_RETRY_DELAYS[1], rest * 2)
+                await trio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311  jitter
+                delay = min(_RETRY_DELAYS[1], delay * 2)
 
     def _report_candidates(self, on_candidates: CandidatesListener) -> None:
         urls = frozenset(self._urls_by_key.values())
@@ -90,7 +98,7 @@ class EtcdDiscovery:
             on_candidates(urls)
 
     async def _run_session(self, http: httpx.AsyncClient, on_candidates: CandidatesListener) -> None:
-        """Join and watch with one server, until something fails."""
+        """Join and watch with the first server, until the watch ends or something fails."""
         lease: int | None = None
         if self._own_entry is not None:
             lease = int((await self._post_command(http, "lease/grant", {"TTL": self._ttl}))["ID"])
@@ -129,7 +137,7 @@ class EtcdDiscovery:
                         _log.debug("the lease ends by itself")
 
     async def _keep_lease_alive(self, http: httpx.AsyncClient, lease: int) -> None:
-        """Renew the lease; returns never, raises ValueError when it is lost."""
+        """Renew the lease every third of its time; never returns. Raises ValueError when the lease is lost."""
         while True:
             await trio.sleep(self._ttl / 3)
             answer = await self._post_command(http, "lease/keepalive", {"ID": str(lease)})
@@ -139,7 +147,7 @@ class EtcdDiscovery:
     async def _follow_changes(
         self, http: httpx.AsyncClient, span: Mapping[str, str], on_candidates: CandidatesListener
     ) -> None:
-        """Follow changes until the stream ends, or is silent for long."""
+        """Apply changes of keys until the stream ends, or is silent for long."""
         request = {"create_request": {**span, "progress_notify": True}}
         url = f"{self._servers[0]}/v3/watch"
         timeout = httpx.Timeout(_TIMEOUT, read=_WATCH_SILENCE_TIMEOUT)
@@ -158,7 +166,7 @@ class EtcdDiscovery:
                 self._report_candidates(on_candidates)
 
     def _add_candidate(self, urls_by_key: dict[str, str], item: Mapping[str, Any]) -> None:
-        """Take a node in; what is not one is left out and told once."""
+        """Add the node that an item of etcd describes; an item that describes none is logged once and left out."""
         key = ""
         try:
             key = _decode_base64(item["key"])
@@ -188,7 +196,7 @@ class EtcdDiscovery:
 
 
 async def _bounded_lines(answer: httpx.Response) -> AsyncIterator[str]:
-    """Lines, none of them longer than an answer can be."""
+    """The lines of a stream, without empty ones. Raises ValueError for one that is longer than any answer of etcd."""
     left = ""
     async for part in answer.aiter_text():
         left += part

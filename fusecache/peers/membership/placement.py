@@ -1,8 +1,9 @@
-"""Which node has which stripe: weighted rendezvous hashing. Pure.
+"""Which node owns which stripe: weighted rendezvous hashing. Pure.
 
-Each node scores each stripe, with no regard to the others: -weight / ln(hash as a number in (0, 1)); the highest score
-has it, in proportion to the weights (Schindelhauer and Schomaker, SPAA 2005). So a node that leaves gives away its own
-stripes and no others, to all the rest in proportion, and one that joins takes its share and nothing else moves.
+Each node has a score for each stripe, whatever the other nodes are: -weight / ln(hash as a number in (0, 1)). The node
+with the highest score owns the stripe, so that the shares are in proportion to the weights (Schindelhauer and
+Schomaker, SPAA 2005). A node that leaves gives its own stripes away and no others, to all the rest in proportion; one
+that joins takes its share, and no other stripe moves.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ WHOLE_OBJECT = -1
 
 
 def stripe_count(size: int, stripe_bytes: int) -> int:
-    """Stripes of `stripe` bytes of an object of `size` bytes."""
+    """Number of stripes of `stripe_bytes` in an object of `size` bytes."""
     return -(-size // stripe_bytes)
 
 
 def _member_hashes(object_id: ObjectId, stripe: int, seeds: Sequence[int]) -> list[int]:
-    """One per node, without a loop in Python: 0.5 ms for 10,000 nodes."""
+    """A hash of the stripe per node. No loop in Python: 0.5 ms for 10,000 nodes."""
     key = b"%s/%d" % (object_id.encode("ascii"), stripe)
     return list(map(xxhash.xxh3_64_intdigest, repeat(key), seeds))
 
@@ -37,8 +38,8 @@ def _score(digest: int, weight: int) -> float:
 
 
 def _group_by_weight(members: Sequence[Member]) -> list[tuple[int, list[int]]]:
-    """(weight, indexes of the nodes that have it). Among them the score grows with the hash, so that only the largest
-    hashes need a logarithm; most clusters have one weight, or a few."""
+    """(weight, indexes of the nodes that have it). Among nodes of one weight the score grows with the hash, so that
+    only the largest hashes need a logarithm; most clusters have one weight, or a few."""
     found: dict[int, list[int]] = {}
     for at, member in enumerate(members):
         found.setdefault(member.weight, []).append(at)
@@ -48,7 +49,8 @@ def _group_by_weight(members: Sequence[Member]) -> list[tuple[int, list[int]]]:
 def rank_members(
     object_id: ObjectId, stripe: int, members: Sequence[Member], limit: int | None = None
 ) -> list[Member]:
-    """The nodes in the order in which they have to do with this stripe: the owner first. `limit`: only so many."""
+    """The nodes in the order of their scores for this stripe, the owner first; with `limit` the first so many of
+    them."""
     most = len(members) if limit is None else limit
     hashes = _member_hashes(object_id, stripe, [member.seed for member in members])
     scored = []
@@ -66,7 +68,7 @@ def rank_members(
 
 
 def find_stripe_owners(object_id: ObjectId, count: int, members: Sequence[Member]) -> list[int]:
-    """Index into `members` of the owner of each stripe. There has to be a member."""
+    """Index into `members` of the owner of each of the first `count` stripes. `members` must not be empty."""
     groups = [
         (weight, indexes, [members[at].seed for at in indexes])
         for weight, indexes in _group_by_weight(members)
@@ -85,12 +87,13 @@ def find_stripe_owners(object_id: ObjectId, count: int, members: Sequence[Member
 def fetch_order(
     owner_by_stripe: Sequence[int], member_count: int, own_index: int | None, group_limit: int = 1 << 30
 ) -> list[int]:
-    """The order in which one node fetches the stripes whose owners are given: one of each owner in turn, beginning with
-    itself, then its successor. So nodes that start together ask each owner one at a time, and each of an owner's
-    stripes, in ascending order, is asked for by all about when it comes from the origin.
+    """The order in which one node fetches the stripes whose owners are given: one stripe of each owner in turn,
+    beginning with its own, then its successor's. So nodes that start together ask different owners, and all of them ask
+    for each stripe of an owner at about the time when that stripe comes from the origin. `own_index` is None for a node
+    that is no member.
 
-    More than `together` owners are parted into groups, one after the other for all nodes: within each a node begins
-    with itself, or at a place of its own.
+    More than `group_limit` owners are divided into groups, which all nodes take in the same order: within a group a
+    node begins with itself, or at a place of its own.
     """
     first = 0 if own_index is None else own_index
     size = -(-member_count // -(-member_count // group_limit))

@@ -1,7 +1,7 @@
 """Which requests are answered: those that are signed with the cluster's shared secret.
 
 A signature is an HMAC-SHA256 over the method, the target (path and query: the object and the range), the tenant, the
-node, the time, a nonce, and every header whose name begins with `fusecache-`. It holds for a minute around the
+node, the time, a nonce, and every header whose name begins with `fusecache-`. It is good for a minute around the
 server's clock, and once: the server remembers the nonces of that window.
 """
 
@@ -20,9 +20,9 @@ from fusecache.peers.transport.wire import RequestError
 
 AUTH_SCHEME = "Fusecache-HMAC-SHA256"
 MAX_CLOCK_SKEW = 60.0
-"""Seconds that a request's time may be off."""
+"""Seconds by which the time of a request may differ from the server's clock."""
 _MAX_NONCES = 400_000
-"""Remembered at a time; a server that got more within the window takes no further ones."""
+"""Nonces remembered at a time; a server that got more within the window refuses further requests."""
 _AUTH_FIELD = re.compile(r"(node|tenant|time|nonce|signature)=([A-Za-z0-9._-]{0,64})")
 
 
@@ -54,7 +54,7 @@ class RequestSigner:
     def authorization_header(
         self, method: str, target: str, headers: Mapping[str, str], clock_offset: float = 0.0
     ) -> str:
-        """The Authorization header of a request. `clock_offset`: how many seconds the server's clock is ahead."""
+        """The Authorization header of a request. `clock_offset`: seconds by which the server's clock is ahead."""
         now = str(int(self._clock() + clock_offset))
         nonce = secrets.token_hex(16)
         signature = _sign_request(
@@ -67,7 +67,8 @@ class RequestSigner:
 
 
 class RequestVerifier:
-    """Checks the signatures of requests, with one secret and for one tenant. Thread-safe."""
+    """Checks the signatures of requests, with one secret and for one tenant. Thread-safe: `_lock` guards the nonces and
+    is a leaf. `clock` gives seconds since the epoch."""
 
     def __init__(self, secret: str, tenant: str, clock: Callable[[], float] = time.time) -> None:
         self._secret = secret.encode()
@@ -75,11 +76,11 @@ class RequestVerifier:
         self._clock = clock
         self._lock = threading.Lock()
         self._seen_nonces: OrderedDict[str, float] = OrderedDict()
-        """Nonce -> when it may be forgotten, oldest first."""
+        """Nonce -> time at which it may be forgotten, oldest first."""
 
     def verify_request(self, method: str, target: str, headers: Mapping[str, str]) -> str:
-        """The name of the node that signed this request; header names are in lower case. Raises RequestError 401, or
-        403 for another tenant. A 401 carries our time, so that a node with a wrong clock can still ask."""
+        """The name of the node that signed this request; header names are in lower case. Raises RequestError 401, 403
+        for another tenant, or 503. A 401 carries this node's time, so that a node with a wrong clock can still ask."""
         now = self._clock()
         scheme, _, rest = headers.get("authorization", "").partition(" ")
         if scheme != AUTH_SCHEME:
@@ -92,8 +93,8 @@ class RequestVerifier:
             fields[match[1]] = match[2]
         if len(fields) != 5 or not NAME_PATTERN.fullmatch(fields["node"]) or not fields["time"].isdecimal():
             raise self._unauthorized_error("the Authorization header can't be read", now)
-        who = (fields["tenant"], fields["node"], fields["time"], fields["nonce"])
-        expected = _sign_request(self._secret, method, target, headers, who)
+        signer_fields = (fields["tenant"], fields["node"], fields["time"], fields["nonce"])
+        expected = _sign_request(self._secret, method, target, headers, signer_fields)
         if not hmac.compare_digest(expected, fields["signature"]):
             raise self._unauthorized_error("the signature is wrong: peers.secret differs", now)
         if fields["tenant"] != self._tenant:
@@ -118,5 +119,5 @@ class RequestVerifier:
                 raise self._unauthorized_error("this request was made before", now)
             if len(self._seen_nonces) >= _MAX_NONCES:
                 raise RequestError(503, "too many requests", {"Retry-After": "1"})
-            # a time up to WINDOW ahead of ours is taken: remember until it is WINDOW behind
+            # a time up to MAX_CLOCK_SKEW ahead of this clock is accepted: remember until it is as much behind
             self._seen_nonces[nonce] = now + 2 * MAX_CLOCK_SKEW

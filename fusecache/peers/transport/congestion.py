@@ -2,7 +2,7 @@
 
 BBR sends by a timer per connection. Between neighbours that gains nothing and costs CPU: over the loopback one iperf3
 moves 2.6 GB/s with it and 4.6 GB/s with CUBIC on the same machine. So where BBR is the system's choice, which is made
-with distant clients in mind, CUBIC takes its place; whoever knows better says so (`peers.congestion`).
+with distant clients in mind, CUBIC takes its place, unless `peers.congestion` names another algorithm.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ _AVAILABLE_PATH = "/proc/sys/net/ipv4/tcp_available_congestion_control"
 
 
 def read_congestion_control(sock: trio.socket.SocketType) -> str:
-    """The name of its congestion control."""
+    """The name of the congestion control of a TCP socket."""
     name: bytes = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, _MAX_NAME_BYTES)
     return name.rstrip(b"\0").decode("ascii", "replace")
 
 
 def set_congestion_control(listener: trio.socket.SocketType, algorithm: str) -> None:
-    """For all connections that it accepts. `wanted`: a name, or '' for what is best. Raises ConfigError."""
+    """Choose the algorithm of all connections that the listener accepts; "": the system's, but CUBIC instead of BBR.
+    Raises ConfigError when the kernel does not have the algorithm."""
     if not algorithm:
         if read_congestion_control(listener).startswith("bbr"):
             with contextlib.suppress(OSError):  # it stays as it is

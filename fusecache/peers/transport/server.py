@@ -1,8 +1,9 @@
-"""The server's end of the exchange: h11 on trio, bodies with sendfile(2) in threads.
+"""The server's end of the protocol between nodes: h11 on trio, bodies with sendfile(2) in threads.
 
-One task per connection. It waits for blocks that are still on their way without a thread, and takes one only to send
-what is there: the event loop touches neither the disk nor a full socket. What can't be understood is answered with
-400 and the connection is closed; no more than a head is ever read, since no request has a body.
+There is one task per connection. It waits without a thread for blocks that are still on their way, and takes a thread
+only to send blocks that are there: the event loop touches neither the disk nor a full socket. A request that can't be
+understood is answered with 400, and the connection is closed; the server never reads more than a head, since no request
+has a body. The module knows nothing of fetching: a PeerRequestHandler has the blocks.
 """
 
 from __future__ import annotations
@@ -47,21 +48,21 @@ _IDLE_TIMEOUT = 60.0
 _HEAD_TIMEOUT = 10.0
 """Seconds in which a begun head, or a short answer, has to pass."""
 _STALL_TIMEOUT = 15.0
-"""Seconds without a byte taken after which a receiver is given up."""
+"""Seconds after which the server gives up a receiver that takes no byte."""
 _STOP_POLL_INTERVAL = 0.25
-"""Seconds between looks at whether the server ends."""
+"""Seconds after which a thread that waits for room in a socket looks whether the server ends."""
 _TLS_CHUNK = 256 * 1024
 _BACKLOG = 1024
 _TCP_NOTSENT_LOWAT = 25
 """tcp(7); Python 3.11 has no name for it."""
 _MAX_UNSENT = 256 * 1024
-"""Bytes that a socket takes beyond what is on its way: an answer that waits for room is seen to wait, instead of lying
-in the kernel's buffer, and the next caller can be sent elsewhere."""
+"""Bytes that a socket takes beyond those on the wire. With this limit the bytes of a slow receiver are still counted as
+unsent, instead of lying in the kernel's buffer, and the next caller can be sent to another node."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One block that is there: `length` bytes at `offset` of the file `fd`, or `data`."""
+    """One block that is there: `length` bytes at `offset` of the file `fd`, or those in `data`."""
 
     block: int
     checksum: int
@@ -72,54 +73,62 @@ class Piece:
 
 
 class BlockResponse(Protocol):
-    """The answer to a request for blocks, in the making."""
+    """The answer to one request for blocks. The server calls it in the trio thread, and closes it in any case."""
 
     block_lengths: Sequence[int]
-    """Of the blocks, in bytes."""
+    """Bytes of each requested block, in order."""
     all_stored: bool
-    """All of them are there already."""
+    """Whether this node had all of the blocks when the answer began."""
 
     async def next_pieces(self) -> list[Piece] | float:
-        """The next blocks, in order, at least one: waits until it is there. Or, some seconds later, how many seconds
-        ago it was certain that they are on their way, and worth waiting for. Raises FusecacheError when they can't be
-        had, trio.TooSlowError when the request's deadline is over. The pieces hold until the next call."""
+        """Wait for the next blocks in order, and return at least one of them. While they do not come, return every few
+        seconds for how long (in seconds) it has been uncertain that they are on their way. The pieces are valid until
+        the next call. Raises FusecacheError when the blocks can't be had, trio.TooSlowError when the deadline of the
+        request has passed or the blocks are not worth waiting for any more."""
         ...
 
     def close(self) -> None:
-        """No more is wanted."""
+        """The server wants no more of it. Must be called once; blocks nothing."""
         ...
 
 
 class PeerRequestHandler(Protocol):
-    """What a server asks of its node."""
+    """The node that a server answers for."""
 
     def node_info(self) -> NodeInfo:
-        """See Health; quick."""
+        """This node's introduction. Quick; called in the trio thread."""
         ...
 
     def coverage(self) -> list[dict[str, Any]]:
-        """What is stored of which object. In a thread."""
+        """How much this node has of which object, ready for JSON. Called in a thread, since it may take a while."""
         ...
 
     def metrics_page(self) -> str:
-        """In the text format of Prometheus. In a thread."""
+        """The metrics, in the text format of Prometheus. Called in a thread, since it may take a while."""
         ...
 
     def load_profile(self, name: str, caller: str, caller_has_profile: bool) -> bytes | None:
-        """The recording of this name; `have`: who asks, this node, has it. In a thread."""
+        """The access profile of this name; None: this node has none. `caller_has_profile`: the node `caller` has it,
+        and lets this one take it. Called in a thread; does I/O."""
         ...
 
     async def begin_response(self, request: BlockRequest) -> BlockResponse:
-        """Begin to answer; may wait for its turn. Raises RequestError."""
+        """Begin to answer; waits in a queue while too many answers are under way. Raises RequestError, which is then
+        the answer."""
         ...
 
     def count_sent(self, caller: str, nbytes: int) -> None:
-        """So many bytes of blocks went to this node. Any thread."""
+        """So many bytes of blocks went to the node `caller` ("": the caller gave no name). Called from any thread."""
         ...
 
 
 class PeerServer:
-    """Answers requests at (host, port) with what `handler` has; port 0: any free port."""
+    """Answers requests at (host, port) with what `handler` has; port 0: any free port. At most `connections` are open
+    at a time: when another client waits, the one that has been idle for longest is closed. With a `verifier` requests
+    have to be signed, with `tls` clients need a certificate. `congestion` names the TCP congestion control.
+
+    All state belongs to the trio thread, but for the event that tells the sending threads that the server ends.
+    """
 
     def __init__(
         self,
@@ -140,7 +149,7 @@ class PeerServer:
         self._congestion = congestion
         self._connection_slots = trio.Semaphore(connections)
         self._idle_scopes: dict[trio.CancelScope, None] = {}
-        """Of connections that wait for a request, the one that waits longest first."""
+        """Scopes of the connections that wait for a request, the one that has waited for longest first."""
         self._stopping = threading.Event()
         self._thread_limiter = trio.CapacityLimiter(256)
 
@@ -168,7 +177,7 @@ class PeerServer:
     async def _accept_connections(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
         while True:
             if not self._connection_slots.value and self._idle_scopes:
-                # in a cluster of more nodes than connections each would keep one for a minute that others wait for
+                # with more nodes than connections each idle one would be kept for a minute, while other nodes wait
                 next(iter(self._idle_scopes)).cancel()
             await self._connection_slots.acquire()
             try:
@@ -207,14 +216,15 @@ class PeerServer:
             self._connection_slots.release()
 
     def authenticate_request(self, method: str, target: str, headers: Mapping[str, str]) -> str:
-        """The node that asks. Raises RequestError."""
+        """The name of the calling node: the proved one, or without signatures the one that it claims ("": none).
+        Raises RequestError 401, 403 or 503."""
         if self._verifier is None:
             return headers.get("fusecache-node", "")
         return self._verifier.verify_request(method, target, headers)
 
     @contextlib.contextmanager
     def waiting_for_request(self, scope: trio.CancelScope) -> Iterator[None]:
-        """While a connection waits for a request; the scope is cancelled when others need its place."""
+        """Entered while a connection waits for a request: `scope` is cancelled when another client needs its place."""
         if self._connection_slots.statistics().tasks_waiting:
             scope.cancel()
         self._idle_scopes[scope] = None
@@ -225,30 +235,33 @@ class PeerServer:
 
     @property
     def handler(self) -> PeerRequestHandler:
-        """Whom it serves."""
+        """The node that has the answers."""
         return self._handler
 
     async def run_in_thread(self, work: Callable[[], Any]) -> Any:
-        """Run what may wait for a disk or a socket."""
+        """Run `work`, which may wait for a disk or a socket, in a thread, and return its result."""
         return await trio.to_thread.run_sync(work, limiter=self._thread_limiter)
 
     @property
     def is_stopping(self) -> bool:
-        """Whether threads have to give up."""
+        """Whether the server ends, and threads have to give up."""
         return self._stopping.is_set()
 
 
 class _ServerConnection:
+    """One client's connection, served by one task: h11 keeps its state, which is idle, a request read, or an answer
+    begun."""
+
     def __init__(self, server: PeerServer, stream: trio.abc.Stream, raw_socket: socket.socket | None) -> None:
         self._server = server
         self._stream = stream
         self._raw_socket = raw_socket
-        """A second descriptor of the socket, not blocking; None: TLS."""
+        """A second, non-blocking descriptor of the socket, for sendfile(2); None: TLS, where Python sends the bytes."""
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
         self._has_answered = False
 
     async def run(self) -> None:
-        """Answer requests until either side has enough."""
+        """Answer requests until either side closes the connection."""
         while True:
             try:
                 request = await self._read_request()
@@ -268,19 +281,19 @@ class _ServerConnection:
     async def _read_request(self) -> h11.Request | None:
         """The next request, with the end of its (empty) body; None: there is none."""
         request: h11.Request | None = None
-        patience = _IDLE_TIMEOUT
+        timeout = _IDLE_TIMEOUT
         while True:
-            with trio.move_on_after(patience) as scope:
+            with trio.move_on_after(timeout) as scope:
                 while True:
                     event = self._http.next_event()
                     if event is not h11.NEED_DATA:
                         break
-                    kept = self._has_answered and patience == _IDLE_TIMEOUT
-                    with self._server.waiting_for_request(scope) if kept else contextlib.nullcontext():
+                    is_idle = self._has_answered and timeout == _IDLE_TIMEOUT
+                    with self._server.waiting_for_request(scope) if is_idle else contextlib.nullcontext():
                         data = await self._stream.receive_some(65536)
                     self._http.receive_data(bytes(data))
-                    if data and patience == _IDLE_TIMEOUT:
-                        patience = _HEAD_TIMEOUT
+                    if data and timeout == _IDLE_TIMEOUT:
+                        timeout = _HEAD_TIMEOUT
                         scope.deadline = trio.current_time() + _HEAD_TIMEOUT
             if scope.cancelled_caught or isinstance(event, h11.ConnectionClosed):
                 return None
@@ -313,7 +326,7 @@ class _ServerConnection:
                 200, pack_node_info(server.handler.node_info()), "application/json"
             )
             return
-        asking = server.authenticate_request(method, target, headers)
+        caller = server.authenticate_request(method, target, headers)
         if target == "/v1/objects":
             body = json.dumps(await server.run_in_thread(server.handler.coverage)).encode() + b"\n"
             await self._send_short_response(200, body, "application/json")
@@ -321,22 +334,25 @@ class _ServerConnection:
             text = await server.run_in_thread(server.handler.metrics_page)
             await self._send_short_response(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
         elif (name := parse_profile_target(target)) is not None:
-            node, have = asking or headers.get("fusecache-node", ""), headers.get("fusecache-have") == "1"
-            data = await server.run_in_thread(lambda: server.handler.load_profile(name, node, have))
+            node, has_profile = (
+                caller or headers.get("fusecache-node", ""),
+                headers.get("fusecache-have") == "1",
+            )
+            data = await server.run_in_thread(lambda: server.handler.load_profile(name, node, has_profile))
             if data is None:
-                raise RequestError(404, "no recording of this name is here")
+                raise RequestError(404, "no profile of this name is here")
             await self._send_short_response(200, data, "application/octet-stream")
         else:
-            wanted = parse_block_request(target, headers)
-            if asking and wanted.caller and asking != wanted.caller:
+            request = parse_block_request(target, headers)
+            if caller and request.caller and caller != request.caller:
                 raise RequestError(400, "Fusecache-Node is not who signed")
-            await self._serve_blocks(wanted)
+            await self._serve_blocks(request)
 
     async def _serve_blocks(self, request: BlockRequest) -> None:
-        with contextlib.closing(await self._server.handler.begin_response(request)) as offer:
+        with contextlib.closing(await self._server.handler.begin_response(request)) as response:
             pieces: list[Piece] | None
             try:
-                while isinstance(found := await offer.next_pieces(), float):
+                while isinstance(found := await response.next_pieces(), float):
                     await self._send_still_waiting(request, found)
                 pieces = found
             except FusecacheError as error:
@@ -344,14 +360,14 @@ class _ServerConnection:
             except trio.TooSlowError:
                 raise RequestError(504, "not within the deadline") from None
             overhead = FRAME_HEADER.size if request.with_frames else 0
-            length = sum(offer.block_lengths) + overhead * len(offer.block_lengths)
+            length = sum(response.block_lengths) + overhead * len(response.block_lengths)
             head = [
                 ("Content-Type", CONTENT_TYPE if request.with_frames else "application/octet-stream"),
                 ("Content-Length", str(length)),
-                ("Fusecache-Stored", "1" if offer.all_stored else "0"),
+                ("Fusecache-Stored", "1" if response.all_stored else "0"),
             ]
             begun = self._http.send(h11.Response(status_code=200, headers=head, reason=b"OK")) or b""
-            left = len(offer.block_lengths)
+            left = len(response.block_lengths)
             while pieces:
                 await self._send_pieces(begun, pieces, request)
                 begun = b""
@@ -359,7 +375,7 @@ class _ServerConnection:
                 pieces = None
                 if left:
                     try:
-                        while isinstance(found := await offer.next_pieces(), float):
+                        while isinstance(found := await response.next_pieces(), float):
                             pass
                         pieces = found
                     except (FusecacheError, trio.TooSlowError) as error:
@@ -370,7 +386,7 @@ class _ServerConnection:
             self._http.send(h11.EndOfMessage())
 
     async def _send_still_waiting(self, request: BlockRequest, age: float) -> None:
-        """Tell another node that there is no reason to ask elsewhere yet."""
+        """Send a node an interim answer: it has no reason to ask elsewhere yet."""
         if request.caller:
             head = h11.InformationalResponse(
                 status_code=102, headers=[(AGE_HEADER, f"{age:.3f}")], reason=b"Processing"
@@ -378,7 +394,7 @@ class _ServerConnection:
             await self._send_bytes(self._http.send(head))
 
     async def _send_pieces(self, head: bytes, pieces: Sequence[Piece], request: BlockRequest) -> None:
-        """Send `begun`, then blocks that are there, their frames before them if they are wanted."""
+        """Send `head`, then the pieces, each after its frame header unless the caller wants the bytes alone."""
         for piece in pieces:
             size = piece.length + (FRAME_HEADER.size if request.with_frames else 0)
             # h11 counts the bytes by len(), and hands back what it would frame: nothing, in a body with a length
@@ -413,18 +429,18 @@ class _ServerConnection:
     def _sendfile_pieces(
         self, raw: socket.socket, head: bytes, pieces: Sequence[Piece], request: BlockRequest
     ) -> None:
-        """In a thread. Raises OSError, TimeoutError among them."""
-        patience = _SocketSender(raw, lambda: self._server.is_stopping)
-        patience.send_bytes(head, socket.MSG_MORE)
+        """Blocks: runs in a thread. Raises OSError, TimeoutError among them."""
+        sender = _SocketSender(raw, lambda: self._server.is_stopping)
+        sender.send_bytes(head, socket.MSG_MORE)
         for piece in pieces:
             if request.with_frames:
-                patience.send_bytes(
+                sender.send_bytes(
                     FRAME_HEADER.pack(piece.checksum, piece.length, piece.block), socket.MSG_MORE
                 )
             if piece.data is not None:
-                patience.send_bytes(piece.data, 0)
+                sender.send_bytes(piece.data, 0)
             else:
-                patience.send_file_range(piece.fd, piece.offset, piece.length)
+                sender.send_file_range(piece.fd, piece.offset, piece.length)
             self._server.handler.count_sent(request.caller, piece.length)
 
     async def _send_short_response(
@@ -456,7 +472,7 @@ class _ServerConnection:
 
 
 class _ByteCount:
-    """So many bytes, for h11's count."""
+    """Stands for so many bytes where h11 only counts them."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -466,7 +482,8 @@ class _ByteCount:
 
 
 class _SocketSender:
-    """Sends on a socket that does not block, and waits at most _STALLED seconds for room. Raises OSError."""
+    """Sends on a non-blocking socket from a thread; waits for room for _STALL_TIMEOUT seconds at most. Methods raise
+    OSError."""
 
     def __init__(self, sock: socket.socket, is_stopping: Callable[[], bool]) -> None:
         self._sock = sock

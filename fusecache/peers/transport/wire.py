@@ -1,4 +1,4 @@
-"""The exchange's protocol (docs/PROTOCOL.md), as text and bytes: what both ends agree on. Pure.
+"""The protocol between nodes (docs/PROTOCOL.md) as text and bytes: the part on which both ends agree. Pure.
 
 Everything that is parsed here comes from another machine: names, numbers and sizes are checked before they are used.
 """
@@ -20,18 +20,18 @@ from fusecache.types import ObjectId, ObjectVersion
 
 CONTENT_TYPE = "application/vnd.fusecache.blocks"
 FRAME_HEADER = struct.Struct("<QII")
-"""Before the bytes of each block: xxh3_64 of them, their length, the block's index."""
+"""Stands before the bytes of each block: xxh3_64 of them, their length, the block's index."""
 
 MAX_REQUEST_BLOCKS = 4096
 MAX_HOPS = 4
 MAX_OBJECT_SIZE = 64 << 40
-"""Bytes of an object: more than any object storage takes."""
+"""Bytes of the largest object: more than any object storage takes."""
 MAX_REQUEST_DEADLINE = 120.0
 MAX_HEAD_BYTES = 16 * 1024
-"""Bytes of a request's or answer's head."""
+"""Bytes of the largest head of a request or answer."""
 
 AGE_HEADER = "Fusecache-Age"
-"""Of an interim answer: seconds since the node at the end of the chain said that it is there, and waits."""
+"""Header of an interim answer: seconds since the node at the end of the chain, which waits for the origin, said so."""
 
 _BLOCKS_TARGET = re.compile(r"/v1/objects/([0-9a-f]{32})/blocks/(\d{1,12})-(\d{1,12})(\?frames=0)?")
 _PROFILE_TARGET = re.compile(r"/v1/profiles/([0-9a-f]{32})")
@@ -39,12 +39,12 @@ _INTEGER = re.compile(r"\d{1,18}")
 _URGENCY_PARAMETER = re.compile(r"(?:^|,)\s*u=([0-7])(?:\s*[,;]|\s*$)")
 _DEFAULT_URGENCY = 3
 _PREFETCH_URGENCY = 5
-"""Urgency of what is fetched ahead: RFC 9218 counts from 0, the most urgent, to 7."""
+"""Urgency of blocks that no reader waits for: RFC 9218 counts from 0, the most urgent, to 7."""
 _DECIMAL = re.compile(r"\d{1,9}(\.\d{1,9})?")
 
 
 class RequestError(Exception):
-    """A request that is not answered with what it asks for. `text` is one line for whoever asked."""
+    """A request that gets another answer than blocks. `text` is one line for the caller."""
 
     def __init__(
         self, status: int, text: str, headers: Mapping[str, str] | None = None, **extra_fields: str
@@ -54,17 +54,18 @@ class RequestError(Exception):
         self.text = text
         self.headers = dict(headers or {})
         self.extra_fields = extra_fields
-        """Further members of the answer's JSON."""
+        """Further members of the JSON body."""
 
     def body(self) -> bytes:
-        """The answer's JSON."""
+        """The JSON body of the answer."""
         return json.dumps({"error": self.text, **self.extra_fields}).encode() + b"\n"
 
 
 @dataclass(frozen=True)
 class BlockRequest:
-    """Blocks of one object that a node wants. `version` is None for somebody who knows the id alone, and gets what is
-    stored; `deadline` is in seconds from now; `failed` are the nodes ahead of the asked one that did not answer."""
+    """Blocks of one object that a node wants. `version` is None for a caller who knows the id alone: such a caller gets
+    stored blocks only. `deadline` is in seconds from now; `failed_nodes` are ahead of the asked node in the ranking of
+    the stripe, and did not answer the caller."""
 
     object_id: ObjectId
     blocks: range
@@ -75,16 +76,16 @@ class BlockRequest:
     stored_only: bool = False
     failed_nodes: tuple[str, ...] = ()
     direct: bool = False
-    """Do not send us to another holder."""
+    """The asked node is not to redirect the caller to another holder."""
     with_frames: bool = True
     urgent: bool = True
-    """A reader waits for them; otherwise they are fetched ahead."""
+    """A reader waits for the blocks; otherwise the caller fetches them ahead."""
     unsent_bytes: int = 0
-    """Bytes that whoever asks has promised to others, and not sent yet."""
+    """Bytes that the caller has promised to other nodes, and not sent yet."""
     receive_rate: int = 0
-    """Bytes per second that come to it from other nodes at best; 0: it does not know."""
+    """Bytes per second that the caller gets from other nodes at best; 0: it does not know."""
     caller: str = ""
-    """Who asks, as far as it said and, if requests are signed, proved."""
+    """Name of the calling node, as it claims and, if requests are signed, proves; "": it gave none."""
 
     @property
     def target(self) -> str:
@@ -93,7 +94,7 @@ class BlockRequest:
         return f"/v1/objects/{self.object_id}/blocks/{self.blocks.start}-{self.blocks.stop - 1}{query}"
 
     def headers(self) -> dict[str, str]:
-        """What of it is not in the path."""
+        """The part of the request that is not in the path."""
         found = {"Fusecache-Deadline": f"{self.deadline:.3f}", "Fusecache-Hops": str(self.hops)}
         if self.version is not None:
             found["Fusecache-Version"] = pack_version(self.version)
@@ -115,12 +116,12 @@ class BlockRequest:
 
 
 def parse_age(text: str | None) -> float:
-    """The value of AGE in seconds; infinite when it is none."""
+    """The value of AGE_HEADER in seconds; infinite when it is not a number."""
     return float(text) if text and _DECIMAL.fullmatch(text) else math.inf
 
 
 def parse_block_request(target: str, headers: Mapping[str, str]) -> BlockRequest:
-    """A request for blocks; header names are in lower case. Raises RequestError 400 or 404."""
+    """The request that a target and headers make; header names are in lower case. Raises RequestError 400 or 404."""
     match = _BLOCKS_TARGET.fullmatch(target)
     if match is None:
         raise RequestError(404, "no such resource: see docs/PROTOCOL.md")
@@ -168,19 +169,19 @@ def parse_block_request(target: str, headers: Mapping[str, str]) -> BlockRequest
 
 
 def _parse_urgency(headers: Mapping[str, str]) -> int:
-    """Of the header Priority (RFC 9218), whose other parameters do not matter here; what can't be read counts as not
-    said, as the RFC has it."""
+    """The urgency in the header Priority (RFC 9218), whose other parameters do not matter here. A value that can't be
+    read counts as absent, as the RFC has it."""
     match = _URGENCY_PARAMETER.search(headers.get("priority", ""))
     return int(match[1]) if match else _DEFAULT_URGENCY
 
 
 def profile_target(name: str) -> str:
-    """Where a recording is asked for."""
+    """The path of an access profile."""
     return f"/v1/profiles/{name}"
 
 
 def parse_profile_target(target: str) -> str | None:
-    """The name in such a target; None: it is another resource."""
+    """The name in the path of an access profile; None: it is the path of another resource."""
     match = _PROFILE_TARGET.fullmatch(target)
     return None if match is None else match[1]
 
@@ -195,13 +196,13 @@ def _parse_integer(headers: Mapping[str, str], name: str, default: int) -> int:
 
 
 def pack_version(version: ObjectVersion) -> str:
-    """A version as a header's value."""
+    """The version as the value of a header."""
     fields = [version.origin, version.key, version.etag, version.size, version.mtime_ns]
     return base64.urlsafe_b64encode(json.dumps(fields, separators=(",", ":")).encode()).decode()
 
 
 def unpack_version(text: str) -> ObjectVersion:
-    """The version in a header's value. Raises RequestError 400."""
+    """The version in the value of a header. Raises RequestError 400."""
     try:
         fields = json.loads(base64.b64decode(text, altchars=b"-_", validate=True))
         origin, key, etag, size, mtime_ns = fields
@@ -215,7 +216,7 @@ def unpack_version(text: str) -> ObjectVersion:
 
 
 def parse_frame_checksum(header: bytes | bytearray, block: int, length: int) -> int:
-    """The checksum in a frame's header, which has to be that of this block. Raises PeerError."""
+    """The checksum in the header of a frame. Raises PeerError when the frame is not that of this block and length."""
     checksum, found_length, found_block = FRAME_HEADER.unpack(header)
     if found_block != block or found_length != length or not checksum:
         raise PeerError(f"sent block {found_block} of {found_length} bytes for block {block} of {length}")
