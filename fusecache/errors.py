@@ -19,7 +19,7 @@ class MountError(FusecacheError):
 
 
 class OriginError(FusecacheError):
-    """The object storage failed; `temporary` says whether the same request may succeed later."""
+    """The object storage failed; `is_temporary` says whether the same request may succeed later."""
 
     is_temporary = False
 
@@ -37,13 +37,13 @@ class VersionChangedError(OriginError):
 
 
 class TemporaryOriginError(OriginError):
-    """Worth a retry: connection reset, timeout, truncated body, 500, 502, 504."""
+    """The same request may succeed later: connection reset, timeout, truncated body, 500, 502, 504."""
 
     is_temporary = True
 
 
 class ThrottledError(TemporaryOriginError):
-    """The origin asked us to slow down (429, 503); `retry_after` is in seconds, if it said so."""
+    """The origin asked for fewer requests (429, 503); `retry_after` is the pause it asked for, in seconds, or None."""
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -51,11 +51,12 @@ class ThrottledError(TemporaryOriginError):
 
 
 class UnavailableError(OriginError):
-    """Retries went on until the deadline: the last temporary error is its `__cause__`."""
+    """No answer came before the deadline, or before the origin was closed; the last temporary error is its
+    `__cause__`."""
 
 
 class StoreError(FusecacheError):
-    """The block store can't do it; never an error to a reader: the loader passes the store over."""
+    """The block store can't keep or give blocks. Never an error to a reader: its bytes are fetched past the store."""
 
 
 class StoreFullError(StoreError):
@@ -63,7 +64,7 @@ class StoreFullError(StoreError):
 
 
 class AttestationError(FusecacheError):
-    """The bytes are not what their manifest says, or no manifest speaks of them (verify=manifest)."""
+    """The bytes are not those that the manifest names, or no manifest names the file (verify=manifest)."""
 
 
 class CancelledReadError(FusecacheError):

@@ -1,4 +1,4 @@
-"""The tree of a mount: what is in it, what the kernel knows of it, and how fresh it is."""
+"""The tree of a mount: its entries, the nodeids that the kernel knows, and its freshness."""
 
 from __future__ import annotations
 

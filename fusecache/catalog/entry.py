@@ -1,4 +1,4 @@
-"""What a name in the tree is: pure data."""
+"""The entries of the tree, and the sources they come from: pure data."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class CatalogSource:
-    """Where a listing comes from. `list_objects` and `stat_object` block and raise OriginError; they run in worker
+    """The origin of a listing. `list_objects` and `stat_object` block and raise OriginError; they run in worker
     threads.
 
     `name` is the directory below the root that shows the source ('' : the root itself); `identity` is the origin's

@@ -1,7 +1,7 @@
-"""What is in the tree of a mount now: the names, attributes and versions of all sources, answered from memory.
+"""The present tree of a mount, in memory: names, attributes and versions of the objects of all sources.
 
-Every method is a look into immutable trees: it blocks for nothing, takes no lock and may be called from any thread, but
-for `replace_tree`. Two calls may see two trees, when a refresh comes in between.
+Every method reads immutable trees: it never blocks, takes no lock and may be called from any thread, but for
+`replace_tree`. Two calls may see two trees, when a refresh comes in between.
 """
 
 from __future__ import annotations

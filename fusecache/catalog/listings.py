@@ -1,4 +1,4 @@
-"""How fresh the tree is, and how it becomes fresher: the listings of all sources of a mount."""
+"""The freshness of the tree: the listings of all sources of a mount."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which object keys become paths. SEMANTICS.md ("Keys and names") is the prose of this module.
+"""The rules that decide which object keys become paths.
 
 A key is a sequence of names joined by '/'. A key that ends in '/' marks a directory, also an empty one. Keys that no
 path can spell are left out of the tree, counted by reason, and reported once.
@@ -25,7 +25,7 @@ class SkipReason(enum.Enum):
 
 
 def find_name_problem(name: str) -> SkipReason | None:
-    """What keeps one component of a key from being a name in a directory."""
+    """The reason why one component of a key can't be a name in a directory; None if it can."""
     if not name:
         return SkipReason.EMPTY
     if name in (".", ".."):

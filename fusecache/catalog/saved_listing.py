@@ -32,12 +32,12 @@ _OBJECTS_PER_LINE = 1000
 
 
 def saved_path(directory: Path, identity: str) -> Path:
-    """Where the listing of this source is kept."""
+    """The file that holds the listing of this source."""
     return directory / f"{xxhash.xxh3_128_hexdigest(identity.encode())}.listing.gz"
 
 
 def save_listing(directory: Path, identity: str, versions: Sequence[ObjectVersion]) -> None:
-    """Replace the saved listing. Raises OSError."""
+    """Replace the saved listing of this source. Blocks on the disk; raises OSError."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = saved_path(directory, identity)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
@@ -71,7 +71,7 @@ def _iterate_rows(versions: Iterable[ObjectVersion]) -> Iterable[list[tuple[str,
 
 
 def load_listing(directory: Path, identity: str) -> list[ObjectVersion] | None:
-    """The saved listing of this source, or None where there is none that can be used."""
+    """The saved listing of this source; None when there is none, or none that can be used. Blocks on the disk."""
     path = saved_path(directory, identity)
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:

@@ -31,7 +31,7 @@ FIRST_CURSOR = 3
 
 @dataclass(frozen=True, slots=True)
 class _ReaddirOrder:
-    """The order of readdir: by cursor, a hash of the name."""
+    """The order of readdir: `cursors` are hashes of names, ascending; `positions` are the places of the children."""
 
     cursors: array[int]
     positions: array[int]
@@ -182,7 +182,7 @@ class _GroupedKeys:
         self.skipped[reason] = (count + 1, example)
 
     def drop_shadowed_files(self) -> None:
-        """Where a file and a directory have the same path, the directory wins."""
+        """Leave out each file that has the path of a directory."""
         for path in self.directories:
             head, _, leaf = path.rpartition("/")
             if path and (shadowed := self.directories[head].pop(leaf, None)) is not None:

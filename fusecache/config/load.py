@@ -1,7 +1,6 @@
 """Settings from a TOML file, FUSECACHE_* variables and -o options: later ones win.
 
-Every value keeps where it was said, so that an error names the file, line and key,
-the variable or the option.
+Every value keeps its place, so that an error names the file, line and key, the variable or the option.
 """
 
 from __future__ import annotations

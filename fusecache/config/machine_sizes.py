@@ -1,4 +1,4 @@
-"""What this machine has: the sizes that shares of a setting are taken of."""
+"""The sizes of this machine's disks and memory, of which a setting may ask for a share."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ from fusecache.errors import ConfigError
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
-def file_system_size(directory: Path) -> int:
-    """Bytes of the file system that holds `directory`, or will. Raises ConfigError."""
+def file_system_bytes(directory: Path) -> int:
+    """Size of the file system of a directory that exists. Raises OSError."""
+    found = os.statvfs(directory)
+    return found.f_blocks * found.f_frsize
+
+
+def cache_disk_size(directory: Path) -> int:
+    """Bytes of the file system that holds the cache directory, or will when the directory is made. Raises
+    ConfigError."""
     for candidate in (directory, *directory.parents):
         try:
-            found = os.statvfs(candidate)
+            return file_system_bytes(candidate)
         except FileNotFoundError:
             continue
         except OSError as error:
             raise ConfigError(f"cache directory {directory}: {candidate}: {error.strerror}") from error
-        return found.f_blocks * found.f_frsize
     raise ConfigError(f"cache directory {directory}: not found")
 
 
@@ -29,8 +35,8 @@ def usable_memory(
     own_cgroup: Path = Path("/proc/self/cgroup"),
     cgroups: Path = _CGROUPS,
 ) -> int:
-    """Bytes of memory that this process may use: the machine's, or what the cgroups (version 2) that it is in are
-    allowed, to which the pages of a tmpfs count, too. Raises ConfigError."""
+    """Bytes of memory that this process may use: the least of the machine's memory and the limits of the cgroups
+    (version 2) that the process is in, to which the pages of a tmpfs count, too. Raises ConfigError."""
     try:
         found = re.search(r"^MemTotal:\s*(\d+) kB$", meminfo.read_text("ascii"), re.MULTILINE)
         group = re.search(r"^0::/(.*)$", own_cgroup.read_text(), re.MULTILINE)

@@ -1,6 +1,6 @@
 """The settings model. Its field descriptions are the option reference (docs/OPTIONS.md).
 
-Frozen. Secrets are SecretStr: they appear in no repr, log or error, only in dump_private(), which is for an
+Frozen. Secrets are SecretStr: they appear in no repr, log or error, only in dump_with_secrets(), which is for an
 inherited descriptor and never for argv or the environment.
 """
 
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from fusecache.config.machine_sizes import file_system_size, usable_memory
+from fusecache.config.machine_sizes import cache_disk_size, file_system_bytes, usable_memory
 from fusecache.config.peer_settings import PeerSettings
 from fusecache.config.units import format_size, resolve_amount
 from fusecache.config.value_types import AbsolutePath, Amount, Bytes, Gid, Mode, Seconds, SettingsModel, Uid
@@ -27,7 +27,7 @@ _SECRET_WORD = re.compile(r"secret|token|password|passwd|credential|(^|_)key", r
 
 
 class SourceConfig(SettingsModel):
-    """Where objects come from: one bucket, prefix or fsspec URL, and how to reach it."""
+    """A source of objects: one bucket, prefix or fsspec URL, and the way to reach it."""
 
     name: str = Field(
         default="",
@@ -39,7 +39,7 @@ class SourceConfig(SettingsModel):
     )
     engine: Literal["auto", "obstore", "fsspec"] = Field(
         default="auto",
-        description="Who moves the bytes: `obstore` (S3 and GCS), the fsspec file system itself, "
+        description="Library that moves the bytes: `obstore` (S3 and GCS), the fsspec file system itself, "
         "or the fastest that can.",
     )
     endpoint_url: str | None = Field(
@@ -123,7 +123,7 @@ def _collect_secrets(options: Mapping[str, Any], found: list[str]) -> None:
 
 
 class Tuning(SettingsModel):
-    """How hard, and how patiently, an origin is asked."""
+    """Limits and timeouts of the requests to an origin."""
 
     concurrency: int = Field(
         default=16,
@@ -157,7 +157,7 @@ def default_cache_dir(env: Mapping[str, str] = os.environ) -> Path:
 
 def make_default_cache_dir(cache_dir: Path, env: Mapping[str, str] = os.environ) -> None:
     """Make the parents of the default cache directory, and of no other: a missing parent of a directory that
-    somebody chose is most often a disk that is not mounted. Raises OSError."""
+    the user chose is most often a disk that is not mounted. Raises OSError."""
     if cache_dir == default_cache_dir(env):
         cache_dir.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
 
@@ -173,7 +173,7 @@ def default_runtime_dir(env: Mapping[str, str] = os.environ) -> Path:
 
 
 class MountConfig(SettingsModel):
-    """All that a mount needs to know."""
+    """All settings of a mount."""
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     mountpoint: AbsolutePath = Field(description="Where the sources appear.")
@@ -200,7 +200,7 @@ class MountConfig(SettingsModel):
     memory_size: Amount = Field(
         default="25%",
         description="Most bytes of objects to keep in memory, unless `store=on`: a size, or a share of the memory of "
-        "this machine or container. What does not fit is passed on to its readers and not kept.",
+        "this machine or container. Objects that do not fit are passed on to their readers and not kept.",
     )
     memory_dir: AbsolutePath = Field(
         default=Path("/dev/shm"),  # noqa: S108  each mount makes a directory of its own there, of mode 0700
@@ -314,22 +314,22 @@ class MountConfig(SettingsModel):
         return self
 
     def cache_limit_bytes(self) -> int:
-        """Most bytes to store, now that the size of the file system is asked for. Raises ConfigError."""
-        return resolve_amount(self.cache_size, file_system_size(self.cache_dir))
+        """Most bytes to store in the cache directory; a share is taken of its file system now. Raises ConfigError."""
+        return resolve_amount(self.cache_size, cache_disk_size(self.cache_dir))
 
     def min_free_bytes(self) -> int:
-        """Bytes to leave free on the file system of the cache directory. Raises ConfigError."""
-        return resolve_amount(self.free_space, file_system_size(self.cache_dir))
+        """Bytes to leave free on the file system of the cache directory; a share is taken of it now. Raises
+        ConfigError."""
+        return resolve_amount(self.free_space, cache_disk_size(self.cache_dir))
 
     def memory_dir_bytes(self) -> int:
         """Bytes of the file system of memory_dir. Raises ConfigError."""
         try:
-            found = os.statvfs(self.memory_dir)
+            return file_system_bytes(self.memory_dir)
         except OSError as error:
             raise ConfigError(
                 f"memory_dir {self.memory_dir}: {error.strerror}: set it to a directory on a tmpfs"
             ) from error
-        return found.f_blocks * found.f_frsize
 
     def memory_limit_bytes(self) -> int:
         """Most bytes to store in memory. Raises ConfigError where the tmpfs has no room for so much."""
@@ -363,7 +363,7 @@ class MountConfig(SettingsModel):
 
     @classmethod
     def load_with_secrets(cls, data: bytes) -> MountConfig:
-        """What dump_private() wrote. Raises ConfigError."""
+        """The settings that `dump_with_secrets` wrote. Raises ConfigError."""
         try:
             return cls.model_validate(json.loads(data))
         except ValueError as error:

@@ -186,7 +186,7 @@ class PeerSettings(SettingsModel):
 
     @property
     def is_enabled(self) -> bool:
-        """Whether this node is part of a cluster at all."""
+        """Whether this node is part of a cluster."""
         return self.discovery != "none" or bool(self.listen)
 
     def secret_values(self) -> list[str]:

@@ -22,7 +22,8 @@ _OCTAL_KEYS = ("umask", "file_mode", "dir_mode")
 
 @dataclass(frozen=True)
 class LocatedSetting:
-    """One value at `path` in the settings model, and `where` it was said, for messages."""
+    """One value at `path` in the settings model, and `where` it was found (file and line, variable or option), for
+    messages."""
 
     path: tuple[str, ...]
     value: Any
@@ -31,13 +32,13 @@ class LocatedSetting:
 
 @dataclass(frozen=True)
 class SourceTable:
-    """The settings of one source, and where its table begins."""
+    """The settings of one source; `where` names the file and the line at which its table begins."""
 
     where: str
     settings: tuple[LocatedSetting, ...] = ()
 
     def get_value(self, key: str) -> Any:
-        """What the table says about `key`, or None."""
+        """The value that the table has for `key`, or None."""
         return next((setting.value for setting in self.settings if setting.path == (key,)), None)
 
     def with_settings(self, *settings: LocatedSetting) -> SourceTable:
@@ -104,8 +105,8 @@ class _TomlReader:
         found = []
         listed = data.get("source", [])
         named = data.get("sources", {})
-        for key, value, wanted in (("source", listed, (dict, list)), ("sources", named, (dict,))):
-            if not isinstance(value, wanted):
+        for key, value, expected in (("source", listed, (dict, list)), ("sources", named, (dict,))):
+            if not isinstance(value, expected):
                 raise ConfigError(
                     f"{self.location_of((key,))}: write [[source]] or [sources.NAME] on a line of its own"
                 )

@@ -1,4 +1,4 @@
-"""What a value of a setting may look like, and the base of the models. Pure but for names of users and groups."""
+"""The types of the values of settings, and the base of the models. Pure but for looking up users and groups."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Where objects come from: list, stat and versioned range reads over fsspec file systems and a fast bulk engine."""
+"""Object storage, read-only: list, stat and versioned range reads over fsspec file systems and fast bulk engines."""

@@ -1,5 +1,5 @@
-"""What the backends of bucket stores have in common: one bucket, one prefix, an endpoint, and what a bulk engine that
-moves their bytes needs to know."""
+"""The common part of the backends of bucket stores: one bucket, one prefix, an endpoint, and the answers to the
+questions of a bulk engine that moves the bytes in their place."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""From what libraries and servers say to the errors of fusecache.errors, one line each.
+"""Errors of fusecache.errors, one line each, for the exceptions of libraries and the answers of servers.
 
-The one place that decides what is temporary. Nothing that a server or library wrote gets into a message but for
-error codes of a known form: it may quote a signed request.
+This is the one place that decides which failures are temporary. No text of a server or library gets into a message, but
+for error codes of a known form: it may quote a signed request.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ CREDENTIALS_HINT = "check the credentials and what they may read"
 
 
 def is_temporary(error: BaseException) -> bool:
-    """Whether the same request may succeed later."""
+    """Whether the same request may succeed later. False for errors that are not of an origin."""
     return isinstance(error, OriginError) and error.is_temporary
 
 
 class ErrorTranslator:
     """A with block that turns every exception of a library into an error of fusecache.errors.
 
-    Each of `translators` is asked in turn, with `where` and the exception, what its library means by it, and answers
-    None for an exception of another library; `error_from_exception` has the last word. May be entered again.
+    The block asks each of `translators` in turn, with `where` (the URL) and the exception; a translator answers None
+    for an exception of a library that is not its own. `error_from_exception` translates the rest. May be entered again.
     """
 
     def __init__(self, where: str, *translators: Callable[[str, Exception], OriginError | None]) -> None:
@@ -128,7 +128,7 @@ def error_from_status(where: str, status: int, code: str = "", after: str | None
 
 
 def error_from_exception(where: str, error: BaseException) -> OriginError:
-    """The error for what any file system or socket raises."""
+    """The error for any exception of a file system or socket."""
     if isinstance(error, OriginError):
         return error
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
@@ -145,22 +145,22 @@ def error_from_exception(where: str, error: BaseException) -> OriginError:
 
 
 def timeout_error(where: str) -> TemporaryOriginError:
-    """Nothing came for too long."""
+    """The error for a wait that was too long."""
     return TemporaryOriginError(f"{where}: no byte came in time: check the endpoint and the network")
 
 
 def connection_error(where: str, what: str) -> TemporaryOriginError:
-    """The connection could not be made, or broke; `what` is the kind of it."""
+    """The error for a connection that could not be made, or broke; `what` is the kind of failure."""
     return TemporaryOriginError(
         f"{where}: the connection failed ({what}): check the endpoint and the network"
     )
 
 
 def truncated_error(where: str) -> TemporaryOriginError:
-    """Fewer bytes than promised."""
+    """The error for an answer with fewer bytes than it promised."""
     return TemporaryOriginError(f"{where}: the answer ended early")
 
 
 def version_changed_error(where: str) -> VersionChangedError:
-    """Another version is there now."""
+    """The error for an object that has another version now."""
     return VersionChangedError(f"{where}: was replaced while it was read: open it again")

@@ -1,4 +1,4 @@
-"""What an origin is to the rest of fusecache, and what a backend is to an origin.
+"""The contracts of an origin and of its backends.
 
 An `Origin` is synchronous and thread-safe, retries, throttles itself and raises only errors of fusecache.errors. An
 `OriginBackend` makes single attempts at single requests with one protocol, and never retries.

@@ -1,8 +1,8 @@
 """The bulk engine: obstore (Rust) moves the bytes, the S3 or GCS backend does everything else.
 
-Both use the same credentials, endpoint and region: obstore asks the backend's session for keys. Where obstore can't
-(keys that it refuses to spell, servers that answer a range with 200 or have no XML API), the backend moves the bytes
-itself.
+Both use the same credentials, endpoint and region: obstore asks the backend's session for keys. The backend moves the
+bytes itself where obstore can't: for keys that obstore refuses to spell, and from servers that answer a range with 200
+or have no XML API.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ class ObstoreEngine(BulkEngine[BucketBackend]):
         answered_range: tuple[int, int],
         requested_range: tuple[int, int],
     ) -> None:
-        """Trust no server to honour the condition."""
+        """Raise VersionChangedError or TemporaryOriginError unless the answer is of this version and range: a server
+        may have ignored the condition."""
         if meta["size"] != version.size:
             raise version_changed_error(where)
         if version.etag and self._backend.etag_of_meta(meta, version) != version.etag:

@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _CHUNK_BYTES = 256 << 10
-"""Blocks are passed on to other nodes as they land, so that a chunk should not be larger than a small block."""
+"""Bytes of a buffer. A block is passed on to other nodes as soon as it is complete, so that a chunk should not be
+larger than a small block."""
 _MAX_IDLE_SECONDS = 15.0
 """Seconds that an unused connection is kept: servers and balancers close them after 20-60."""
 
@@ -215,7 +216,7 @@ class PlainHttpEngine(BulkEngine[S3Backend]):
         with self._lock:
             if self._cached_credentials is not None and time.monotonic() < self._credentials_expiry:
                 return self._cached_credentials
-        # Two threads may both ask: that is harmless, and the lock is not held while botocore waits.
+        # Two threads may both ask, which is harmless: the lock is not held while botocore waits.
         found = self._backend.get_credentials()
         region = self._region or self._backend.find_region()
         keys = botocore.credentials.Credentials(
@@ -273,7 +274,7 @@ def _make_receiver(connection: _Connection, answer: http.client.HTTPResponse) ->
             return answer.readinto(connection.buffer[:most]) or 0
 
         return decoded
-    # What was read along with the header is in its reader; after that the socket is ours.
+    # The reader of the header may have read a part of the body: that comes first, the rest from the socket.
     begun = answer.fp.peek()
     sock = connection.sock
     end = answer.length

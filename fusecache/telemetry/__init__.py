@@ -1,1 +1,1 @@
-"""What a mount tells about itself: logs and metrics."""
+"""Logs, metrics, and the summary of an access trace."""

@@ -1,8 +1,8 @@
 """Structured logs: one line per event, text or JSON, without secrets, repeated ones rate-limited.
 
-Modules log through `logging.getLogger(__name__)` with lazy arguments; what is passed in `extra` becomes fields
-of the line. Everything is rendered here, by structlog. A secret is taken out of the rendered line, whichever
-way it came in (message, field, exception, the repr of a URL).
+Modules log through `logging.getLogger(__name__)` with lazy arguments; the items of `extra` become fields of the line.
+structlog renders every line here. A secret is taken out of the rendered line, so that it does not matter how it came in
+(message, field, exception, the repr of a URL).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def configure_logging(
     secrets: Iterable[str] = (),
 ) -> None:
     """Send the logs of this process to `file` (appended; reopened when it is rotated away), else to `stream`,
-    else to stderr. Replaces an earlier configuration. Libraries are heard from WARNING on only: some of them
+    else to stderr. Replaces an earlier configuration. Libraries log from WARNING on only: some of them
     write credentials at DEBUG. Raises ConfigError when the file can't be opened."""
     handler: logging.Handler
     if file is None:
@@ -73,7 +73,7 @@ def configure_logging(
 
 
 class _PrivateFileHandler(logging.handlers.WatchedFileHandler):
-    """Object names are nobody else's business: a new log is made with mode 0600."""
+    """Makes a new log with mode 0600: object names are for the user of the mount only."""
 
     def _open(self) -> TextIOWrapper:
         descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -19,8 +19,8 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class MetricDefinition:
     """One metric. `name` ends in its unit (and `_total` for a counter, which only grows while the daemon
-    runs). `path` leads to it in the status; with a `label`, to an object whose keys `values` (all keys, if
-    empty) are the label's values."""
+    runs). `status_path` leads to it in the status; with a `label`, to an object whose keys are the label's values:
+    those in `label_values`, which renames them, or all."""
 
     name: str
     kind: Literal["counter", "gauge"]
@@ -43,7 +43,7 @@ METRICS: tuple[MetricDefinition, ...] = (
         "fusecache_opens_total",
         "counter",
         "opens",
-        "Opens of files, by who answers their reads.",
+        "Opens of files, by the side that answers their reads: the kernel (passthrough) or the daemon.",
         "by",
         {"passthrough": "passthrough", "daemon": "daemon"},
     ),

@@ -10,7 +10,7 @@ from fusecache.errors import ConfigError
 
 class MetricsServer:
     """Serves the metrics of `collector` at http://127.0.0.1:`port`/metrics until closed. Loopback only:
-    metrics name sources, and the page asks nobody who they are. Raises ConfigError when the port is taken."""
+    metrics name sources, and the page has no authentication. Raises ConfigError when the port is taken."""
 
     def __init__(self, port: int, collector: Collector) -> None:
         registry = CollectorRegistry()
@@ -29,7 +29,7 @@ class MetricsServer:
 
 
 def render_metrics(collector: Collector) -> str:
-    """The same page as text."""
+    """The page that MetricsServer serves, as text."""
     registry = CollectorRegistry()
     registry.register(collector)
     return generate_latest(registry).decode()

@@ -1,8 +1,8 @@
-"""What an access trace shows: per program and file the opens, the bytes, the pattern; probes and refusals. Pure.
+"""The summary of an access trace: per program and file the opens, the bytes, the pattern; probes and refusals. Pure.
 
-`Summary` takes the events of mount/fusecache_mount/tracing/tracer.py in any order, and is careful with them:
-what is missing is passed over. Its
-memory is bounded: it keeps `READS` reads for the patterns, and one byte per granule of a file for what was read.
+`TraceSummary` takes the events of mount/fusecache_mount/tracing/tracer.py in any order, and passes over events that
+lack something. Its memory is bounded: it keeps the order of MAX_ORDERED_READS reads for the patterns, and one byte per
+granule of a file for the share that was read.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _MAX_NAMES = 10_000
 
 
 def describe_pattern(reads: Sequence[tuple[int, int]]) -> str:
-    """How (offset, size) reads, in their order, go through a file: "sequential", "forward, with gaps", "backward",
-    "N streams" (at several places at once), "random".
+    """The pattern in which (offset, size) reads, in their order, go through a file: "sequential", "forward, with gaps",
+    "backward", "N streams" (at several places at once), "random"; "none" without a read.
 
     The kernel reads ahead and around faults: then a read here is what it asked for, and not what the program did.
     """
     ends: list[int] = []
-    """Where each stream is, the latest last."""
+    """The offset at which each stream goes on; the stream that was read last comes last."""
     jumps = up = down = switches = highest = 0
     lowest = reads[0][0] if reads else 0
     for offset, size in reads:
@@ -59,7 +59,7 @@ def describe_pattern(reads: Sequence[tuple[int, int]]) -> str:
 
 
 class _GranuleMap:
-    """Which granules of a file were read."""
+    """The granules (equal parts) of a file that were read."""
 
     def __init__(self, length: int) -> None:
         self._file_length = length
@@ -152,7 +152,7 @@ def _count_rows(names: Counter[str]) -> list[dict[str, Any]]:
 
 
 class TraceSummary:
-    """The events so far, summed up. `add` them, then ask for the `result`."""
+    """The sum of all events that `add_events` got. Not thread-safe."""
 
     def __init__(self) -> None:
         self._programs: dict[int, _ProgramSummary] = {}
@@ -162,12 +162,12 @@ class TraceSummary:
         self._remaining_reads = MAX_ORDERED_READS
 
     def add_events(self, events: Iterable[Mapping[str, Any]]) -> None:
-        """Take more events."""
+        """Add events to the sum, in any order."""
         for event in events:
             self._event_count += 1
             op, path, tid = str(event.get("op")), str(event.get("path")), int(event.get("tid", 0))
             if not tid and op in ("release", "releasedir"):
-                continue  # sent by the kernel, for whoever had it open
+                continue  # the kernel sends these when the last program that had the file open has closed it
             program = self._get_program(event)
             program.requests[op] += 1
             if op == "read":
@@ -231,7 +231,8 @@ class TraceSummary:
             self._pending_lookups[tid] = (program, path)
 
     def _finish_lookup(self, program: _ProgramSummary, name: str, op: str, path: str) -> None:
-        """A program looked `name` up and then did this: was the name all it wanted?"""
+        """Count the lookup of `name` by a program whose next request is `op` of `path`, unless the lookup was only a
+        step towards that request."""
         on_the_way = op == "lookup" and path.startswith(f"{name}/")
         if on_the_way or (op != "lookup" and path == name):
             return
@@ -239,7 +240,8 @@ class TraceSummary:
             program.looked_up[name] += 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Programs in the order of their first request; their files in the order of the first open or read."""
+        """The summary as JSON values: programs in the order of their first request, their files in the order of the
+        first open or read. Ends the lookups that are still open."""
         for program, name in self._pending_lookups.values():
             self._finish_lookup(program, name, "", "")
         self._pending_lookups.clear()

@@ -1,4 +1,4 @@
-"""What every origin promises, run over every implementation and both engines."""
+"""The promises of an origin, checked for every implementation and engine."""
 
 from __future__ import annotations
 

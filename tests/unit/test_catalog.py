@@ -254,7 +254,7 @@ async def test_what_the_kernel_knows_stays_resolvable() -> None:
     catalog.nodes.release_nodeid(first.nodeid, 5)
     assert catalog.nodes.entry_by_nodeid(first.nodeid) is None
     objects.delete("a")
-    await catalog.listings.refresh()  # nobody retained the second
+    await catalog.listings.refresh()  # the second was not retained
     assert catalog.nodes.entry_by_nodeid(second.nodeid) is None
     assert found(catalog, "").nodeid == ROOT
 

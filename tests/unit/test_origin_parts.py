@@ -107,7 +107,7 @@ def test_slots_are_given_in_the_order_of_asking() -> None:
             thread.start()
             wait_until(lambda n=number: len(limiter._slots._waiting_events) == n + 1, "the thread waits", 5)  # type: ignore[misc]
         with pytest.raises(UnavailableError), limiter.hold_slot("x", 0.0, never_cancelled):
-            pass  # who gives up leaves the queue
+            pass  # a thread that gives up leaves the queue
     for thread in threads:
         thread.join(5)
     assert order == [0, 1, 2, 3, 4]
