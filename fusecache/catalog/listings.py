@@ -12,15 +12,17 @@ import trio
 from fusecache.catalog.entry import ROOT, CatalogSource, Entry
 from fusecache.catalog.index import EntryIndex
 from fusecache.catalog.listing import Listing
+from fusecache.catalog.object_checks import ObjectChecks
 from fusecache.catalog.retained import RetainedNodes
+from fusecache.catalog.source_tree import SourceTree
 from fusecache.errors import FusecacheError
 from fusecache.events import EventHub
 from fusecache.types import ObjectVersion
 
 
 class SourceListings:
-    """One Listing per source. Belongs to the event loop, but for `report_stale_version` and `report_gone_version`,
-    which any thread may call. `async` methods may wait for the origin.
+    """The Listing and the ObjectChecks of each source. Belongs to the event loop, but for `report_stale_version` and
+    `report_gone_version`, which any thread may call. `async` methods may wait for the origin.
 
     `ttl` is how many seconds a listing is trusted for names that are in it, `negative_ttl` (the same unless given) for
     names that are not. Listings are saved in `snapshot_dir`; None: nowhere. A change of a tree is published as
@@ -45,18 +47,12 @@ class SourceListings:
         self._negative_ttl = ttl if negative_ttl is None else negative_ttl
         self._trio_token: trio.lowlevel.TrioToken | None = None
         limiter = trio.CapacityLimiter(len(sources) + 8)
-        self._listings = {
-            source.name: Listing(
-                source,
-                index,
-                retained,
-                names_changed=events.names_changed,
-                directory=snapshot_dir,
-                clock=clock,
-                limiter=limiter,
-            )
-            for source in sources
-        }
+        self._listings: dict[str, Listing] = {}
+        self._checks: dict[str, ObjectChecks] = {}
+        for source in sources:
+            tree = SourceTree(source, index, retained, events.names_changed)
+            self._checks[source.name] = ObjectChecks(tree, limiter)
+            self._listings[source.name] = Listing(tree, directory=snapshot_dir, clock=clock, limiter=limiter)
         events.object_gone.subscribe(self.report_gone_version)
 
     # -- listing
@@ -114,8 +110,9 @@ class SourceListings:
         listing = self._listings.get(above.source)
         if listing is None or (parent == ROOT and self._index.shared_root is not None):
             return entry
-        if entry is not None and listing.is_in_doubt(entry):
-            await listing.wait_object_check(entry)
+        checks = self._checks[above.source]
+        if entry is not None and checks.is_in_doubt(entry):
+            await checks.wait_for_check(entry)
         else:
             await listing.refresh_if_stale(self._negative_ttl if entry is None else self._ttl)
         listing.raise_if_never_listed()
@@ -126,11 +123,9 @@ class SourceListings:
     def report_stale_version(self, entry: Entry) -> None:
         """Tell that the origin no longer has this entry's version, as a reader found out. Thread-safe; does not block.
         The origin is asked for the object at once, and a LOOKUP of it waits for the answer."""
-        listing = self._listings.get(entry.source)
-        if listing is None or not listing.doubt_version(entry):
-            return
-        if self._trio_token is not None:
-            self._trio_token.run_sync_soon(listing.start_object_check, entry, idempotent=True)
+        checks = self._checks.get(entry.source)
+        if checks is not None and checks.doubt_version(entry) and self._trio_token is not None:
+            self._trio_token.run_sync_soon(checks.start_check, entry, idempotent=True)
 
     def report_gone_version(self, version: ObjectVersion) -> None:
         """The same for the file that shows this version; nothing if there is none. Thread-safe; does not block."""

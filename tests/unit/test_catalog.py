@@ -12,10 +12,11 @@ import pytest
 import trio
 import trio.testing
 
-from fusecache.catalog import listing as listing_module
 from fusecache.catalog.catalog import Catalog
 from fusecache.catalog.entry import ROOT, Entry
+from fusecache.catalog.listing import START_LISTING_WAIT
 from fusecache.catalog.saved_listing import load_listing, save_listing, saved_path
+from fusecache.catalog.shared_request import REQUEST_WAIT
 from fusecache.errors import (
     AccessDeniedError,
     ConfigError,
@@ -170,7 +171,7 @@ async def test_a_slow_listing_holds_up_one_lookup_for_two_seconds_and_the_others
     try:
         began = trio.current_time()
         assert await catalog.listings.lookup_fresh(ROOT, b"a") is not None
-        assert trio.current_time() - began == pytest.approx(listing_module.LISTING_WAIT)
+        assert trio.current_time() - began == pytest.approx(REQUEST_WAIT)
         began = trio.current_time()
         for _ in range(100):
             assert await catalog.listings.lookup_fresh(ROOT, b"a") is not None
@@ -402,7 +403,7 @@ async def test_a_slow_listing_does_not_keep_a_mount_with_a_saved_one_waiting(
     objects.gate.clear()
     try:
         catalog, _ = await started(objects, directory=tmp_path)
-        assert trio.current_time() == pytest.approx(listing_module.START_LISTING_WAIT)
+        assert trio.current_time() == pytest.approx(START_LISTING_WAIT)
         assert paths(catalog) == ["a"]
     finally:
         objects.gate.set()
