@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NewType
@@ -16,6 +17,9 @@ NodeId = NewType("NodeId", int)
 
 ObjectId = NewType("ObjectId", str)
 """32 hex digits that name one object version in the store."""
+
+NODE_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+"""The name of a node of a cluster, or of a tenant."""
 
 
 @dataclass(frozen=True)

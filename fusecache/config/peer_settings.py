@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 
 from fusecache.config.value_types import AbsolutePath, Bytes, Seconds, SettingsModel
+from fusecache.types import NODE_NAME_PATTERN
 
-_NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _SEPARATOR = re.compile(r"[;\s]+")
 
 
@@ -142,7 +142,7 @@ class PeerSettings(SettingsModel):
     @field_validator("node", "tenant")
     @classmethod
     def _check_plain_name(cls, name: str) -> str:
-        if name and not _NODE_NAME.fullmatch(name):
+        if name and not NODE_NAME_PATTERN.fullmatch(name):
             raise ValueError(f"{name!r}: a name has letters, digits, '.', '_' and '-' only, at most 63")
         return name
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from functools import cached_property
 
 import xxhash
 
 from fusecache.peers.errors import PeerError
+from fusecache.types import NODE_NAME_PATTERN
 
 PROTOCOL = 2
 """Version of the protocol between nodes (docs/PROTOCOL.md): nodes that speak another one are left out."""
-
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-"""The name of a node or of a tenant."""
 
 
 def hash_seed(name: str) -> int:
@@ -67,8 +64,8 @@ def unpack_node_info(body: bytes) -> NodeInfo:
     texts = (info.name, info.instance, info.tenant, info.version)
     if not all(isinstance(text, str) and len(text) <= 64 and text.isprintable() for text in texts):
         raise PeerError("the node's names can't be read")
-    if not NAME_PATTERN.fullmatch(info.name) or not (
-        info.tenant == "" or NAME_PATTERN.fullmatch(info.tenant)
+    if not NODE_NAME_PATTERN.fullmatch(info.name) or not (
+        info.tenant == "" or NODE_NAME_PATTERN.fullmatch(info.tenant)
     ):
         raise PeerError("the node's name or tenant is not a name")
     if type(info.weight) is not int or not 1 <= info.weight <= 1 << 60:

@@ -1,4 +1,4 @@
-"""A recording that one node made is followed by another one that never read the model."""
+"""A node that never read a model follows the profile that another one recorded."""
 
 from __future__ import annotations
 
@@ -34,5 +34,5 @@ def test_a_node_without_a_recording_takes_that_of_another(
     assert status["orders"]["recorded"] == 0
     taken = sum(status["bytes"][tier] for tier in ("peer", "origin")) - before
     missing = 3 * 6 * TENSOR - before
-    """What node b did not fetch for node a."""
+    """Bytes that node b did not fetch for node a."""
     assert 0 < taken < missing / 2

@@ -15,7 +15,7 @@ _KNOWN = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text()
 
 
 async def accepted_with(system: str, wanted: str) -> str:
-    """What a connection to a socket gets that would have `system`."""
+    """The algorithm of a connection to a listener that would have `system`."""
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with listener:
         listener.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, system.encode())

@@ -1,4 +1,4 @@
-"""Both ends of the exchange over real sockets, with a node that is made up."""
+"""Both ends of the protocol between nodes over real sockets, with a node that is made up."""
 
 from __future__ import annotations
 
@@ -321,7 +321,7 @@ async def test_a_clock_that_is_ten_minutes_off(serve: Any, caplog: pytest.LogCap
 
 
 def talk(port: int, data: bytes) -> bytes:
-    """What the server says to these bytes, until it closes or is silent for a moment."""
+    """The server's answer to these bytes, until it closes or is silent for a moment."""
     with socket.create_connection(("127.0.0.1", port), DEADLINE) as sock:
         sock.sendall(data)
         sock.shutdown(socket.SHUT_WR)

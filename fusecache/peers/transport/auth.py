@@ -12,11 +12,11 @@ import re
 import secrets
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
-from fusecache.peers.member import NAME_PATTERN
+from fusecache.bounded import BoundedDict
 from fusecache.peers.transport.wire import RequestError
+from fusecache.types import NODE_NAME_PATTERN
 
 AUTH_SCHEME = "Fusecache-HMAC-SHA256"
 MAX_CLOCK_SKEW = 60.0
@@ -75,8 +75,10 @@ class RequestVerifier:
         self._tenant = tenant
         self._clock = clock
         self._lock = threading.Lock()
-        self._seen_nonces: OrderedDict[str, float] = OrderedDict()
-        """Nonce -> time at which it may be forgotten, oldest first."""
+        # a time up to MAX_CLOCK_SKEW ahead of this clock is accepted: remember until it is as much behind
+        self._seen_nonces: BoundedDict[str, None] = BoundedDict(
+            _MAX_NONCES, max_age=2 * MAX_CLOCK_SKEW, clock=clock
+        )
 
     def verify_request(self, method: str, target: str, headers: Mapping[str, str]) -> str:
         """The name of the node that signed this request; header names are in lower case. Raises RequestError 401, 403
@@ -91,7 +93,11 @@ class RequestVerifier:
             if match is None or match[1] in fields:
                 raise self._unauthorized_error("the Authorization header can't be read", now)
             fields[match[1]] = match[2]
-        if len(fields) != 5 or not NAME_PATTERN.fullmatch(fields["node"]) or not fields["time"].isdecimal():
+        if (
+            len(fields) != 5
+            or not NODE_NAME_PATTERN.fullmatch(fields["node"])
+            or not fields["time"].isdecimal()
+        ):
             raise self._unauthorized_error("the Authorization header can't be read", now)
         signer_fields = (fields["tenant"], fields["node"], fields["time"], fields["nonce"])
         expected = _sign_request(self._secret, method, target, headers, signer_fields)
@@ -113,11 +119,8 @@ class RequestVerifier:
 
     def _remember_nonce(self, nonce: str, now: float) -> None:
         with self._lock:
-            while self._seen_nonces and next(iter(self._seen_nonces.values())) < now:
-                self._seen_nonces.popitem(last=False)
             if len(nonce) != 32 or nonce in self._seen_nonces:
                 raise self._unauthorized_error("this request was made before", now)
             if len(self._seen_nonces) >= _MAX_NONCES:
                 raise RequestError(503, "too many requests", {"Retry-After": "1"})
-            # a time up to MAX_CLOCK_SKEW ahead of this clock is accepted: remember until it is as much behind
-            self._seen_nonces[nonce] = now + 2 * MAX_CLOCK_SKEW
+            self._seen_nonces[nonce] = None

@@ -15,8 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fusecache.peers.errors import PeerError
-from fusecache.peers.member import NAME_PATTERN
-from fusecache.types import ObjectId, ObjectVersion
+from fusecache.types import NODE_NAME_PATTERN, ObjectId, ObjectVersion
 
 CONTENT_TYPE = "application/vnd.fusecache.blocks"
 FRAME_HEADER = struct.Struct("<QII")
@@ -135,10 +134,10 @@ def parse_block_request(target: str, headers: Mapping[str, str]) -> BlockRequest
         if version.id != object_id:
             raise RequestError(400, "Fusecache-Version is not the version of this object id")
     failed = tuple(name for name in headers.get("fusecache-failed", "").split(",") if name)
-    if len(failed) > 64 or not all(NAME_PATTERN.fullmatch(name) for name in failed):
+    if len(failed) > 64 or not all(NODE_NAME_PATTERN.fullmatch(name) for name in failed):
         raise RequestError(400, "Fusecache-Failed is not a list of names")
     node = headers.get("fusecache-node", "")
-    if node and not NAME_PATTERN.fullmatch(node):
+    if node and not NODE_NAME_PATTERN.fullmatch(node):
         raise RequestError(400, "Fusecache-Node is not a name")
     hops = _parse_integer(headers, "fusecache-hops", 0)
     if hops > MAX_HOPS:
