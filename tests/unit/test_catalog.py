@@ -297,6 +297,22 @@ async def test_a_version_that_is_gone_is_asked_for_at_once() -> None:
     assert objects.stats == 3
 
 
+async def test_the_event_of_a_version_that_is_gone_is_heard() -> None:
+    objects = Objects()
+    old = objects.put("d/a")
+    events = EventHub()
+    catalog, _ = await started(objects, events=events)
+    parent = found(catalog, "d").nodeid
+    new = objects.put("d/a")
+    await trio.to_thread.run_sync(events.object_gone.publish, old)
+    entry = await catalog.listings.lookup_fresh(parent, b"a")
+    assert entry is not None
+    assert entry.version == new
+    events.object_gone.publish(old)  # no file shows it any more
+    assert await catalog.listings.lookup_fresh(parent, b"a") is entry
+    assert objects.stats == 1
+
+
 async def test_a_doubt_that_the_origin_can_not_settle_holds_up_one_lookup_only() -> None:
     objects = Objects()
     objects.put("a")
@@ -330,6 +346,12 @@ async def test_several_sources_are_directories_of_one_root() -> None:
     assert [each.path for each in catalog.index.children(ROOT)] == ["source0", "source1"]
     assert catalog.listings.origin_identity(found(catalog, "source1/a")) == "memory://two"
     assert catalog.listings.origin_identity(found(catalog, "")) == ""
+    version = found(catalog, "source1/a/b").version
+    assert version is not None
+    assert catalog.index.entry_of_version(version) is found(catalog, "source1/a/b")
+    assert catalog.index.find_object(version, "a/b") == version
+    assert catalog.index.find_object(version, "b") is None
+    assert catalog.index.siblings(version) == [version]
     assert catalog.index.totals == (2, 20)
     assert catalog.index.is_current(ROOT)
 

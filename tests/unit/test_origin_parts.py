@@ -24,9 +24,11 @@ from fusecache.origin.adaptive_limiter import AdaptiveLimiter
 from fusecache.origin.aiohttp_bodies import bytes_to_skip
 from fusecache.origin.backoff import Backoff
 from fusecache.origin.errors_from_answers import (
+    ErrorTranslator,
     error_from_exception,
     error_from_status,
     is_temporary,
+    parse_error_code,
     parse_retry_after,
 )
 from fusecache.origin.factory import open_origin
@@ -261,3 +263,36 @@ def test_links_to_files_are_followed(tmp_path: Path) -> None:
     (version,) = origin.list_objects()
     assert version.key == "model"
     assert b"".join(map(bytes, origin.read_range(version, 0, 4))) == b"blob"
+
+
+def test_a_translator_asks_each_library_and_leaves_our_errors_alone() -> None:
+    def translate_key_error(where: str, error: Exception) -> OriginError | None:
+        return NotFoundError(f"{where}: no key") if isinstance(error, KeyError) else None
+
+    errors = ErrorTranslator("x://y", translate_key_error)
+    with pytest.raises(NotFoundError, match="x://y: no key"), errors:
+        raise KeyError
+    with pytest.raises(AccessDeniedError), errors:
+        raise PermissionError
+    ours = CancelledReadError("gone")
+    with pytest.raises(CancelledReadError) as caught, errors:
+        raise ours
+    assert caught.value is ours
+    with pytest.raises(KeyboardInterrupt), errors:
+        raise KeyboardInterrupt
+    with errors:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"<?xml?><Error><Code>SlowDown</Code><Message>...", "SlowDown"),
+        ("status 503: <Error><Code>InternalError</Code>", "InternalError"),
+        (b"<Error><Code>not a code</Code>", ""),
+        (b"\xff\xfe", ""),
+        (b"", ""),
+    ],
+)
+def test_the_code_in_an_error_answer_is_found(body: bytes | str, code: str) -> None:
+    assert parse_error_code(body) == code

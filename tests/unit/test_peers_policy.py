@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import random
-import threading
-import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusecache.errors import CancelledReadError, UnavailableError
 from fusecache.peers.exchange import policy
 from fusecache.peers.exchange.breaker import CircuitBreaker, SpeedComparison
 from fusecache.peers.member import Member
 from fusecache.peers.membership.placement import rank_members
-from fusecache.semaphore import ResizableSemaphore
 from fusecache.types import ObjectId, ObjectVersion
 
 OBJECT = ObjectId("ab" * 16)
@@ -317,29 +313,3 @@ def test_slow_is_who_is_much_slower_than_the_others_at_the_same(stored: bool) ->
     assert not speeds.is_slow("b")
     pass_by(60, a=100, b=120, c=90)
     assert not speeds.is_slow("a")
-
-
-def test_slots_are_given_in_order_and_not_beyond_the_deadline() -> None:
-    slots = ResizableSemaphore(lambda: 1)
-    with slots.hold_slot(time.monotonic, time.monotonic() + 10, lambda: False):
-        with (
-            pytest.raises(UnavailableError),
-            slots.hold_slot(time.monotonic, time.monotonic(), lambda: False),
-        ):
-            pass
-        with (
-            pytest.raises(CancelledReadError),
-            slots.hold_slot(time.monotonic, time.monotonic() + 10, lambda: True),
-        ):
-            pass
-        got = threading.Event()
-
-        def wait() -> None:
-            with slots.hold_slot(time.monotonic, time.monotonic() + 20, lambda: False):
-                got.set()
-
-        thread = threading.Thread(target=wait)
-        thread.start()
-        assert not got.is_set()
-    assert got.wait(20)
-    thread.join(20)
