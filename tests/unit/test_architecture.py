@@ -72,9 +72,6 @@ KNOWN_ARROWS = {
     "fusecache.prefetch.models.headers -> fusecache.prefetch.office",
     "fusecache.prefetch.models.shards -> fusecache.prefetch.profiles.access_profile",
     "fusecache.prefetch.models.shards -> fusecache.prefetch.profiles.recorder",
-    "fusecache_mount.device.channel -> fusecache_mount.tracing.tracer",
-    "fusecache_mount.tracing.session -> fusecache_mount.lifecycle.fuse_mount",
-    "fusecache_mount.tracing.session -> fusecache_mount.lifecycle.mounting",
 }
 KNOWN_CIRCLES = {
     "fusecache.fetch.copying <-> fusecache.fetch.service",

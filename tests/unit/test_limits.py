@@ -22,8 +22,6 @@ KNOWN_METHODS = {
     "fusecache.prefetch.sessions.SessionTracker": 25,
     "fusecache.store.object.StoredObject": 35,
     "fusecache.store.store.Store": 30,
-    "fusecache_mount.device.channel.DeviceChannel": 28,
-    "fusecache_mount.fs.open_files.OpenFileTable": 38,
 }
 KNOWN_PARAMETERS = {
     "fusecache_mount.lifecycle.service.ControlService": 12,
@@ -59,7 +57,6 @@ KNOWN_ASSIGNED = {
     "fusecache.store.object -> buffer",
     "fusecache.store.store -> is_retired",
     "fusecache_mount.lifecycle.daemon -> render_metrics",
-    "fusecache_mount.tracing.session -> is_traced",
 }
 
 

@@ -1,4 +1,4 @@
-"""What the channel answers itself, besides READs: it is given a socket pair for a device."""
+"""Requests besides READs that the channel answers itself: it is given a socket pair for a device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from fusecache_mount.device.channel import DeviceChannel
+from fusecache_mount.device.channel import build_channel
 from fusecache_mount.device.trace_switch import TraceSwitch
 from fusecache_mount.kernel import protocol
 from fusecache_mount.kernel.nodeids import passthrough_nodeid
@@ -45,8 +45,9 @@ class Bench:
         self.kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.files = Files()
         self.trace_switch = TraceSwitch()
-        self.channel = DeviceChannel(
-            device.detach(),
+        self.device_fd = device.detach()
+        self.channel = build_channel(
+            self.device_fd,
             [],
             cast(Any, None),
             cast(Any, self.files),
@@ -80,7 +81,7 @@ class Bench:
         self.kernel.close()
         self.channel.close()
         os.close(self.theirs)
-        os.close(self.channel._device)
+        os.close(self.device_fd)
 
 
 @pytest.fixture

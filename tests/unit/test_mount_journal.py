@@ -1,4 +1,4 @@
-"""What a restarted daemon finds out about the files that are open."""
+"""A restarted daemon finds out which files are open."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Opens with passthrough: what the channel's threads ask of Handles, with a store on the disk and no kernel."""
+"""Opens with passthrough: what the channel's threads ask of the open files, with a store on the disk and no kernel."""
 
 from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +14,16 @@ import pytest
 
 from fusecache.catalog.entry import Entry
 from fusecache.errors import StoreError
+from fusecache.events import EventHub
 from fusecache.store.store import Store
 from fusecache.types import NodeId, ObjectVersion
 from fusecache_mount.device.backings import PassthroughState
 from fusecache_mount.device.trace_switch import TraceSwitch
+from fusecache_mount.fs import open_files
+from fusecache_mount.fs.background_jobs import BackgroundJobs
 from fusecache_mount.fs.journal import OpenFileJournal
-from fusecache_mount.fs.open_files import OpenFileTable
+from fusecache_mount.fs.mounted_files import build_mounted_files
+from fusecache_mount.fs.stale_retries import STALE_RETRY_SECONDS
 from fusecache_mount.kernel.nodeids import passthrough_nodeid
 from tests.unit.test_store import BLOCK, LIMIT, fill, version
 
@@ -80,29 +85,38 @@ class Bench:
             nodes=SimpleNamespace(entry_by_nodeid=lambda _nodeid: entry),
             index=SimpleNamespace(is_current=lambda _nodeid: self.current),
         )
-        self.handles = OpenFileTable(
+        self.jobs = BackgroundJobs()
+        self.is_started = False
+        self.handles = build_mounted_files(
             cast(Any, catalog),
             cast(Any, self.told),
             self.store,
             self.journal,
+            events=EventHub(),
+            jobs=self.jobs,
             backings=cast(Any, self.kernel),
             passthrough_state=PassthroughState(True, ""),
             trace_switch=TraceSwitch(),
+            open_wait_seconds=0.0,
+            waits_for=lambda _key: False,
+            set_read_ahead_limited=lambda _is_limited: None,
             inspector=cast(Any, inspector),
         )
 
     def start(self) -> None:
-        """What handles.start() does, without an event loop."""
-        self.handles._job_thread.start()
+        """Do what is done in the background from now on, and what waits to be done."""
+        self.is_started = True
+        self.jobs.start()
 
     def settle(self) -> None:
-        """Wait until all chores that were asked for are done."""
+        """Wait until all background jobs that were asked for are done."""
         done = threading.Event()
-        self.handles.run_in_background(done.set)
+        self.jobs.run_in_background(done.set)
         assert done.wait(20)
 
     def close(self) -> None:
-        if self.handles._job_thread.is_alive():
+        if self.is_started:
+            self.jobs.close()
             self.handles.close()
         self.journal.close(remove=True)
         self.store.close()
@@ -160,10 +174,11 @@ def test_the_loader_hears_of_an_open_after_the_reply_and_once(bench: Bench) -> N
 def test_who_left_before_the_loader_heard_of_it_is_not_counted_as_a_reader(bench: Bench) -> None:
     """The reply is out before `opened` is called, so that another thread may have the RELEASE already."""
     bench.handles.open_passthrough(TWIN)
-    file = bench.handles._files[TWIN]
+    file = bench.handles._table.get(TWIN)
+    assert file is not None
     bench.handles.release(TWIN)
     bench.handles.open_answered(TWIN)
-    bench.handles.run_in_background(lambda: bench.handles._report_passthrough_open(file))
+    bench.jobs.run_in_background(lambda: bench.handles._reporter.report_passthrough_open(file))
     bench.start()
     bench.settle()
     assert bench.told.heard == []
@@ -217,15 +232,39 @@ def test_what_an_inspector_has_to_pass_is_left_to_others(tmp_path: Path) -> None
 def test_what_an_earlier_daemon_opened_is_left_to_others(bench: Bench, tmp_path: Path) -> None:
     bench.handles.open_passthrough(TWIN)
     journal = OpenFileJournal(tmp_path / "open", discard_existing=False)
-    later = OpenFileTable(
+    later = build_mounted_files(
         cast(Any, SimpleNamespace(index=SimpleNamespace(is_current=lambda _nodeid: True))),
         cast(Any, bench.told),
         bench.store,
         journal,
+        events=EventHub(),
+        jobs=BackgroundJobs(),
         backings=cast(Any, bench.kernel),
         passthrough_state=PassthroughState(True, ""),
         trace_switch=TraceSwitch(),
+        open_wait_seconds=0.0,
+        waits_for=lambda _key: False,
+        set_read_ahead_limited=lambda _is_limited: None,
+        inspector=None,
     )
     assert later.open_passthrough(TWIN) == 0
     assert later.count_open_nodeids() == (1, 0)
     journal.close(remove=False)
+
+
+def test_what_was_prepared_and_never_opened_is_given_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The VFS comes back to a prepared nodeid within STALE_RETRY_SECONDS, or never."""
+    opener = bench.handles._opener
+    with opener._opening_lock:
+        assert bench.handles._passthrough._prepare_locked(TWIN, bench.version, "")
+    opener._drop_unopened()
+    assert bench.handles._table.get(TWIN) is not None
+    later = time.monotonic() + STALE_RETRY_SECONDS
+    monkeypatch.setattr(open_files, "time", SimpleNamespace(monotonic=lambda: later))
+    opener._drop_unopened()
+    assert bench.handles._table.get(TWIN) is None
+    bench.start()
+    bench.settle()
+    assert bench.kernel.open_backings == set()

@@ -15,16 +15,17 @@ from pyfuse3 import FUSEError
 
 from fusecache import errors
 from fusecache.catalog.catalog import Catalog
-from fusecache.catalog.entry import ROOT, Entry
+from fusecache.catalog.entry import ROOT
 from fusecache.events import EventHub
+from fusecache.types import ObjectVersion
 from fusecache_mount.fs.operations import AttributePolicy, Operations
-from fusecache_mount.kernel.errnos import errno_of
+from fusecache_mount.kernel.errnos import WrongNodeidError, errno_of
 from fusecache_mount.kernel.nodeids import passthrough_nodeid
 from tests.support.objects import Hand, Objects
 
 
 class Context:
-    """Who asks."""
+    """The process that asks."""
 
     def __init__(self, uid: int = 0, gid: int = 0) -> None:
         self.uid, self.gid, self.umask = uid, gid, 0
@@ -39,8 +40,8 @@ class RecordingOpenFiles:
     """Handles that remember what was asked of them."""
 
     def __init__(self) -> None:
-        self.passthrough_nodeids: set[int] = set()
-        self.opened: list[tuple[int, int]] = []
+        self.passthrough_keys: set[str] = set()
+        self.opened: list[int] = []
         self.released: list[int] = []
         self.error: Exception | None = None
         self.space = (40 << 20, 100 << 20)
@@ -49,13 +50,13 @@ class RecordingOpenFiles:
     def record_stale_answer(self, path: str | None, tid: int) -> None:
         self.stale_answers.append((path, tid))
 
-    def resolves_to_passthrough(self, entry: Entry) -> bool:
-        return entry.nodeid in self.passthrough_nodeids
+    def resolves_to_passthrough(self, version: ObjectVersion) -> bool:
+        return version.key in self.passthrough_keys
 
-    async def open(self, nodeid: int, flags: int, tid: int) -> None:
+    async def open(self, nodeid: int, tid: int) -> None:
         if self.error is not None:
             raise self.error
-        self.opened.append((nodeid, flags))
+        self.opened.append(nodeid)
 
     def release(self, nodeid: int) -> None:
         self.released.append(nodeid)
@@ -65,7 +66,7 @@ class RecordingOpenFiles:
             raise self.error
         return b"0123456789"[offset : offset + size]
 
-    def cached_bytes(self, entry: Entry) -> int:
+    def cached_bytes(self, nodeid: int, version: ObjectVersion) -> int:
         return 7
 
     def cache_usage(self) -> tuple[int, int]:
@@ -86,7 +87,7 @@ class Mounted:
             [self.objects.source()], ttl=60, snapshot_dir=None, events=EventHub(), clock=self.hand
         )
         await self.catalog.listings.start()
-        self.operations = Operations(self.catalog, self.handles, self.policy)
+        self.operations = Operations(self.catalog, cast(Any, self.handles), self.policy)
 
     async def lookup(self, path: str) -> pyfuse3.EntryAttributes:
         found = await self.operations.getattr(ROOT, context())
@@ -155,13 +156,13 @@ async def test_dot_and_dotdot_can_be_looked_up() -> None:
 async def test_a_complete_file_is_reached_by_its_twin() -> None:
     made = await mounted("a", "b")
     base = (await made.lookup("a")).st_ino
-    made.handles.passthrough_nodeids.add(base)
+    made.handles.passthrough_keys.add("a")
     twin = (await made.lookup("a")).st_ino
     assert twin == passthrough_nodeid(base)
     assert (await made.operations.getattr(twin, context())).st_ino == twin
     opened = await made.operations.open(twin, os.O_RDONLY, context())
     assert opened.fh == twin
-    assert made.handles.opened == [(twin, os.O_RDONLY)]
+    assert made.handles.opened == [twin]
     await made.operations.release(opened.fh)
     assert made.handles.released == [twin]
 
@@ -205,6 +206,7 @@ def test_every_error_has_its_number() -> None:
         errors.VersionChangedError: errno.ESTALE,
         errors.AttestationError: errno.EBADMSG,
         errors.CancelledReadError: errno.EINTR,
+        WrongNodeidError: errno.ESTALE,
     }
 
     def below(kind: type[Exception]) -> list[type[Exception]]:
@@ -234,7 +236,7 @@ async def test_another_version_is_another_file_and_the_old_handle_goes_on() -> N
 async def test_a_forgotten_twin_is_the_same_entry() -> None:
     made = await mounted("a")
     base = (await made.lookup("a")).st_ino
-    made.handles.passthrough_nodeids.add(base)
+    made.handles.passthrough_keys.add("a")
     twin = (await made.lookup("a")).st_ino
     made.objects.delete("a")
     await made.catalog.listings.refresh()
@@ -327,7 +329,7 @@ async def test_nothing_can_be_changed(name: str) -> None:
 
 
 class Dirent:
-    """What a readdir reply holds, and how much more fits."""
+    """The entries of a readdir reply, and how many more fit."""
 
     def __init__(self, room: int) -> None:
         self.room = room

@@ -45,7 +45,7 @@ class PassthroughState:
 
 
 class Backings:
-    """Those of the connection of FUSE descriptor `device`. Thread-safe."""
+    """The backings of the connection of FUSE descriptor `device_fd`. Thread-safe."""
 
     def __init__(self, device_fd: int) -> None:
         self._device_fd = device_fd
@@ -56,12 +56,13 @@ class Backings:
         return int(fcntl.ioctl(self._device_fd, protocol.IOC_BACKING_OPEN, request))
 
     def close_backing(self, backing_id: int) -> None:
-        """Let it go; what is open in the kernel goes on."""
+        """Let it go; files that are open in the kernel keep it until they are closed."""
         with contextlib.suppress(OSError):
             fcntl.ioctl(self._device_fd, protocol.IOC_BACKING_CLOSE, struct.pack("<I", backing_id))
 
     def find_refusal_reason(self, directory: Path) -> str:
-        """Why the kernel does not take files of this directory; '' if it does."""
+        """Why the kernel does not take files of this directory, in words for the user; empty if it does. Makes a file
+        there for a moment."""
         try:
             with tempfile.TemporaryFile(dir=directory) as file:
                 self.close_backing(self.open_backing(file.fileno()))

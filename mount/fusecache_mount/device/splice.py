@@ -20,11 +20,12 @@ _EXTRA_PIPE_PAGES = 2
 
 
 class ShortReadError(OSError):
-    """The data file ended, or broke, before the bytes that the index says it has."""
+    """The data file ended, or broke, before the bytes that the store says it has."""
 
 
 class Splicer:
-    """Writes replies to FUSE descriptors; `close` it."""
+    """Writes replies to FUSE descriptors, through a pipe that is empty between two replies; `close` it. Of one
+    thread."""
 
     def __init__(self) -> None:
         self._pipe_output = self._pipe_input = -1
@@ -61,7 +62,7 @@ class Splicer:
         self._open_pipe()
 
     def send_reply(self, device_fd: int, unique: int, data_fd: int, offset: int, length: int) -> None:
-        """Answer request `unique` with `length` bytes at `offset` of `source`.
+        """Answer request `unique` with `length` bytes at `offset` of `data_fd`.
 
         Raises ShortReadError when the file does not give them (nothing was answered then), and OSError when
         the device does not take the reply: ENOENT if the request was interrupted.
@@ -103,7 +104,8 @@ class Splicer:
 
 
 class ThreadSplicers:
-    """A Splicer for each thread that asks, closed all together."""
+    """A Splicer for each thread that asks, closed all together. `_lock` guards the list of all; a thread finds its own
+    without it."""
 
     def __init__(self) -> None:
         self._local = threading.local()
@@ -112,11 +114,11 @@ class ThreadSplicers:
 
     @property
     def max_reply_pages(self) -> int:
-        """See Splicer.max_reply_pages: the same for all."""
+        """Pages of the largest reply that is not copied twice, which is the same for all threads."""
         return self.get_splicer().max_reply_pages
 
     def get_splicer(self) -> Splicer:
-        """That of this thread."""
+        """The splicer of this thread."""
         splicer: Splicer | None = getattr(self._local, "splicer", None)
         if splicer is None:
             splicer = self._local.splicer = Splicer()

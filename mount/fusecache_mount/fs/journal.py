@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fusecache.locking import OwnedLock
 from fusecache.types import ObjectVersion
 
 _COMPACT_BYTES = 4 << 20
@@ -22,7 +22,7 @@ _COMPACT_BYTES = 4 << 20
 
 @dataclass
 class OpenRecord:
-    """A nodeid with `count` opens; `backing` is its passthrough backing id, 0 for none."""
+    """A nodeid with `open_count` opens; `backing_id` is its passthrough backing, 0 for none."""
 
     version: ObjectVersion
     source: str
@@ -31,20 +31,23 @@ class OpenRecord:
 
 
 class OpenFileJournal:
-    """The journal at `path`. With `fresh`, what is there belongs to an earlier mount and is dropped."""
+    """The journal at `path`. With `discard_existing`, the records there belong to an earlier mount and are dropped;
+    otherwise they are `inherited_opens`. `_lock` guards the records and the file. Methods write to a tmpfs under it."""
 
     def __init__(self, path: Path, *, discard_existing: bool) -> None:
         self._path = path
-        self._lock = threading.Lock()
+        self._lock = OwnedLock()
         self._records: dict[int, OpenRecord] = {} if discard_existing else _read_records(path)
         self.inherited_opens: dict[int, OpenRecord] = {
             nodeid: OpenRecord(**vars(record)) for nodeid, record in self._records.items()
         }
         self._fd = -1
         self._written_bytes = 0
-        self._rewrite_file_locked()
+        with self._lock:
+            self._rewrite_file_locked()
 
     def _rewrite_file_locked(self) -> None:
+        self._lock.assert_held()
         temporary = self._path.with_suffix(".new")
         lines = [
             _format_open(nodeid, record.version, record.source, record.backing_id)
@@ -60,9 +63,9 @@ class OpenFileJournal:
         self._fd, self._written_bytes = fd, len(data)
 
     def _append_line_locked(self, line: bytes) -> None:
-        with contextlib.suppress(
-            OSError
-        ):  # a full tmpfs costs the restart its memory, not the reader its file
+        self._lock.assert_held()
+        # a full tmpfs costs the restart its memory, not the reader its file
+        with contextlib.suppress(OSError):
             os.write(self._fd, line)
             self._written_bytes += len(line)
             if self._written_bytes > _COMPACT_BYTES and self._written_bytes > 256 * (len(self._records) + 1):
@@ -87,7 +90,7 @@ class OpenFileJournal:
             self._append_line_locked(json.dumps({"r": nodeid}).encode() + b"\n")
 
     def close(self, *, remove: bool) -> None:
-        """Close it; with `remove` there is nothing to come back to."""
+        """Close it; with `remove` delete it: no daemon comes after this one."""
         with self._lock:
             os.close(self._fd)
             self._fd = -1

@@ -1,6 +1,7 @@
 """The FUSE operations: a thin shell around the catalog and the open files.
 
-All of it is read-only: whatever would change something fails with EROFS, also when the kernel was not told `ro`.
+All of it is read-only: an operation that would change something fails with EROFS, also when the kernel was not told
+`ro`.
 A file handle is the nodeid, of files and directories alike, so that a daemon that is started anew under an open
 handle needs no table to go on. READ normally never comes here: the channel answers it.
 """
@@ -15,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NoReturn, Protocol
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import pyfuse3
 import trio
@@ -24,6 +25,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 from fusecache.catalog.catalog import Catalog
 from fusecache.catalog.entry import ROOT, Entry
 from fusecache.errors import FusecacheError
+from fusecache_mount.device.open_files import OpenFiles
 from fusecache_mount.kernel.errnos import errno_of
 from fusecache_mount.kernel.nodeids import inode_number, passthrough_nodeid
 
@@ -42,7 +44,7 @@ _MAX_NEGATIVE_LOOKUPS = 4096
 
 @dataclass(frozen=True)
 class AttributePolicy:
-    """What the attributes of all files are, whoever uploaded them.
+    """The attributes of all files, no matter who uploaded them.
 
     `file_mode` and `dir_mode` are permission bits, with `umask` taken away. Timeouts are in seconds: how long the
     kernel may use a name (`entry_timeout`), attributes (`attr_timeout`) and the absence of a name
@@ -59,35 +61,10 @@ class AttributePolicy:
     negative_timeout: float = 60.0
 
 
-class OpenFiles(Protocol):
-    """What the operations ask of the open files."""
-
-    def resolves_to_passthrough(self, entry: Entry) -> bool:
-        """Whether LOOKUP leads to the passthrough twin."""
-
-    async def open(self, nodeid: int, flags: int, tid: int) -> None:
-        """Open a file, either twin, for this thread. Raises FusecacheError."""
-
-    def record_stale_answer(self, path: str | None, tid: int) -> None:
-        """This thread's open of this path (None: not known) is answered ESTALE: the VFS comes back once, and only
-        once."""
-
-    def release(self, nodeid: int) -> None:
-        """One open less."""
-
-    async def read(self, nodeid: int, offset: int, size: int) -> Buffer:
-        """Bytes for a READ that the channel did not answer. Raises FusecacheError."""
-
-    def cached_bytes(self, entry: Entry) -> int:
-        """Bytes of this file in the store. May block."""
-
-    def cache_usage(self) -> tuple[int, int]:
-        """Bytes used, and the limit, of the cache. May block."""
-
-
 @contextmanager
 def _raising_fuse_errors() -> Iterator[None]:
-    """Turn errors into what the system call fails with. Whatever else came out would end the mount."""
+    """Turn every error into an errno that the system call fails with: any other error that came out would end the
+    mount."""
     try:
         yield
     except FUSEError:
@@ -104,7 +81,7 @@ def _refuse_change() -> NoReturn:
 
 
 class Operations(pyfuse3.Operations):
-    """Serves `catalog` and `handles` to the kernel under `policy`."""
+    """Serves the names of `catalog` and the bytes of `open_files` to the kernel; attributes are as `policy` says."""
 
     def __init__(self, catalog: Catalog, open_files: OpenFiles, policy: AttributePolicy) -> None:
         super().__init__()
@@ -149,7 +126,7 @@ class Operations(pyfuse3.Operations):
         return attributes
 
     def _choose_nodeid(self, entry: Entry) -> int:
-        if not entry.is_dir and self._open_files.resolves_to_passthrough(entry):
+        if entry.version is not None and self._open_files.resolves_to_passthrough(entry.version):
             return passthrough_nodeid(entry.nodeid)
         return entry.nodeid
 
@@ -232,7 +209,7 @@ class Operations(pyfuse3.Operations):
             return inode
 
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
-        """Names with their attributes; offsets are hashes of the names (see Catalog.scan_directory)."""
+        """Names with their attributes; offsets are hashes of the names, which stay when others come and go."""
         with _raising_fuse_errors():
             catalog = self._catalog
             directory = self._find_entry(fh)
@@ -274,7 +251,7 @@ class Operations(pyfuse3.Operations):
                 raise FUSEError(errno.ESTALE)
             if found.is_dir:
                 raise FUSEError(errno.EISDIR)
-            await self._open_files.open(inode, flags, ctx.pid)
+            await self._open_files.open(inode, ctx.pid)
             return FileInfo(fh=inode, keep_cache=True, direct_io=False)
 
     async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]
@@ -311,7 +288,7 @@ class Operations(pyfuse3.Operations):
                 return _encode_text(version.etag)
             if what == b"version":
                 return _encode_text(version.id)
-            cached = await trio.to_thread.run_sync(self._open_files.cached_bytes, entry)
+            cached = await trio.to_thread.run_sync(self._open_files.cached_bytes, entry.nodeid, version)
             return str(cached).encode()
 
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:

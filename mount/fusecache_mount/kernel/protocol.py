@@ -116,7 +116,7 @@ _ENTRY_TIMES = struct.Struct("<QQII")
 
 @dataclass(frozen=True)
 class InitLimits:
-    """What the channel asks for in INIT: requests in flight in the background, pages of a READ, bytes of a
+    """The limits that the channel asks for in INIT: requests in flight in the background, pages of a READ, bytes of a
     WRITE (which never comes: the least that the kernel allows)."""
 
     max_background: int

@@ -44,6 +44,7 @@ from fusecache.origin.interface import Origin
 from fusecache.peers.directory import PeerDirectory
 from fusecache.peers.node import PeerNode, make_block_source
 from fusecache.peers.profiles import PeerProfiles
+from fusecache.prefetch.models.shard_order import is_shard
 from fusecache.prefetch.profiles.access_profile import MAX_BYTES, check_profile
 from fusecache.prefetch.profiles.profile_store import ProfileStore
 from fusecache.store.attestation import AttestationPolicy
@@ -54,10 +55,11 @@ from fusecache.telemetry.metrics import StatusCollector
 from fusecache.telemetry.server import MetricsServer, render_metrics
 from fusecache.types import ObjectVersion
 from fusecache_mount.device.backings import Backings, PassthroughState
-from fusecache_mount.device.channel import DeviceChannel
+from fusecache_mount.device.channel import DeviceChannel, build_channel
 from fusecache_mount.device.trace_switch import TraceSwitch
+from fusecache_mount.fs.background_jobs import BackgroundJobs
 from fusecache_mount.fs.journal import OpenFileJournal
-from fusecache_mount.fs.open_files import OpenFileTable
+from fusecache_mount.fs.mounted_files import build_mounted_files
 from fusecache_mount.fs.operations import AttributePolicy, Operations
 from fusecache_mount.kernel import protocol
 from fusecache_mount.lifecycle import fuse_mount, mounting
@@ -109,10 +111,10 @@ def _send_to_keeper(keeper_socket: socket.socket, message: DaemonMessage) -> Non
 class MountCatalogView:
     """What the loader asks of the catalog and the handles; see loader.Library."""
 
-    def __init__(self, catalog: Catalog) -> None:
-        self.open_files: OpenFileTable | None = None
+    def __init__(self, catalog: Catalog, events: EventHub) -> None:
         self.fetch_service: FetchService | None = None
         self._catalog = catalog
+        self._events = events
 
     def siblings(self, version: ObjectVersion) -> Sequence[ObjectVersion]:
         """The versions in the folder of this object, as the tree has them."""
@@ -133,8 +135,7 @@ class MountCatalogView:
 
     def version_completed(self, version: ObjectVersion) -> None:
         """See loader.Library."""
-        if self.open_files is not None:
-            self.open_files.version_completed(version)
+        self._events.object_completed.publish(version)
 
     def version_gone(self, version: ObjectVersion) -> None:
         """Have the origin asked for the object anew."""
@@ -237,7 +238,7 @@ async def _build_and_serve(config: MountConfig, keeper_link: KeeperLink, daemon_
             snapshot_dir=config.cache_dir / "listings",
         )
         await catalog.listings.start()
-        catalog_view = MountCatalogView(catalog)
+        catalog_view = MountCatalogView(catalog, events)
         budget = config.prefetch_budget
         settings = FetchSettings(
             concurrency=config.tuning.concurrency,
@@ -281,23 +282,26 @@ async def _build_and_serve(config: MountConfig, keeper_link: KeeperLink, daemon_
                 inspector.start(fetch_service)
             passthrough = _decide_passthrough(config, keeper_link)
             trace_switch = TraceSwitch()
-            open_files = OpenFileTable(
+            jobs = BackgroundJobs()
+            open_files = build_mounted_files(
                 catalog,
                 fetch_service,
                 store,
                 journal,
+                events=events,
+                jobs=jobs,
                 backings=Backings(keeper_link.device_fd),
                 passthrough_state=passthrough,
                 trace_switch=trace_switch,
-                open_wait=config.open_wait if config.prefetch == "auto" else 0.0,
+                open_wait_seconds=config.open_wait if config.prefetch == "auto" else 0.0,
+                waits_for=is_shard,
                 set_read_ahead_limited=mounting.KernelReadAhead(
                     config.mountpoint, config.read_ahead
                 ).set_limited,
                 inspector=inspector,
             )
-            catalog_view.open_files = open_files
             token = trio.lowlevel.current_trio_token()
-            channel = DeviceChannel(
+            channel = build_channel(
                 keeper_link.device_fd,
                 keeper_link.clone_fds,
                 fetch_service,
@@ -307,17 +311,13 @@ async def _build_and_serve(config: MountConfig, keeper_link: KeeperLink, daemon_
                 trace_switch=trace_switch,
                 verify_always=config.verify == "always",
                 on_init=lambda request, reply: _report_init(
-                    config, keeper_link, open_files, store, request, reply
+                    config, keeper_link, passthrough, jobs, store, request, reply
                 ),
                 on_end=lambda: token.run_sync_soon(pyfuse3.terminate),
             )
 
-            def invalidate(changes: Sequence[tuple[int, bytes]]) -> None:
-                for parent, name in changes:
-                    channel.invalidate_entry(parent, name)
-
             events.names_changed.subscribe(
-                lambda changes: open_files.run_in_background(lambda: invalidate(changes))
+                lambda changes: jobs.run_in_background(lambda: channel.notifier.invalidate_entries(changes))
             )
             operations = Operations(
                 catalog,
@@ -358,7 +358,7 @@ async def _build_and_serve(config: MountConfig, keeper_link: KeeperLink, daemon_
                     MountSettings(config.mountpoint, config.read_ahead),
                     catalog,
                     open_files,
-                    channel,
+                    channel.notifier,
                     trace_switch=trace_switch,
                     negative_lookups=operations.negative_lookups,
                 ),
@@ -366,19 +366,28 @@ async def _build_and_serve(config: MountConfig, keeper_link: KeeperLink, daemon_
                 profile_store=orders,
                 inspector=inspector,
             )
-            open_files.start()
+            jobs.start()
             # what is there by now stays: a full collection stops all threads, without it for 0.3 ms instead of 45
             gc.collect()
             gc.freeze()
             gc.set_threshold(*_GC_THRESHOLDS)
             try:
                 upgrade = await _serve_until_unmounted(
-                    config, keeper_link, service, channel, open_files, directory, peer_node, fetch_service
+                    config,
+                    keeper_link,
+                    service,
+                    channel,
+                    passthrough,
+                    jobs,
+                    directory,
+                    peer_node,
+                    fetch_service,
                 )
             finally:
                 if inspector is not None:
                     inspector.close()
                 if not upgrade:
+                    jobs.close()
                     open_files.close()
                     channel.close()
         journal.close(remove=not upgrade)
@@ -394,7 +403,8 @@ async def _serve_until_unmounted(
     keeper_link: KeeperLink,
     control_service: ControlService,
     channel: DeviceChannel,
-    open_files: OpenFileTable,
+    passthrough: PassthroughState,
+    jobs: BackgroundJobs,
     mount_runtime_dir: Path,
     cluster: PeerNode | None,
     fetch_service: FetchService,
@@ -425,9 +435,13 @@ async def _serve_until_unmounted(
                 )
             )
             if keeper_link.answered_init is not None:
-                open_files.run_in_background(
+                jobs.run_in_background(
                     lambda: _configure_kernel(
-                        config, keeper_link, open_files, fetch_service.store, keeper_link.answered_init or b""
+                        config,
+                        keeper_link,
+                        passthrough,
+                        fetch_service.store,
+                        keeper_link.answered_init or b"",
                     )
                 )
             keeper_link.send_message(DaemonMessage(is_ready=True))
@@ -481,21 +495,20 @@ def _decide_passthrough(config: MountConfig, keeper_link: KeeperLink) -> Passthr
 def _report_init(
     config: MountConfig,
     keeper_link: KeeperLink,
-    open_files: OpenFileTable,
+    passthrough: PassthroughState,
+    jobs: BackgroundJobs,
     store: BlockStore,
     init_request: bytes,
     init_reply: bytes,
 ) -> None:
     keeper_link.send_message(DaemonMessage(answered_init=init_request))
-    open_files.run_in_background(
-        lambda: _configure_kernel(config, keeper_link, open_files, store, init_request)
-    )
+    jobs.run_in_background(lambda: _configure_kernel(config, keeper_link, passthrough, store, init_request))
 
 
 def _configure_kernel(
     config: MountConfig,
     keeper_link: KeeperLink,
-    open_files: OpenFileTable,
+    passthrough: PassthroughState,
     store: BlockStore,
     init_request: bytes,
 ) -> None:
@@ -507,7 +520,6 @@ def _configure_kernel(
     with contextlib.suppress(OSError):
         if fuse_mount.is_writable(config.mountpoint):  # a daemon that was killed while somebody traced
             mounting.set_writable(config.mountpoint, writable=False)
-    passthrough = open_files.passthrough_state
     if not passthrough.is_active:
         return
     if not protocol.supports_passthrough(init_request):

@@ -1,4 +1,4 @@
-"""What the kernel is told anew about a mount that is served: how far to read ahead, and whether to refuse writes."""
+"""Settings of a mount that the kernel is told anew while it is served: read-ahead, and whether to refuse writes."""
 
 from __future__ import annotations
 

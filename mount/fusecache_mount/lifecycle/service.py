@@ -24,7 +24,7 @@ from fusecache.store.disk.format import AttestationState
 from fusecache.store.interface import BlockStore
 from fusecache.types import ObjectId, ObjectVersion
 from fusecache_mount.device.channel import DeviceChannel
-from fusecache_mount.fs.open_files import OpenFileTable
+from fusecache_mount.fs.mounted_files import MountedFiles
 from fusecache_mount.tracing.session import TraceController
 
 _DRAIN_TIMEOUT = 10.0
@@ -52,7 +52,7 @@ class ControlService:
         origins: Mapping[str, Origin],
         store: BlockStore,
         fetch_service: FetchService,
-        open_files: OpenFileTable,
+        open_files: MountedFiles,
         channel: DeviceChannel,
         trace_controller: TraceController,
         cluster: PeerNode | None = None,

@@ -1,1 +1,1 @@
-"""The access trace: what programs look up, open, read and map."""
+"""The access trace: names that programs look up, and files that they open, read and map."""

@@ -1,7 +1,7 @@
 """FUSE requests in words, for the access trace: which operation, on what name, with which arguments.
 
-Source: include/uapi/linux/fuse.h of Linux 6.18. What is not known here is told by its number. Lengths come from the
-kernel, but nothing is read past the end of a request. Pure: no I/O.
+Source: include/uapi/linux/fuse.h of Linux 6.18. A request that is not known here is told by its number. Lengths come
+from the kernel, but nothing is read past the end of a request. Pure: no I/O.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KERNEL_OPCODES = frozenset(
         Opcode.BATCH_FORGET,
     }
 )
-"""What the kernel does on its own account."""
+"""Requests that the kernel makes on its own account."""
 _COMMON_NAMES: dict[int, str] = {
     Opcode.READDIRPLUS: "readdir",
     Opcode.RENAME2: "rename",
@@ -78,8 +78,8 @@ def operation_name(opcode: int) -> str:
 
 
 def parse_arguments(opcode: int, body: memoryview) -> dict[str, Any]:
-    """What the request says besides its inode: "name" below that directory, "flags", "offset" and "size", "xattr",
-    "command", "whence". `body` is what follows the header."""
+    """The arguments of the request, besides its inode: "name" below that directory, "flags", "offset" and "size",
+    "xattr", "command", "whence". `body` is what follows the header."""
     try:
         if opcode == Opcode.READ:
             _, offset, size = READ_IN.unpack_from(body)

@@ -20,9 +20,9 @@ import trio
 from fusecache.catalog.catalog import Catalog
 from fusecache.catalog.entry import ROOT
 from fusecache.errors import ConfigError, MountError
-from fusecache_mount.device.channel import DeviceChannel
+from fusecache_mount.device.kernel_notifier import KernelNotifier
 from fusecache_mount.device.trace_switch import TraceSwitch
-from fusecache_mount.fs.open_files import OpenFileTable
+from fusecache_mount.fs.mounted_files import MountedFiles
 from fusecache_mount.tracing.tracer import AccessTracer
 
 _log = logging.getLogger(__name__)
@@ -40,8 +40,8 @@ _EXPIRE_SECONDS = 5.0
 
 
 class TracedMount(Protocol):
-    """What a trace changes about the mount in the kernel. All but `device_number` may block on the daemon itself: they
-    are never called in the event loop."""
+    """The settings of a mount in the kernel that a trace changes. All but `device_number` may block on the daemon
+    itself: they are never called in the event loop."""
 
     def device_number(self) -> str:
         """The "major:minor" of the mount. Raises MountError if it is not mounted."""
@@ -61,7 +61,7 @@ class TracedMount(Protocol):
 
 @dataclass(frozen=True)
 class TraceOptions:
-    """What the client asked for: no read-ahead (`is_exact`), and the writes that the kernel would refuse itself."""
+    """The client's wishes: no read-ahead (`is_exact`), and the writes that the kernel would refuse itself."""
 
     is_exact: bool
     passes_writes: bool
@@ -69,8 +69,8 @@ class TraceOptions:
 
 @dataclass(frozen=True)
 class BlindSpots:
-    """What a trace can't see: nodeids that were open before it, and names that the kernel may answer for by itself for
-    some time."""
+    """Accesses that a trace can't see: by nodeids that were open before it, and of names that the kernel may answer
+    for by itself for some time."""
 
     passthrough_opens: int
     daemon_opens: int
@@ -94,8 +94,8 @@ class TraceController:
         self,
         mount: TracedMount,
         catalog: Catalog,
-        open_files: OpenFileTable,
-        channel: DeviceChannel,
+        open_files: MountedFiles,
+        notifier: KernelNotifier,
         *,
         trace_switch: TraceSwitch,
         negative_lookups: Sequence[tuple[int, bytes]],
@@ -103,7 +103,7 @@ class TraceController:
         self._mount = mount
         self._catalog = catalog
         self._open_files = open_files
-        self._channel = channel
+        self._notifier = notifier
         self._trace_switch = trace_switch
         self._negative_lookups = negative_lookups
         self.is_running = False
@@ -141,9 +141,9 @@ class TraceController:
         ]
         names = list(dict.fromkeys(names))
         hidden_names = len(names)
-        if self._channel.supports_expire:
+        if self._notifier.supports_expire:
             until = time.monotonic() + _EXPIRE_SECONDS
-            expire = partial(self._channel.expire_entries, names, until)
+            expire = partial(self._notifier.expire_entries, names, until)
             hidden_names = await trio.to_thread.run_sync(expire, abandon_on_cancel=True)
         return BlindSpots(passthrough_opens, daemon_opens, hidden_names)
 
@@ -190,8 +190,8 @@ class TraceStream:
         self._is_closed = False
 
     async def next_item(self, stop: trio.Event) -> object | None:
-        """What the client gets next; an empty list is a sign of life. None: `stop` is set, and the last events went
-        out."""
+        """The next message to the client; an empty list is a sign of life. None: `stop` is set, and the last events
+        went out."""
         if not self._is_first_item_sent:
             self._is_first_item_sent = True
             found = self._blind_spots

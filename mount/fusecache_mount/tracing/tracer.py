@@ -1,15 +1,16 @@
 """The access trace: what programs ask of the mount, one event per request.
 
-A `Tracer` sits beside the channel while somebody traces: `begin` when a request was read from the device, `end` when
-it is answered, both in the channel's threads. It never waits, never raises, and holds at most `limit` events for who
-fetches them (`take`); more are counted as lost. What the kernel answers by itself never comes here.
+An `AccessTracer` is the observer of the channel while somebody traces: it is told when a request was read from the
+device and when it is answered, both in the channel's threads. It never waits, never raises, and holds at most `limit`
+events until they are fetched (`take_events`); more are counted as lost. Requests that the kernel answers by itself
+never come here.
 
 An event is a dict: "t" (seconds since the start, when the request came), "id" (the kernel's number of it, which
 grows: events of about the same time may come in another order), "op", "pid" and "comm" of the program, "tid" of the
-thread, "path" below the mountpoint, what `requests.arguments` found, "ms" until the answer, "error" (its errno, or
-null). That of a mapping is {"op": "map"}: no request says that, so the program's list of mappings is looked at, by
-a thread of its own, when it reads a file. (Never by who answers requests: to list them needs a lock that the program
-may hold while it waits for the answer.)
+thread, "path" below the mountpoint, what `requests.parse_arguments` found, "ms" until the answer, "error" (its errno,
+or null). That of a mapping is {"op": "map"}: no request says that, so the program's list of mappings is looked at, by
+a thread of its own, when it reads a file. (Never by a thread that answers requests: to list them needs a lock that
+the program may hold while it waits for the answer.)
 """
 
 from __future__ import annotations
@@ -44,15 +45,23 @@ _MAPPINGS_POLL_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class Program:
-    """Who asks: the process, and its name; (0, "") when it is in a pid namespace that we can't see."""
+    """The process that asks, and its name; (0, "") when it is in a pid namespace that we can't see."""
 
     pid: int
     comm: str
 
 
 class AccessTracer:
-    """One trace. `describe` gives an inode's path below the mountpoint and its size in bytes; `device` is the mount's
-    "major:minor"."""
+    """One trace. `describe_inode` gives an inode's path below the mountpoint and its size in bytes; `device_number` is
+    the mount's "major:minor". `_lock` guards the count of lost events and the size of `_programs`; all else are single
+    operations of dictionaries and deques.
+
+    | A request | By | It is |
+    |---|---|---|
+    | read from the device | `request_received` | pending, if a program made it |
+    | pending | `request_answered` | an event that waits to be fetched; lost, if `limit` of them wait |
+    | an event | `take_events` | with the client |
+    """
 
     def __init__(
         self,
@@ -70,7 +79,6 @@ class AccessTracer:
         """unique -> opcode, event of what was not answered yet. Single dict operations only."""
         self._programs: BoundedDict[int, Program] = BoundedDict(_MAX_THREADS)
         self._lock = threading.Lock()
-        """Of `_lost` and `_programs`."""
         self._mapping_monitor = _MappingMonitor(device_number, self._record_mapping)
         self._has_failed = False
 
@@ -172,10 +180,10 @@ class AccessTracer:
             self._has_failed = True
             _log.exception("the trace failed in an unforeseen way; requests are answered all the same")
 
-    # -- by who fetches them
+    # -- by the stream of the client
 
     def take_events(self, max_events: int) -> list[dict[str, Any]]:
-        """Up to `most` events, of those that were answered first; in the order in which they came."""
+        """Up to `max_events` events, of those that were answered first; in the order in which they came."""
         found: list[dict[str, Any]] = []
         with contextlib.suppress(IndexError):
             while len(found) < max_events:
@@ -201,8 +209,15 @@ def _read_program(tid: int) -> Program:
 
 
 class _MappingMonitor:
-    """Finds out which of the files that it reads a program has mapped. `found(program, path, length)` is called once
-    per program and file, from this class's thread."""
+    """Finds out which of the files that it reads a program has mapped. `on_mapping_found(program, path, length)` is
+    called once per program and file, from this class's thread.
+
+    | A program and a file | By | It is |
+    |---|---|---|
+    | unknown, or not looked at for a while | a READ | queued |
+    | queued | the thread finds no mapping | to be looked at once more, at a READ in _MAPPINGS_POLL_SECONDS |
+    | queued | the thread finds a mapping | told, and not looked at again |
+    """
 
     def __init__(self, device_number: str, on_mapping_found: Callable[[Program, str, int], None]) -> None:
         major, _, minor = device_number.partition(":")
