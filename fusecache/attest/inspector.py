@@ -99,16 +99,20 @@ class ManifestInspector:
             stored = object_fetch.stored
             if stored.is_unattested:
                 expected = self._find_expected(version, source)
-                found = hashlib.sha256(b"").digest() if version.size == 0 else stored.quarantine_sha256
+                found = (
+                    hashlib.sha256(b"").digest()
+                    if version.size == 0
+                    else stored.attestation.quarantine_sha256
+                )
                 if found is not None and found != expected.sha256:
                     raise AttestationError(_mismatch_text(version, expected, found))
-                if stored.quarantine_sha256 is not None:
+                if stored.attestation.quarantine_sha256 is not None:
                     _log.info(
                         "%s: %s says what was found: it is fetched again", version.key, expected.stated_by
                     )
                     fetch_service.attestation_gate.lift_quarantine(object_fetch)
                 if version.size == 0:
-                    stored.mark_attested(expected.sha256)
+                    stored.attestation.mark_attested(expected.sha256)
         except AttestationError as error:
             self._log_error_once(version, error)
             with self._lock:
@@ -165,8 +169,8 @@ class ManifestInspector:
     def _hash_blocks(self, object_fetch: ObjectFetch, buffer: memoryview) -> bool:
         """Hash some of what is there; whether that was the last of it."""
         stored, fold = object_fetch.stored, object_fetch.hash_progress
-        if fold.discards != stored.bad_block_count:
-            fold = object_fetch.hash_progress = HashProgress(stored.bad_block_count)
+        if fold.discards != stored.blocks.bad_block_count:
+            fold = object_fetch.hash_progress = HashProgress(stored.blocks.bad_block_count)
         stop = min(fold.hashed_blocks + _BLOCKS_PER_TURN, stored.block_count)
         while fold.hashed_blocks < stop and stored.is_present(fold.hashed_blocks):
             with buffer[
@@ -180,7 +184,7 @@ class ManifestInspector:
             fold.hashed_blocks += 1
         return (
             fold.hashed_blocks == stored.block_count
-            and fold.discards == stored.bad_block_count
+            and fold.discards == stored.blocks.bad_block_count
             and stored.is_complete
         )
 
@@ -194,15 +198,15 @@ class ManifestInspector:
             self._log_error_once(version, error)
             raise
         if found != expected.sha256:
-            stored.enter_quarantine(found)
+            stored.attestation.enter_quarantine(found)
             with self._lock:
                 self.stats.quarantined += 1
             mismatch = AttestationError(_mismatch_text(version, expected, found))
             self._log_error_once(version, mismatch)
             raise mismatch
-        if stored.quarantine_sha256 is not None:  # another process put it there meanwhile
-            stored.lift_quarantine()
-        stored.mark_attested(found)
+        if stored.attestation.quarantine_sha256 is not None:  # another process put it there meanwhile
+            stored.attestation.lift_quarantine()
+        stored.attestation.mark_attested(found)
         if stored.is_unattested:
             return False
         with self._lock:

@@ -45,7 +45,7 @@ class AttestationGate:
 
     def refuse_if_quarantined(self, object_fetch: ObjectFetch) -> None:
         """A new load: one that is in quarantine is not fetched."""
-        if object_fetch.stored.quarantine_sha256 is not None:
+        if object_fetch.stored.attestation.quarantine_sha256 is not None:
             text = f"{object_fetch.version.key} is in quarantine: it is not what its manifest says"
             object_fetch.gone_error = AttestationError(text)
 
@@ -71,7 +71,7 @@ class AttestationGate:
             object_fetch.is_being_inspected = False
             object_fetch.flight_count -= 1
             self.last_progress_at = time.monotonic()
-            if object_fetch.stored.quarantine_sha256 is not None:
+            if object_fetch.stored.attestation.quarantine_sha256 is not None:
                 object_fetch.gone_error = error
                 self._scheduler.drop_file(object_fetch)
             waiters = self.pop_waiters_locked(object_fetch) if is_finished else []
@@ -86,7 +86,7 @@ class AttestationGate:
 
     def lift_quarantine(self, object_fetch: ObjectFetch) -> None:
         """Its quarantine is over: it may be fetched again. Takes the lock."""
-        object_fetch.stored.lift_quarantine()
+        object_fetch.stored.attestation.lift_quarantine()
         with self._lock:
             object_fetch.gone_error = None
 

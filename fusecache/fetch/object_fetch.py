@@ -294,7 +294,9 @@ class ObjectFetch:
         if not stored.is_unattested or self.is_being_inspected or self.gone_error is not None:
             return False
         done = (
-            self.hash_progress.hashed_blocks if self.hash_progress.discards == stored.bad_block_count else 0
+            self.hash_progress.hashed_blocks
+            if self.hash_progress.discards == stored.blocks.bad_block_count
+            else 0
         )
         return stored.is_present(done) if done < stored.block_count else bool(self.attestation_waiters)
 

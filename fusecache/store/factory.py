@@ -87,7 +87,7 @@ def _open_memory_store(
             block_size=config.block_size,
             verify=config.block_verify_mode(),
             attestation_policy=attestation_policy,
-            is_in_memory=True,
             is_spare=is_spare,
+            is_in_memory=True,
         )
     )

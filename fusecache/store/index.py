@@ -77,7 +77,7 @@ def record_from_json(value: Any) -> ObjectRecord | None:
         record.accesses,
         record.attestation_state,
     )
-    flags = (record.is_complete, record.is_pinned, record.is_in_main)
+    flags = (record.is_pinned, record.is_in_main)
     typed = ((str, texts), (int, numbers), (bool, flags))
     return record if all(type(x) is kind for kind, values in typed for x in values) else None
 

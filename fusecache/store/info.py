@@ -45,9 +45,13 @@ class ObjectInfo:
     id: ObjectId
     version: ObjectVersion
     present_bytes: int
-    is_complete: bool
     is_pinned: bool
     last_use: float
     open_count: int
     attestation_state: AttestationState = AttestationState.NONE
     is_in_memory: bool = False
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all bytes are here."""
+        return self.present_bytes == self.version.size

@@ -25,12 +25,16 @@ class ObjectRecord:
     block_size: int
     present_bytes: int
     stored_bytes: int
-    is_complete: bool
     is_pinned: bool
     last_use_ns: int
     accesses: int = 0
     is_in_main: bool = False
     attestation_state: int = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all bytes are here."""
+        return self.present_bytes == self.version.size
 
 
 def record_from_summary(summary: BlocksFileSummary) -> ObjectRecord:
@@ -41,7 +45,6 @@ def record_from_summary(summary: BlocksFileSummary) -> ObjectRecord:
         summary.block_size,
         summary.present_bytes,
         summary.stored_bytes,
-        summary.is_complete,
         state.is_pinned,
         state.last_use_ns,
         state.accesses,

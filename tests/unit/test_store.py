@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import random
 import threading
@@ -17,8 +18,9 @@ from fusecache.errors import ConfigError, StoreError
 from fusecache.store.attestation import AttestationPolicy
 from fusecache.store.disk import files as fs
 from fusecache.store.disk import format
-from fusecache.store.disk.files import CacheDirectory
+from fusecache.store.disk.directory import CacheDirectory
 from fusecache.store.object import StoredObject
+from fusecache.store.object_writer import ObjectWriter
 from fusecache.store.space import Space
 from fusecache.store.store import Store
 from fusecache.types import ObjectVersion
@@ -43,6 +45,11 @@ def fill(stored: StoredObject, blocks: Iterator[int] | range | None = None) -> N
         assert stored.reserve_bytes(len(part))
         stored.write(block * BLOCK, part)
         stored.commit_block(block, xxhash.xxh3_64_intdigest(part))
+
+
+def data_of(stored: StoredObject) -> bytes:
+    """All bytes of the data file."""
+    return os.pread(stored.fileno(), stored.version.size, 0)
 
 
 @pytest.fixture
@@ -70,7 +77,6 @@ def test_a_block_is_present_once_it_is_committed(store: Store) -> None:
     stored = store.open(version(blocks=3, tail=100))
     assert stored.block_count == 4
     assert not stored.is_complete
-    assert stored.view() is None
     with pytest.raises(StoreError):
         stored.fileno()
     fill(stored, range(1, 2))
@@ -85,11 +91,7 @@ def test_a_block_is_present_once_it_is_committed(store: Store) -> None:
     assert stored.is_complete
     assert stored.is_range_servable(0, 1 << 40)
     assert stored.cached_bytes() == stored.version.size
-    view = stored.view()
-    assert view is not None
-    assert bytes(view) == content(stored.version)
-    assert view.readonly
-    assert stored.view() is view
+    assert data_of(stored) == content(stored.version)
     stored.close()
 
 
@@ -97,7 +99,8 @@ def test_an_empty_object_is_complete_and_takes_nothing(store: Store) -> None:
     stored = store.open(version(blocks=0))
     assert stored.is_complete
     assert stored.is_range_servable(0, 10)
-    assert stored.view() is None
+    with pytest.raises(StoreError):
+        stored.fileno()
     stored.close()
     assert store.usage().used == 0
 
@@ -129,7 +132,7 @@ def test_one_object_per_version_and_process(store: Store) -> None:
     fill(first)
     first.close()
     assert second.is_complete
-    assert bytes(second.view() or b"") == content(second.version)
+    assert data_of(second) == content(second.version)
     assert [info.open_count for info in store.objects()] == [1]
     second.close()
     assert [info.open_count for info in store.objects()] == [0]
@@ -176,7 +179,7 @@ def test_of_a_sealed_object_that_is_closed_nothing_is_known(make: Any) -> None:
     stored = store.open(version())
     fill(stored)
     assert not store.has_whole(version())
-    stored.mark_attested(bytes(32))
+    stored.attestation.mark_attested(bytes(32))
     assert store.has_whole(version())
     stored.close()
     assert not store.has_whole(version())
@@ -189,17 +192,17 @@ def test_an_open_while_the_last_close_is_under_way_knows_what_was_verified(
     stored = store.open(v)
     fill(stored)
     seen: list[bool] = []
-    release = StoredObject.close_files
+    release = ObjectWriter.close
 
-    def slow(self: StoredObject) -> None:
+    def slow(self: ObjectWriter) -> None:
         if not seen:
             other = store.open(v)
-            assert other is not self
+            assert other is not stored
             seen.append(other.is_complete)
             other.close()
         release(self)
 
-    monkeypatch.setattr(StoredObject, "close_files", slow)
+    monkeypatch.setattr(ObjectWriter, "close", slow)
     stored.close()
     assert seen == [True]
     again = store.open(v)
@@ -248,7 +251,7 @@ def test_boot_mode_trusts_a_clean_stop_of_the_same_boot_only(
     second.close()
     unclean.close()
 
-    monkeypatch.setattr("fusecache.store.store._read_boot_id", lambda: bytes(16))
+    monkeypatch.setattr("fusecache.store.store.read_boot_id", lambda: bytes(16))
     rebooted = make(verify="boot").open(version())
     assert not rebooted.is_present(0)
     assert rebooted.verify_block(0)
@@ -276,7 +279,7 @@ def test_a_flipped_bit_is_found_and_only_its_block_is_fetched_again(
     fill(again, range(1, 2))
     assert again.is_complete
     assert path.stat().st_ino == inode
-    assert bytes(again.view() or b"") == content(again.version)
+    assert data_of(again) == content(again.version)
     again.close()
     assert second.usage().used == 4 * BLOCK + OVERHEAD
 
@@ -295,7 +298,7 @@ def test_a_bad_block_of_a_file_that_another_process_serves_is_not_rewritten(make
     before = path.read_bytes()
     assert not theirs.verify_block(1)
     assert not path.exists()
-    assert bytes(mine.view() or b"") == before
+    assert data_of(mine) == before
     assert theirs.is_present(0)
     assert not theirs.is_unverified(1)
     assert not theirs.reserve_bytes(1)
@@ -457,22 +460,21 @@ def test_the_free_floor_holds(make: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     stored.close()
 
 
-def test_a_view_outlives_the_close_for_who_still_holds_a_slice(store: Store) -> None:
+def test_a_mapping_outlives_the_close(store: Store) -> None:
     stored = store.open(version())
     fill(stored)
-    piece = (stored.view() or memoryview(b""))[10:20]
-    stored.close()
-    assert bytes(piece) == content(stored.version)[10:20]
-    with pytest.raises(StoreError):
-        store.evict(stored.version.id)  # the mapping holds the file, and so its lock
-    piece.release()
+    with mmap.mmap(stored.fileno(), 0, prot=mmap.PROT_READ) as mapping:
+        stored.close()
+        assert mapping[10:20] == content(stored.version)[10:20]
+        with pytest.raises(StoreError):
+            store.evict(stored.version.id)  # the mapping holds the file, and so its lock
 
 
 def test_a_complete_file_is_never_rewritten(store: Store) -> None:
     stored = store.open(version())
     fill(stored)
     stored.write(0, b"wrong")
-    assert bytes(stored.view() or b"") == content(stored.version)
+    assert data_of(stored) == content(stored.version)
     stored.close()
 
 
@@ -514,7 +516,7 @@ def test_threads_fill_one_object_together(store: Store) -> None:
     for thread in threads:
         thread.join()
     assert stored.is_complete
-    assert bytes(stored.view() or b"") == content(stored.version)
+    assert data_of(stored) == content(stored.version)
     stored.close()
     assert store.usage().used == 64 * BLOCK + OVERHEAD
 
@@ -547,7 +549,7 @@ def test_start_opens_no_object_and_waits_for_nothing(make: Any, monkeypatch: pyt
         return real_open(path, *args, **kwargs)
 
     monkeypatch.setattr(os, "open", spy)
-    monkeypatch.setattr(StoredObject, "_hash_block", lambda *_: pytest.fail("hashed at the start"))
+    monkeypatch.setattr("fusecache.store.object._hash_range", lambda *_: pytest.fail("hashed at the start"))
     store = make(limit=1 << 50)
     at_start = [path for path, _ in opened]
     assert len(at_start) < 10
@@ -615,7 +617,7 @@ def test_a_data_file_of_a_wrong_size_is_replaced(make: Any) -> None:
     again = make().open(version())
     assert not again.is_unverified(0)
     fill(again)
-    assert bytes(again.view() or b"") == content(again.version)
+    assert data_of(again) == content(again.version)
     again.close()
 
 
@@ -644,7 +646,8 @@ def test_an_object_that_was_unlinked_between_open_and_lock_is_not_attached_to(
 
     def evicted_first(fd: int, *, exclusive: bool) -> bool:
         monkeypatch.setattr(fs.locks, "try_flock", real)
-        fs.unlink_object(layout, stored.version.id)
+        with layout.exclusive_lock():
+            fs.unlink_object(layout, stored.version.id)
         return real(fd, exclusive=exclusive)
 
     monkeypatch.setattr(fs.locks, "try_flock", evicted_first)
@@ -674,7 +677,7 @@ def test_a_closed_store_opens_nothing(make: Any) -> None:
     fill(stored)
     store.close()
     store.close()
-    assert bytes(stored.view() or b"") == content(stored.version)
+    assert data_of(stored) == content(stored.version)
     assert not stored.reserve_bytes(1)
     stored.close()
     with pytest.raises(StoreError):
@@ -735,11 +738,11 @@ def test_a_look_at_a_changed_directory_reads_only_what_is_not_known_to_be_comple
     read: list[str] = []
     real = fs.read_summary
     monkeypatch.setattr(fs, "read_summary", lambda layout, name: (read.append(name), real(layout, name))[1])
-    store._scanner._folder_mtimes.clear()
-    store._scanner.scan_folders()
+    store._folder_scan._folder_mtimes.clear()
+    store._folder_scan.scan_folders()
     assert half.id in read
     assert whole.id not in read
-    store._scanner.scan_folders(everything=True)
+    store._folder_scan.scan_folders(everything=True)
     assert whole.id in read
 
 

@@ -11,10 +11,11 @@ import pytest
 
 from fusecache.store.attestation import AttestationPolicy
 from fusecache.store.disk import files as fs
+from fusecache.store.disk.directory import CacheDirectory
 from fusecache.store.disk.format import AttestationState
 from fusecache.store.object import StoredObject
 from fusecache.store.store import Store
-from tests.unit.test_store import BLOCK, LIMIT, OVERHEAD, content, fill, flip, version
+from tests.unit.test_store import BLOCK, LIMIT, OVERHEAD, content, data_of, fill, flip, version
 
 SEALS = AttestationPolicy(b"unsigned", lambda found: found.key == "exempt")
 
@@ -42,7 +43,7 @@ def sha256(stored: StoredObject) -> bytes:
 def attested(store: Store) -> StoredObject:
     stored = store.open(version())
     fill(stored)
-    stored.mark_attested(sha256(stored))
+    stored.attestation.mark_attested(sha256(stored))
     return stored
 
 
@@ -54,13 +55,13 @@ def test_a_sealed_object_covers_nothing_until_it_is_attested(make: Any) -> None:
     store = make()
     stored = store.open(version())
     fill(stored, range(3))
-    stored.mark_attested(sha256(stored))  # it is not all here: that can't be
+    stored.attestation.mark_attested(sha256(stored))  # it is not all here: that can't be
     assert stored.is_unattested
     fill(stored, range(3, 4))
     assert stored.is_complete
     assert not stored.is_servable
     assert not stored.is_range_servable(0, 1)
-    stored.mark_attested(sha256(stored))
+    stored.attestation.mark_attested(sha256(stored))
     assert stored.is_servable
     assert stored.is_range_servable(0, stored.version.size)
     assert marks(store) == {"k": AttestationState.ATTESTED}
@@ -119,41 +120,41 @@ def test_quarantine_drops_the_bytes_and_keeps_the_mark(make: Any) -> None:
     stored = store.open(version())
     fill(stored)
     used = store.usage().used
-    stored.enter_quarantine(b"q" * 32)
+    stored.attestation.enter_quarantine(b"q" * 32)
     assert stored.is_retired
-    assert stored.quarantine_sha256 == b"q" * 32
+    assert stored.attestation.quarantine_sha256 == b"q" * 32
     assert not stored.is_servable
     assert store.usage().used == used - 4 * BLOCK
     assert (store.usage().objects_quarantined, store.usage().objects_partial) == (1, 0)
     stored.close()
     assert marks(store) == {"k": AttestationState.QUARANTINED}
     again = store.open(version())
-    assert again.quarantine_sha256 == b"q" * 32
+    assert again.attestation.quarantine_sha256 == b"q" * 32
     assert again.cached_bytes() == 0
     again.close()
     store.close()
     restarted = make()
     assert marks(restarted) == {"k": AttestationState.QUARANTINED}
     found = restarted.open(version())
-    assert found.quarantine_sha256 == b"q" * 32
-    assert restarted.open(version(etag="new")).quarantine_sha256 is None
+    assert found.attestation.quarantine_sha256 == b"q" * 32
+    assert restarted.open(version(etag="new")).attestation.quarantine_sha256 is None
     found.close()
     assert restarted.evict(version().id) == OVERHEAD
-    assert restarted.open(version()).quarantine_sha256 is None
+    assert restarted.open(version()).attestation.quarantine_sha256 is None
 
 
 def test_a_lifted_quarantine_is_an_object_like_any_other(make: Any) -> None:
     store = make()
     stored = store.open(version())
     fill(stored)
-    stored.enter_quarantine(b"q" * 32)
+    stored.attestation.enter_quarantine(b"q" * 32)
     stored.close()
     again = store.open(version())
-    again.lift_quarantine()
-    assert again.quarantine_sha256 is None
+    again.attestation.lift_quarantine()
+    assert again.attestation.quarantine_sha256 is None
     assert again.is_unattested
     fill(again)
-    again.mark_attested(sha256(again))
+    again.attestation.mark_attested(sha256(again))
     assert again.is_servable
     again.close()
     assert marks(store) == {"k": AttestationState.ATTESTED}
@@ -166,11 +167,9 @@ def test_a_quarantine_leaves_the_file_of_who_still_serves_it_alone(make: Any) ->
     stored = make().open(version())
     for block in range(4):
         stored.verify_block(block)
-    stored.enter_quarantine(b"q" * 32)
+    stored.attestation.enter_quarantine(b"q" * 32)
     assert other.is_servable
-    view = other.view()
-    assert view is not None
-    assert bytes(view) == content(version())
+    assert data_of(other) == content(version())
     stored.close()
     other.close()
 
@@ -179,11 +178,12 @@ def test_a_quarantine_does_not_replace_what_another_process_made_since(make: Any
     store = make()
     stored = store.open(version())
     fill(stored)
-    layout = fs.CacheDirectory(tmp_path / "cache")
-    fs.unlink_object(layout, version().id)
+    layout = CacheDirectory(tmp_path / "cache")
+    with layout.exclusive_lock():
+        fs.unlink_object(layout, version().id)
     fresh = make().open(version())
     fill(fresh, range(1))
-    stored.enter_quarantine(b"q" * 32)
+    stored.attestation.enter_quarantine(b"q" * 32)
     summary = fs.read_summary(layout, version().id)
     assert summary is not None
     assert summary.state.attestation.state is AttestationState.NONE

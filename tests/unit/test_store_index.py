@@ -20,7 +20,7 @@ from fusecache.types import ObjectId, ObjectVersion
 
 def record(key: str = "k", last_use_ns: int = 5) -> ObjectRecord:
     version = ObjectVersion("mem://b", key, "e", 4096, 1)
-    return ObjectRecord(version, 4096, 4096, 8192, True, False, last_use_ns, 2, True)
+    return ObjectRecord(version, 4096, 4096, 8192, False, last_use_ns, 2, True)
 
 
 @pytest.fixture

@@ -12,11 +12,13 @@ import xxhash
 from fusecache.errors import StoreError
 from fusecache.store.disk import files as fs
 from fusecache.store.disk import format
-from fusecache.store.disk.files import CacheDirectory
+from fusecache.store.disk.directory import CacheDirectory
 from fusecache.store.disk.ledger import Ledger
 from fusecache.store.records import ObjectRecord, ObjectTable
 from fusecache.store.store import Store
 from fusecache.types import ObjectVersion
+from tests.support.live import background
+from tests.unit.test_store import data_of
 
 BLOCK = 4096
 VERSION = ObjectVersion("mem://b", "k", "e", 8 * BLOCK, 1)
@@ -143,11 +145,12 @@ def test_a_recount_in_the_middle_of_an_eviction_does_not_take_it_off_twice(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(store, range(8))
-    monkeypatch.setattr(fs, "LOCK_TIMEOUT", 0.0)
+    monkeypatch.setattr("fusecache.store.disk.directory.LOCK_TIMEOUT", 0.0)
     real = store._ledger.count_evicted
 
     def evict(nbytes: int) -> None:
-        store._scanner._recount_ledger()  # the files are unlinked, and not yet counted as evicted
+        # the files are unlinked, and not yet counted as evicted
+        background(store._scanner._recount_ledger).result(10)
         real(nbytes)
 
     monkeypatch.setattr(store._ledger, "count_evicted", evict)
@@ -159,11 +162,11 @@ def test_a_recount_in_the_middle_of_an_eviction_does_not_take_it_off_twice(
 def test_a_recount_in_the_middle_of_a_creation_does_not_lose_it(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fs, "LOCK_TIMEOUT", 0.0)
+    monkeypatch.setattr("fusecache.store.disk.directory.LOCK_TIMEOUT", 0.0)
     real = fs.create_object_files
 
     def create(*args: Any) -> fs.ObjectFiles:
-        store._scanner._recount_ledger()
+        background(store._scanner._recount_ledger).result(10)
         return real(*args)
 
     monkeypatch.setattr(fs, "create_object_files", create)
@@ -188,9 +191,7 @@ def test_space_of_what_was_written_and_not_committed_is_given_back(store: Store)
     assert disk_usage(store) == store.usage().used == 4 * BLOCK
     stored = store.open(VERSION)
     assert [stored.is_present(b) for b in range(8)] == [True] * 3 + [False] * 5
-    view = stored.view()
-    assert view is not None
-    assert bytes(view) == b"".join(bytes((b,)) * BLOCK for b in range(3)) + bytes(5 * BLOCK)
+    assert data_of(stored) == b"".join(bytes((b,)) * BLOCK for b in range(3)) + bytes(5 * BLOCK)
     stored.close()
 
 
@@ -203,17 +204,15 @@ def test_space_of_what_another_process_is_writing_is_left_alone(store: Store, tm
     fill(store, range(3, 4), commit=False)
     fs.free_uncommitted_space(CacheDirectory(store.directory), VERSION.id)
     stored.commit_block(5, xxhash.xxh3_64_intdigest(b"x" * BLOCK))
-    view = stored.view()
-    assert view is not None
-    assert bytes(view[5 * BLOCK : 6 * BLOCK]) == b"x" * BLOCK
+    assert data_of(stored)[5 * BLOCK : 6 * BLOCK] == b"x" * BLOCK
     stored.close()
     other.close()
 
 
 def test_the_scan_does_not_overwrite_what_happened_since_it_read_a_file() -> None:
     records = ObjectTable()
-    old = ObjectRecord(VERSION, BLOCK, 0, BLOCK, False, False, 1)
-    new = ObjectRecord(VERSION, BLOCK, BLOCK, 2 * BLOCK, False, False, 2)
+    old = ObjectRecord(VERSION, BLOCK, 0, BLOCK, False, 1)
+    new = ObjectRecord(VERSION, BLOCK, BLOCK, 2 * BLOCK, False, 2)
     records.watch_object(VERSION.id)
     records.put_record(VERSION.id, new)
     records.put_if_unchanged(VERSION.id, old)

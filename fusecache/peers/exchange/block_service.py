@@ -322,7 +322,7 @@ class _StoredBlockResponse:
         stored, pieces, total = self._object_fetch.stored, [], 0
         for at in range(self._position, len(self._blocks)):
             block = self._blocks[at]
-            checksum = stored.checksum(block)
+            checksum = stored.blocks.checksum(block)
             if not stored.is_present(block) or not checksum or total > _RUN_BYTES:
                 break
             length = self.block_lengths[at]

@@ -16,68 +16,18 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from fusecache.blocks import block_count, block_length, contiguous_ranges
 from fusecache.store.disk import format, locks
+from fusecache.store.disk.directory import CacheDirectory
+from fusecache.store.disk.ledger import Ledger
 from fusecache.types import ObjectId, ObjectVersion
-
-LOCK_TIMEOUT = 2.0
-"""Seconds to wait for the directory's lock, which is held for microseconds unless its holder was stopped."""
-
 
 _FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 1, 2
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-
-
-class CacheDirectory:
-    """Paths below a cache directory, and its lock."""
-
-    def __init__(self, directory: Path) -> None:
-        self.path = directory
-        self.format_path = directory / "format"
-        self.ledger_path = directory / "ledger"
-        self.index_path = directory / "index"
-        self.data_root = directory / "data"
-        self._mutex = threading.Lock()
-        self._lock_fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-
-    def data_path(self, object_id: str) -> Path:
-        """The sparse file with the object's bytes."""
-        return self.data_root / object_id[:2] / f"{object_id}.data"
-
-    def blocks_path(self, object_id: str) -> Path:
-        """The checksums of its blocks."""
-        return self.data_root / object_id[:2] / f"{object_id}.blocks"
-
-    @contextlib.contextmanager
-    def exclusive_lock(self) -> Iterator[bool]:
-        """Hold the directory's lock; yields False when it could not be had within LOCK_TIMEOUT."""
-        if not self._mutex.acquire(timeout=LOCK_TIMEOUT):
-            yield False
-            return
-        try:
-            if self._lock_fd < 0:
-                yield False
-                return
-            got = locks.wait_flock(self._lock_fd, LOCK_TIMEOUT)
-            try:
-                yield got
-            finally:
-                if got:
-                    locks.unlock_flock(self._lock_fd)
-        finally:
-            self._mutex.release()
-
-    def close(self) -> None:
-        """Close the lock file."""
-        with self._mutex:
-            if self._lock_fd >= 0:
-                os.close(self._lock_fd)
-                self._lock_fd = -1
 
 
 @dataclass(frozen=True)
@@ -89,8 +39,12 @@ class BlocksFileSummary:
     block_size: int
     present_bytes: int
     stored_bytes: int
-    is_complete: bool
     state: format.BlocksFileState
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all bytes are here."""
+        return self.present_bytes == self.version.size
 
     @property
     def block_count(self) -> int:
@@ -256,6 +210,7 @@ def create_object_files(
 ) -> ObjectFiles:
     """Make an object's files, replacing broken ones. To be called under the directory's lock, after `attach`
     failed."""
+    cache_directory.assert_locked()
     path, blocks_path = cache_directory.data_path(version.id), cache_directory.blocks_path(version.id)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     for leftover in (blocks_path, path):
@@ -289,8 +244,9 @@ def create_object_files(
 def unlink_object_if_unused(cache_directory: CacheDirectory, object_id: str) -> bool:
     """Unlink an object's files if no process, and no passthrough handle of one, has them open.
 
-    To be called under the directory's lock. False: in use. Raises OSError.
+    The caller holds the directory's lock. False: in use. Raises OSError.
     """
+    cache_directory.assert_locked()
     try:
         fd = os.open(cache_directory.data_path(object_id), os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -306,9 +262,35 @@ def unlink_object_if_unused(cache_directory: CacheDirectory, object_id: str) -> 
 
 
 def unlink_object(cache_directory: CacheDirectory, object_id: str) -> None:
-    """Unlink an object's files, open or not. To be called under the directory's lock."""
+    """Unlink an object's files, open or not. The caller holds the directory's lock. Raises OSError."""
+    cache_directory.assert_locked()
     cache_directory.blocks_path(object_id).unlink(missing_ok=True)
     cache_directory.data_path(object_id).unlink(missing_ok=True)
+
+
+def quarantine_files(
+    cache_directory: CacheDirectory,
+    ledger: Ledger,
+    version: ObjectVersion,
+    files: ObjectFiles,
+    attestation: format.AttestationRecord,
+) -> None:
+    """Replace these files by some that hold nothing but the attestation, unless another process did, or made new ones.
+    Processes that have the old files open keep them. Takes the directory's lock. Raises OSError."""
+    with cache_directory.exclusive_lock() as is_locked:
+        if not is_locked or not files.is_at(cache_directory.data_path(version.id)):
+            return
+        header, overhead = files.header, format.file_overhead(files.header)
+        unlink_object(cache_directory, version.id)
+        ledger.count_evicted(files.present_bytes() + overhead)
+        ledger.count_committed(overhead, 0)
+        try:
+            create_object_files(cache_directory, version, header, bytes(16), attestation).close()
+        except OSError:
+            ledger.count_evicted(overhead)
+            raise
+        finally:
+            ledger.clear_pending(overhead)
 
 
 def free_uncommitted_space(cache_directory: CacheDirectory, object_id: str) -> None:
@@ -373,7 +355,6 @@ def read_summary(cache_directory: CacheDirectory, object_id: str) -> BlocksFileS
         header.block_size,
         present,
         present + format.file_overhead(header),
-        present == header.object_size,
         format.parse_state(data),
     )
 
