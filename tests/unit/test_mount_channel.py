@@ -18,18 +18,18 @@ from fusecache_mount.kernel import protocol
 from fusecache_mount.kernel.nodeids import passthrough_nodeid
 from fusecache_mount.kernel.protocol import Opcode
 
-TWIN = passthrough_nodeid(4711)
+PASSTHROUGH = passthrough_nodeid(4711)
 
 
 class Files:
-    """Open files that have `backing` ready for the twin, 0: not."""
+    """Open files that have `backing` ready for the passthrough nodeid, 0: not."""
 
     def __init__(self) -> None:
         self.backing = 7
         self.calls: list[str] = []
 
     def open_passthrough(self, nodeid: int) -> int:
-        assert nodeid == TWIN
+        assert nodeid == PASSTHROUGH
         self.calls.append("open_whole")
         return self.backing
 
@@ -92,18 +92,19 @@ def bench() -> Iterator[Bench]:
 
 
 def test_an_open_of_a_whole_file_does_not_pass_through_pyfuse3(bench: Bench) -> None:
-    bench.send_open(21, TWIN, os.O_RDONLY)
+    bench.send_open(21, PASSTHROUGH, os.O_RDONLY)
     reply = bench.answered()
     assert protocol.OUT_HEADER.unpack_from(reply) == (32, 0, 21)
-    assert struct.unpack_from("<QIi", reply, 16) == (TWIN, protocol.FOPEN_PASSTHROUGH, 7)
+    assert struct.unpack_from("<QIi", reply, 16) == (PASSTHROUGH, protocol.FOPEN_PASSTHROUGH, 7)
     bench.files.backing = 0
-    bench.send_open(22, TWIN, os.O_RDONLY)
+    bench.send_open(22, PASSTHROUGH, os.O_RDONLY)
     assert bench.passed_on() == 22  # and not 21
     assert bench.files.calls == ["open_whole", "opened", "open_whole"]
 
 
 @pytest.mark.parametrize(
-    ("nodeid", "flags"), [(4711, os.O_RDONLY), (TWIN, os.O_RDWR), (TWIN, os.O_WRONLY), (TWIN, os.O_TRUNC)]
+    ("nodeid", "flags"),
+    [(4711, os.O_RDONLY), (PASSTHROUGH, os.O_RDWR), (PASSTHROUGH, os.O_WRONLY), (PASSTHROUGH, os.O_TRUNC)],
 )
 def test_all_other_opens_are_pyfuse3s(bench: Bench, nodeid: int, flags: int) -> None:
     bench.send_open(23, nodeid, flags)
@@ -120,7 +121,7 @@ def test_while_somebody_traces_opens_are_pyfuse3s(bench: Bench) -> None:
             pass
 
     bench.trace_switch.turn_on(Observer())
-    bench.send_open(24, TWIN, os.O_RDONLY)
+    bench.send_open(24, PASSTHROUGH, os.O_RDONLY)
     assert bench.passed_on() == 24
     assert bench.files.calls == []
 
@@ -128,7 +129,7 @@ def test_while_somebody_traces_opens_are_pyfuse3s(bench: Bench) -> None:
 def test_whether_a_file_is_a_terminal_is_not_asked_of_pyfuse3(bench: Bench) -> None:
     """Each open() of Python asks; the kernel remembers nothing of the answer."""
     tcgets = 0x5401
-    bench.send(Opcode.IOCTL, 25, TWIN, struct.pack("<QIIQII", TWIN, 0, tcgets, 0, 0, 0))
+    bench.send(Opcode.IOCTL, 25, PASSTHROUGH, struct.pack("<QIIQII", PASSTHROUGH, 0, tcgets, 0, 0, 0))
     assert protocol.OUT_HEADER.unpack(bench.answered()) == (16, -errno.ENOTTY, 25)
     bench.send_open(26, 4711, os.O_RDONLY)
     assert bench.passed_on() == 26  # and not 25

@@ -37,7 +37,7 @@ def context(uid: int = 0, gid: int = 0) -> Any:
 
 
 class RecordingOpenFiles:
-    """Handles that remember what was asked of them."""
+    """Open files that remember what was asked of them."""
 
     def __init__(self) -> None:
         self.passthrough_keys: set[str] = set()
@@ -78,7 +78,7 @@ class Mounted:
 
     def __init__(self, **policy: Any) -> None:
         self.objects = Objects()
-        self.handles = RecordingOpenFiles()
+        self.files = RecordingOpenFiles()
         self.hand = Hand()
         self.policy = AttributePolicy(**{"uid": 1000, "gid": 100, "negative_timeout": 30.0} | policy)
 
@@ -87,7 +87,7 @@ class Mounted:
             [self.objects.source()], ttl=60, snapshot_dir=None, events=EventHub(), clock=self.hand
         )
         await self.catalog.listings.start()
-        self.operations = Operations(self.catalog, cast(Any, self.handles), self.policy)
+        self.operations = Operations(self.catalog, cast(Any, self.files), self.policy)
 
     async def lookup(self, path: str) -> pyfuse3.EntryAttributes:
         found = await self.operations.getattr(ROOT, context())
@@ -153,18 +153,18 @@ async def test_dot_and_dotdot_can_be_looked_up() -> None:
     assert (await made.operations.lookup(ROOT, b"..", context())).st_ino == ROOT
 
 
-async def test_a_complete_file_is_reached_by_its_twin() -> None:
+async def test_a_complete_file_is_reached_by_its_passthrough_nodeid() -> None:
     made = await mounted("a", "b")
     base = (await made.lookup("a")).st_ino
-    made.handles.passthrough_keys.add("a")
-    twin = (await made.lookup("a")).st_ino
-    assert twin == passthrough_nodeid(base)
-    assert (await made.operations.getattr(twin, context())).st_ino == twin
-    opened = await made.operations.open(twin, os.O_RDONLY, context())
-    assert opened.fh == twin
-    assert made.handles.opened == [twin]
+    made.files.passthrough_keys.add("a")
+    passthrough = (await made.lookup("a")).st_ino
+    assert passthrough == passthrough_nodeid(base)
+    assert (await made.operations.getattr(passthrough, context())).st_ino == passthrough
+    opened = await made.operations.open(passthrough, os.O_RDONLY, context())
+    assert opened.fh == passthrough
+    assert made.files.opened == [passthrough]
     await made.operations.release(opened.fh)
-    assert made.handles.released == [twin]
+    assert made.files.released == [passthrough]
 
 
 async def test_open_keeps_the_page_cache_of_an_immutable_version() -> None:
@@ -189,7 +189,7 @@ async def test_errors_of_the_files_have_their_numbers() -> None:
         (errors.AccessDeniedError("no"), errno.EACCES),
         (RuntimeError("unforeseen"), errno.EIO),
     ):
-        made.handles.error = error
+        made.files.error = error
         assert await number_of(made.operations.open(number, os.O_RDONLY, context())) == expected
         assert await number_of(made.operations.read(number, 0, 1)) == expected
     assert await number_of(made.operations.open(directory, os.O_RDONLY, context())) == errno.EISDIR
@@ -227,22 +227,22 @@ async def test_another_version_is_another_file_and_the_old_handle_goes_on() -> N
     assert (await made.operations.getattr(old.st_ino, context())).st_size == 10_000
     # the VFS looks the path up again on ESTALE, and opens the new version
     assert await number_of(made.operations.open(old.st_ino, os.O_RDONLY, context())) == errno.ESTALE
-    assert made.handles.stale_answers == [("a", os.getpid())]
+    assert made.files.stale_answers == [("a", os.getpid())]
     assert bytes(await made.operations.read(old.st_ino, 0, 2)) == b"01"
     await made.operations.forget([(old.st_ino, 1)])
     assert await number_of(made.operations.getattr(old.st_ino, context())) == errno.ESTALE
 
 
-async def test_a_forgotten_twin_is_the_same_entry() -> None:
+async def test_a_forgotten_passthrough_nodeid_is_the_same_entry() -> None:
     made = await mounted("a")
     base = (await made.lookup("a")).st_ino
-    made.handles.passthrough_keys.add("a")
-    twin = (await made.lookup("a")).st_ino
+    made.files.passthrough_keys.add("a")
+    passthrough = (await made.lookup("a")).st_ino
     made.objects.delete("a")
     await made.catalog.listings.refresh()
     await made.operations.forget([(base, 1)])
-    assert (await made.operations.getattr(twin, context())).st_size == 10_000
-    await made.operations.forget([(twin, 1)])
+    assert (await made.operations.getattr(passthrough, context())).st_size == 10_000
+    await made.operations.forget([(passthrough, 1)])
     assert await number_of(made.operations.getattr(base, context())) == errno.ESTALE
 
 
@@ -272,7 +272,7 @@ async def test_statfs_is_the_cache_and_never_zero() -> None:
     found = await made.operations.statfs(context())
     assert (found.f_bsize, found.f_frsize, found.f_namemax) == (4096, 4096, 255)
     assert (found.f_blocks, found.f_bfree, found.f_bavail) == (25_600, 15_360, 15_360)
-    made.handles.space = (10, 0)
+    made.files.space = (10, 0)
     found = await made.operations.statfs(context())
     assert (found.f_blocks, found.f_bfree) == (1, 0)
 
@@ -325,7 +325,7 @@ async def test_nothing_can_be_changed(name: str) -> None:
     made = await mounted("d/a")
     file, directory = (await made.lookup("d/a")).st_ino, (await made.lookup("d")).st_ino
     assert await number_of(CHANGES[name](made.operations, file, directory)) == errno.EROFS
-    assert made.handles.opened == []
+    assert made.files.opened == []
 
 
 class Dirent:

@@ -73,15 +73,15 @@ def test_open_becomes_passthrough() -> None:
     assert struct.unpack_from("<QIi", reply, 16) == (99, protocol.FOPEN_PASSTHROUGH, 5)
 
 
-def test_both_twins_show_one_inode_number() -> None:
-    twin = passthrough_nodeid(1234)
-    entry = struct.pack("<QQQQII", twin, 0, 0, 0, 0, 0) + struct.pack("<Q80x", twin)
+def test_both_nodeids_show_one_inode_number() -> None:
+    passthrough = passthrough_nodeid(1234)
+    entry = struct.pack("<QQQQII", passthrough, 0, 0, 0, 0, 0) + struct.pack("<Q80x", passthrough)
     lookup = bytearray(protocol.OUT_HEADER.pack(16 + len(entry), 0, 1) + entry)
     protocol.rewrite_inode_numbers(lookup, Opcode.LOOKUP)
-    assert struct.unpack_from("<Q", lookup, 16)[0] == twin
+    assert struct.unpack_from("<Q", lookup, 16)[0] == passthrough
     assert struct.unpack_from("<Q", lookup, 56)[0] == 1234
 
-    attributes = struct.pack("<QII", 0, 0, 0) + struct.pack("<Q80x", twin)
+    attributes = struct.pack("<QII", 0, 0, 0) + struct.pack("<Q80x", passthrough)
     getattr_ = bytearray(protocol.OUT_HEADER.pack(16 + len(attributes), 0, 1) + attributes)
     protocol.rewrite_inode_numbers(getattr_, Opcode.GETATTR)
     assert struct.unpack_from("<Q", getattr_, 32)[0] == 1234
@@ -90,9 +90,9 @@ def test_both_twins_show_one_inode_number() -> None:
 def test_inode_numbers_in_a_directory() -> None:
     body = b""
     for number, name in enumerate([b"a", b"name-of-17-bytes!", b"12345678"], start=10):
-        twin = passthrough_nodeid(number)
-        entry = struct.pack("<QQQQII", twin, 0, 0, 0, 0, 0) + struct.pack("<Q80x", twin)
-        dirent = struct.pack("<QQII", twin, 1, len(name), 8) + name
+        passthrough = passthrough_nodeid(number)
+        entry = struct.pack("<QQQQII", passthrough, 0, 0, 0, 0, 0) + struct.pack("<Q80x", passthrough)
+        dirent = struct.pack("<QQII", passthrough, 1, len(name), 8) + name
         body += entry + dirent + b"\0" * (-len(dirent) % 8)
     reply = bytearray(protocol.OUT_HEADER.pack(16 + len(body), 0, 1) + body)
     protocol.rewrite_inode_numbers(reply, Opcode.READDIRPLUS)
@@ -120,11 +120,11 @@ def test_notifications() -> None:
 
 
 def test_nodeids() -> None:
-    twin = passthrough_nodeid(5)
-    assert is_passthrough(twin)
+    passthrough = passthrough_nodeid(5)
+    assert is_passthrough(passthrough)
     assert not is_passthrough(5)
-    assert inode_number(twin) == inode_number(5) == 5
-    assert twin < 1 << 63
+    assert inode_number(passthrough) == inode_number(5) == 5
+    assert passthrough < 1 << 63
 
 
 def test_what_a_trace_has_the_kernel_forget() -> None:

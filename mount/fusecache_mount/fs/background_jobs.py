@@ -16,7 +16,7 @@ Job = Callable[[], None]
 
 
 class BackgroundJobs:
-    """The `chores` thread and its queue.
+    """The `background-jobs` thread and its queue.
 
     | From | By | To |
     |---|---|---|
@@ -29,7 +29,7 @@ class BackgroundJobs:
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[tuple[float, Job] | None] = queue.SimpleQueue()
         """(when, a time.monotonic() or 0.0 for at once; what). None ends the thread."""
-        self._thread = threading.Thread(target=self._run_jobs, name="chores", daemon=True)
+        self._thread = threading.Thread(target=self._run_jobs, name="background-jobs", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
