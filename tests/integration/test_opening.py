@@ -127,7 +127,7 @@ def test_an_evicted_file_opens_at_the_first_try(source: Path, tmp_path: Path, st
     def evicted() -> bool:
         return mount.command("evict", str(mount.path / SHARD), check=False).returncode == 0
 
-    wait_until(evicted, "an eviction", 1)  # the handle that was just closed may still be on its way
+    wait_until(evicted, "an eviction")  # the handle that was just closed may still be on its way
     check((mount.path / SHARD).read_bytes(), SHARD, 1)
     check((mount.path / SHARD).read_bytes(), SHARD, 1)
 

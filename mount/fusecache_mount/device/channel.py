@@ -37,8 +37,10 @@ _log = logging.getLogger(__name__)
 
 _REQUEST_BUFFER_BYTES = 256 << 10
 """Room for the largest request of a read-only mount (setxattr, to be refused)."""
-_READ = int(Opcode.READ)
-"""A plain number: every request is compared with it, and an enum compares six times as slowly."""
+_READ, _OPEN, _RELEASE, _IOCTL, _INTERRUPT = (
+    int(opcode) for opcode in (Opcode.READ, Opcode.OPEN, Opcode.RELEASE, Opcode.IOCTL, Opcode.INTERRUPT)
+)
+"""Plain numbers: every request is compared with them, and an enum compares six times as slowly."""
 
 
 class DeviceChannel:
@@ -164,14 +166,14 @@ class DeviceChannel:
         self, descriptor: int, opcode: int, unique: int, nodeid: int, arguments: memoryview
     ) -> bool:
         """Answer a request here, if that is possible; False: it is pyfuse3's."""
-        if opcode == Opcode.RELEASE:
+        if opcode == _RELEASE:
             self._open_files.release(nodeid)
             self._writer.answer_done(descriptor, unique)
-        elif opcode == Opcode.IOCTL:  # Python's open() asks of every file whether it is a terminal
+        elif opcode == _IOCTL:  # Python's open() asks of every file whether it is a terminal
             self._writer.refuse(descriptor, unique, errno.ENOTTY)
-        elif opcode == Opcode.INTERRUPT:
+        elif opcode == _INTERRUPT:
             self._interrupt_request(descriptor, unique, protocol.INTERRUPT_IN.unpack_from(arguments)[0])
-        elif opcode == Opcode.OPEN and is_passthrough(nodeid):
+        elif opcode == _OPEN and is_passthrough(nodeid):
             flags, _ = protocol.OPEN_IN.unpack_from(arguments)
             return self._answer_open(descriptor, unique, nodeid, flags)
         else:
@@ -191,7 +193,7 @@ class DeviceChannel:
         if not backing_id:
             return False
         reply = protocol.open_reply(unique, nodeid, backing_id)
-        self._writer.write_reply(descriptor, Opcode.OPEN, nodeid, reply, is_successful_open=True)
+        self._writer.write_reply(descriptor, _OPEN, nodeid, reply, is_successful_open=True)
         self._open_files.open_answered(nodeid)
         return True
 
