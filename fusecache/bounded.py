@@ -39,15 +39,16 @@ class BoundedDict(MutableMapping[K, V], Generic[K, V]):
         self._max_age = max_age
         self._clock = clock
         self._weight = 0
+        """Counted only when there is a `weigh`."""
         self._values: OrderedDict[K, V] = OrderedDict()
         self._expires_at: dict[object, float] = {}
-        """Filled only when there is a `max_age`; in the order of `_values`, so that the first is due first."""
+        """Filled only when there is a `max_age`."""
 
     @property
     def weight(self) -> int:
         """The sum of the weights; without `weigh` the number of entries."""
         self._drop_expired()
-        return self._weight
+        return self._present_weight()
 
     def set_maximum(self, maximum: int) -> None:
         """From now on keep so much; drops the oldest entries beyond it at once."""
@@ -55,10 +56,12 @@ class BoundedDict(MutableMapping[K, V], Generic[K, V]):
         self._trim()
 
     def __setitem__(self, key: K, value: V) -> None:
-        if key in self._values:
-            self._remove(key)
+        if self._weigh is not None:
+            if key in self._values:
+                self._weight -= self._weigh(self._values[key])
+            self._weight += self._weigh(value)
         self._values[key] = value
-        self._weight += self._weight_of(value)
+        self._values.move_to_end(key)
         if self._max_age is not None:
             self._expires_at[key] = self._clock() + self._max_age
         self._trim()
@@ -90,8 +93,8 @@ class BoundedDict(MutableMapping[K, V], Generic[K, V]):
         self._expires_at.clear()
         self._weight = 0
 
-    def _weight_of(self, value: V) -> int:
-        return 1 if self._weigh is None else self._weigh(value)
+    def _present_weight(self) -> int:
+        return len(self._values) if self._weigh is None else self._weight
 
     def _is_expired(self, key: object) -> bool:
         if self._max_age is None:
@@ -99,12 +102,14 @@ class BoundedDict(MutableMapping[K, V], Generic[K, V]):
         return self._expires_at.get(key, float("inf")) <= self._clock()
 
     def _remove(self, key: K) -> None:
-        self._weight -= self._weight_of(self._values.pop(key))
+        value = self._values.pop(key)
+        if self._weigh is not None:
+            self._weight -= self._weigh(value)
         self._expires_at.pop(key, None)
 
     def _trim(self) -> None:
         self._drop_expired()
-        while self._weight > self._maximum and len(self._values) > 1:
+        while self._present_weight() > self._maximum and len(self._values) > 1:
             self._remove(next(iter(self._values)))
 
     def _drop_expired(self) -> None:

@@ -1,4 +1,4 @@
-"""A counting lock whose size may change while it is used, and a wait that can be cancelled. Standard library only."""
+"""A counting lock whose size may change while it is used, and a wait that can be cancelled."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from fusecache.errors import CancelledReadError, UnavailableError
+from fusecache.locking import OwnedLock
 
 _POLL_SECONDS = 0.1
 """Seconds between two calls of `cancelled`: nothing tells a waiting thread that its reader has gone away."""
@@ -44,7 +45,7 @@ class ResizableSemaphore:
 
     def __init__(self, size: Callable[[], int]) -> None:
         self._size = size
-        self._lock = threading.Lock()
+        self._lock = OwnedLock()
         self._held_count = 0
         self._waiting_events: deque[threading.Event] = deque()
         """One event per waiting thread; it is set when the thread is given a slot."""
@@ -89,6 +90,7 @@ class ResizableSemaphore:
 
     def _admit_waiters_locked(self) -> None:
         """Give the free slots to the threads that have waited longest."""
+        self._lock.assert_held()
         while self._waiting_events and self._held_count < self._size():
             self._held_count += 1
             self._waiting_events.popleft().set()

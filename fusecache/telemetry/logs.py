@@ -154,7 +154,7 @@ def _quote_value(value: object) -> str:
 
 @dataclass
 class _BurstWindow:
-    """What happened to one kind of event since `started`."""
+    """The counts of one kind of event since `started`."""
 
     started: float
     passed: int = 0

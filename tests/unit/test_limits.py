@@ -14,7 +14,6 @@ MAX_PARAMETERS = 10
 MAX_PUBLIC_CLASSES = 3
 
 KNOWN_METHODS = {
-    "fusecache.catalog.catalog.Catalog": 29,
     "fusecache.fetch.object_fetch.ObjectFetch": 22,
     "fusecache.fetch.scheduler.FetchScheduler": 24,
     "fusecache.fetch.service.FetchService": 44,
