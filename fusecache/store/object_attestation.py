@@ -12,7 +12,7 @@ from fusecache.types import ObjectVersion
 
 
 class ObjectAttestation:
-    """What is known of one object version as a whole.
+    """The knowledge of one object version as a whole.
 
     | State | is_unattested | quarantine_sha256 | How it gets there |
     |---|---|---|---|
