@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -26,7 +27,9 @@ class Files:
 
     def __init__(self) -> None:
         self.backing = 7
+        self.is_awaiting = False
         self.calls: list[str] = []
+        self.released = threading.Event()
 
     def open_passthrough(self, nodeid: int) -> int:
         assert nodeid == PASSTHROUGH
@@ -36,8 +39,12 @@ class Files:
     def open_answered(self, nodeid: int) -> None:
         self.calls.append("opened")
 
+    def is_awaiting_attestation(self, nodeid: int) -> bool:
+        return self.is_awaiting
+
     def release(self, nodeid: int) -> None:
         self.calls.append("release")
+        self.released.set()
 
 
 class Bench:
@@ -76,6 +83,12 @@ class Bench:
         """The `unique` of the request that pyfuse3 got."""
         assert select.select([self.theirs], [], [], 20)[0]
         return int(protocol.IN_HEADER.unpack_from(os.read(self.theirs, 4096))[2])
+
+    def reply(self, unique: int, body: bytes) -> None:
+        """Have pyfuse3 reply to a request that it got, with success."""
+        os.write(
+            self.theirs, protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size + len(body), 0, unique) + body
+        )
 
     def close(self) -> None:
         self.kernel.close()
@@ -133,3 +146,63 @@ def test_whether_a_file_is_a_terminal_is_not_asked_of_pyfuse3(bench: Bench) -> N
     assert protocol.OUT_HEADER.unpack(bench.answered()) == (16, -errno.ENOTTY, 25)
     bench.send_open(26, 4711, os.O_RDONLY)
     assert bench.passed_on() == 26  # and not 25
+
+
+def test_an_open_that_waits_for_an_attestation_can_be_interrupted(bench: Bench) -> None:
+    """The kernel does not let a program go whose OPEN was read: it has to be answered."""
+    bench.files.is_awaiting = True
+    bench.send_open(31, 4711, os.O_RDONLY)
+    assert bench.passed_on() == 31
+    bench.send(Opcode.INTERRUPT, 32, 0, protocol.INTERRUPT_IN.pack(31))
+    assert protocol.OUT_HEADER.unpack(bench.answered()) == (16, -errno.EINTR, 31)
+    bench.reply(31, struct.pack("<QIi", 4711, 0, 0))  # it succeeded, for nobody
+    assert bench.files.released.wait(20)
+    bench.send_open(33, 4711, os.O_RDONLY)
+    assert bench.passed_on() == 33
+    bench.reply(33, struct.pack("<QIi", 4711, 0, 0))
+    assert protocol.OUT_HEADER.unpack_from(bench.answered()) == (32, 0, 33)  # and none to 31 before
+    assert bench.files.calls == ["release"]
+
+
+def test_other_opens_are_not_interrupted(bench: Bench) -> None:
+    bench.send_open(34, 4711, os.O_RDONLY)
+    assert bench.passed_on() == 34
+    bench.send(Opcode.INTERRUPT, 35, 0, protocol.INTERRUPT_IN.pack(34))
+    bench.reply(34, struct.pack("<QIi", 4711, 0, 0))
+    assert protocol.OUT_HEADER.unpack_from(bench.answered()) == (32, 0, 34)
+    assert bench.files.calls == []
+
+
+def test_an_interrupt_of_a_request_in_another_thread_is_asked_for_again(bench: Bench) -> None:
+    bench.send(Opcode.INTERRUPT, 36, 0, protocol.INTERRUPT_IN.pack(99))
+    assert protocol.OUT_HEADER.unpack(bench.answered()) == (16, -errno.EAGAIN, 36)
+
+
+def test_a_release_is_answered_at_once(bench: Bench) -> None:
+    bench.send(Opcode.RELEASE, 37, 4711, bytes(24))
+    assert protocol.OUT_HEADER.unpack(bench.answered()) == (16, 0, 37)
+    assert bench.files.calls == ["release"]
+
+
+def test_a_trace_hears_of_requests_and_of_answers(bench: Bench) -> None:
+    class Observer:
+        def __init__(self) -> None:
+            self.heard: list[tuple[str, int]] = []
+            self.has_answer = threading.Event()
+
+        def request_received(self, header: tuple[int, ...], request: memoryview) -> None:
+            self.heard.append(("received", header[2]))
+
+        def request_answered(self, unique: int, status: int, reply: bytes | bytearray = b"") -> None:
+            self.heard.append(("answered", unique))
+            self.has_answer.set()
+
+    observer = Observer()
+    bench.trace_switch.turn_on(observer)
+    bench.send(Opcode.RELEASE, 38, 4711, bytes(24))
+    bench.answered()
+    assert observer.has_answer.wait(20)
+    bench.trace_switch.turn_off()
+    bench.send(Opcode.RELEASE, 39, 4711, bytes(24))
+    bench.answered()
+    assert observer.heard == [("received", 38), ("answered", 38)]

@@ -53,7 +53,7 @@ class Program:
 
 class AccessTracer:
     """One trace. `describe_inode` gives an inode's path below the mountpoint and its size in bytes; `device_number` is
-    the mount's "major:minor". `_lock` guards the count of lost events and the size of `_programs`; all else are single
+    the mount's "major:minor". `_lock` guards the count of lost events and `_programs`; all else are single
     operations of dictionaries and deques.
 
     | A request | By | It is |
