@@ -1,7 +1,7 @@
-"""`fusecache ls`, `evict`, `pin`, `unpin`: what the cache holds, and what it has to keep or let go.
+"""`fusecache ls`, `evict`, `pin`, `unpin`: list the objects of a cache, and say which of them it keeps or drops.
 
-They ask the daemon of a mount, or, given `--cache-dir`, look into the directory themselves: the store may be
-shared by any number of processes.
+The commands ask the daemon of a mount, or, given `--cache-dir`, open the directory themselves: any number of processes
+may share one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fusecache.config.units import format_size
 from fusecache.control import mounts
 from fusecache.errors import ControlError, DaemonUnreachableError, MountError, StoreError
 from fusecache.store.disk.format import parse_format
-from fusecache.store.info import ObjectInfo
+from fusecache.store.object_item import object_item
 from fusecache.store.store import Store
 from fusecache.types import ObjectId
 
@@ -28,9 +28,8 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class CacheAccess(Protocol):
-    """One cache, through a daemon or directly. An object is a dict as the control operation `ls` has it:
-    path or key, source, bytes, size, complete, pinned, last_use (epoch seconds), id, mark (none, attested or
-    quarantined)."""
+    """One cache, through a daemon or directly. An object is a dictionary as the control operation `ls` has it
+    (object_item), with a "path" where there is a mount."""
 
     name: str
 
@@ -44,7 +43,7 @@ class CacheAccess(Protocol):
         """Pin or unpin it. Raises ControlError or StoreError."""
 
     def close(self) -> None:
-        """Let it go."""
+        """Release the cache; it is not used afterwards."""
 
 
 class MountedCache:
@@ -55,24 +54,24 @@ class MountedCache:
         self.name = str(mount.mountpoint)
 
     def list_items(self) -> list[dict[str, Any]]:
-        """See Cache."""
+        """The objects that the daemon lists. Raises ControlError."""
         found = target.call_mount_daemon(self._mount, "ls", timeout=60.0)
         return list(found)
 
     def evict_item(self, item: dict[str, Any]) -> int:
-        """See Cache."""
+        """Have the daemon evict it. Raises ControlError."""
         return int(target.call_mount_daemon(self._mount, "evict", id=item["id"])["freed"])
 
     def set_item_pinned(self, item: dict[str, Any], on: bool) -> None:
-        """See Cache."""
+        """Have the daemon pin or unpin it. Raises ControlError."""
         target.call_mount_daemon(self._mount, "pin", id=item["id"], path=display_path(item), on=on)
 
     def close(self) -> None:
-        """See Cache."""
+        """Nothing is held."""
 
 
 class DirectCache:
-    """A cache directory, without a daemon. Raises StoreError when `directory` is none."""
+    """A cache directory, opened by this process. Raises StoreError when `directory` is no cache directory."""
 
     def __init__(self, directory: Path) -> None:
         self.name = str(directory)
@@ -89,43 +88,29 @@ class DirectCache:
         self._store.wait_for_scan(_SCAN_TIMEOUT)
 
     def list_items(self) -> list[dict[str, Any]]:
-        """See Cache."""
-        return [_make_item(info) for info in self._store.objects()]
+        """The objects that the store found in the directory."""
+        return [object_item(info) for info in self._store.objects()]
 
     def evict_item(self, item: dict[str, Any]) -> int:
-        """See Cache."""
+        """Evict it. Raises StoreError."""
         return self._store.evict(ObjectId(item["id"]))
 
     def set_item_pinned(self, item: dict[str, Any], on: bool) -> None:
-        """See Cache."""
+        """Pin or unpin it. Raises StoreError."""
         self._store.set_pinned(ObjectId(item["id"]), on)
 
     def close(self) -> None:
-        """See Cache."""
+        """Close the store."""
         self._store.close()
 
 
-def _make_item(info: ObjectInfo) -> dict[str, Any]:
-    return {
-        "key": info.version.key,
-        "source": info.version.origin,
-        "bytes": info.present_bytes,
-        "size": info.version.size,
-        "complete": info.is_complete,
-        "pinned": info.is_pinned,
-        "last_use": info.last_use,
-        "id": info.id,
-        "mark": info.attestation_state.name.lower(),
-    }
-
-
 def display_path(item: dict[str, Any]) -> str:
-    """The path below the mountpoint, or the key where there is no mount."""
+    """The item's path below the mountpoint, or its key where there is no mount."""
     return str(item.get("path") or item.get("key") or item["id"])
 
 
 def is_named_by(item: dict[str, Any], name: str) -> bool:
-    """Whether `name` names this object or a folder that it is in: a path, a key, a URL, or an id."""
+    """Whether `name` is a path, a key, a URL or an id of this object, or of a folder that it is in."""
     name = name.rstrip("/")
     own_names = [
         display_path(item),
@@ -136,7 +121,8 @@ def is_named_by(item: dict[str, Any], name: str) -> bool:
 
 
 def _open_caches(cache_dir: Path | None, mountpoint: str | None) -> list[CacheAccess]:
-    """The cache that the user means: the directory, the mount, or all there are."""
+    """The caches that a command is about: the directory, that of the mount, or those of all mounts. Raises
+    MountError."""
     if cache_dir is not None:
         return [DirectCache(cache_dir)]
     if mountpoint is not None:
@@ -152,7 +138,7 @@ def _open_caches(cache_dir: Path | None, mountpoint: str | None) -> list[CacheAc
 def _group_paths_by_cache(
     cache_dir: Path | None, paths: Sequence[str]
 ) -> list[tuple[CacheAccess, list[tuple[str, str]]]]:
-    """Per cache, (path as the user wrote it, path in the cache)."""
+    """For each cache, the paths that lie in it: (as the user wrote it, in the cache)."""
     if cache_dir is None and not mounts.list_mounts() and (default_cache_dir() / "format").exists():
         cache_dir = default_cache_dir()
     if cache_dir is not None:

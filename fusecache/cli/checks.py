@@ -1,4 +1,4 @@
-"""What `fusecache doctor` looks at on this machine."""
+"""The checks of `fusecache doctor` that concern this machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the doctor. `mend` says what to do about it, when it is not ok."""
+    """One line of the doctor. `mend` says how to mend a check that is not ok."""
 
     name: str
     state: Literal["ok", "warn", "fail"]
@@ -32,7 +32,7 @@ class Check:
 
 
 def run_local_checks(cache_dir: Path, settings: MountConfig | None) -> list[Check]:
-    """Kernel, privileges, tools and the cache directory."""
+    """Check the kernel, the privileges, the tools and the cache directory. Quick; raises nothing."""
     privileged = has_sys_admin()
     checks = [
         check_kernel(os.uname().release),
@@ -47,7 +47,7 @@ def run_local_checks(cache_dir: Path, settings: MountConfig | None) -> list[Chec
 
 
 def check_kernel(release: str) -> Check:
-    """FUSE passthrough came with Linux 6.9."""
+    """Whether this kernel has FUSE passthrough, which came with Linux 6.9."""
     match = re.match(r"(\d+)\.(\d+)", release)
     version = (int(match[1]), int(match[2])) if match else (0, 0)
     if version >= MIN_PASSTHROUGH_KERNEL:
@@ -67,7 +67,7 @@ def has_sys_admin(status: Path = Path("/proc/self/status")) -> bool:
 
 
 def check_privilege(privileged: bool) -> Check:
-    """Passthrough needs CAP_SYS_ADMIN."""
+    """Whether this user may use passthrough, which needs CAP_SYS_ADMIN."""
     if privileged:
         return Check("privileges", "ok", "CAP_SYS_ADMIN: mount(2) and FUSE passthrough are allowed")
     return Check(
@@ -79,7 +79,7 @@ def check_privilege(privileged: bool) -> Check:
 
 
 def check_device(device: Path) -> Check:
-    """/dev/fuse has to be there, and may be opened."""
+    """Whether /dev/fuse is there and can be opened."""
     try:
         os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
     except FileNotFoundError:
@@ -92,7 +92,7 @@ def check_device(device: Path) -> Check:
 
 
 def check_fusermount(program: str | None, privileged: bool) -> Check:
-    """Without privileges, fusermount3 makes the mount."""
+    """Whether fusermount3 is there, which makes the mount of a user without privileges."""
     if program:
         return Check("fusermount3", "ok", program)
     if privileged:
@@ -101,7 +101,7 @@ def check_fusermount(program: str | None, privileged: bool) -> Check:
 
 
 def check_allow_other(conf: Path) -> Check:
-    """fusermount3 refuses allow_other to users unless root permits it."""
+    """Whether root permits users to mount with allow_other; fusermount3 refuses it otherwise."""
     try:
         allowed = re.search(r"^\s*user_allow_other\s*$", conf.read_text(), re.MULTILINE)
     except OSError:
@@ -122,7 +122,7 @@ def nearest_existing(directory: Path) -> Path:
 
 
 def check_file_system(cache_dir: Path) -> Check:
-    """The kernel takes no file of a stacked file system for passthrough."""
+    """Whether the kernel can pass reads through to files of this file system; it can't where that is a stacked one."""
     directory = Path(os.path.realpath(nearest_existing(cache_dir.absolute())))
     mountpoint, kind = find_file_system(directory)
     where = f"{cache_dir} is on {kind} ({mountpoint})"
@@ -143,7 +143,7 @@ def check_file_system(cache_dir: Path) -> Check:
 
 
 def check_writable(cache_dir: Path) -> Check:
-    """The daemon makes the directory, but not its parents."""
+    """Whether the daemon can write to the directory, or make it; it does not make its parents."""
     if cache_dir.exists() and not cache_dir.is_dir():
         return Check("cache dir", "fail", f"{cache_dir} is not a directory", "choose another cache_dir")
     directory = cache_dir if cache_dir.exists() else cache_dir.parent
@@ -164,7 +164,7 @@ def check_writable(cache_dir: Path) -> Check:
 
 
 def check_space(cache_dir: Path, settings: MountConfig | None) -> Check:
-    """Space above the floor is what the cache can grow by."""
+    """How much the cache can grow: the free space above the floor."""
     try:
         found = os.statvfs(nearest_existing(cache_dir.absolute()))
         floor = settings.min_free_bytes() if settings else found.f_blocks * found.f_frsize // 20

@@ -1,4 +1,4 @@
-"""What `fusecache doctor` asks a source: credentials, reachability, clock."""
+"""The checks of `fusecache doctor` that concern a source: credentials, reachability, clock."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SKEW_FAIL = 300.0
 def run_source_checks(
     source: SourceConfig, tuning: Tuning, env: Mapping[str, str] = os.environ
 ) -> list[Check]:
-    """Checks of one source, in bounded time."""
+    """Check one source; blocks for some seconds at most. Raises nothing."""
     name = f" {source.name}" if source.name else ""
     checks = [check_credentials(f"credentials{name}", source, env)]
     checks.append(check_reachable(f"source{name}", source, tuning))
@@ -61,7 +61,7 @@ def find_endpoint(source: SourceConfig, env: Mapping[str, str]) -> str | None:
 
 
 def check_credentials(name: str, source: SourceConfig, env: Mapping[str, str]) -> Check:
-    """Which credentials the libraries would use; never what they are."""
+    """Where the libraries would take credentials from; the detail never holds the credentials."""
     scheme = urlsplit(source.url).scheme
     if source.anonymous:
         return Check(name, "ok", "anonymous")
@@ -118,7 +118,7 @@ def _check_google_credentials(name: str, env: Mapping[str, str]) -> Check:
 
 
 def check_reachable(name: str, source: SourceConfig, tuning: Tuning) -> Check:
-    """List the source as a mount would, until the first object."""
+    """Whether the source can be listed: asks for its first object, as a mount would."""
     from fusecache.origin.factory import open_origin
 
     patient = tuning.model_copy(update={"deadline": min(tuning.deadline, _LISTING_DEADLINE)})
@@ -144,7 +144,7 @@ def check_reachable(name: str, source: SourceConfig, tuning: Tuning) -> Check:
 
 
 def check_clock(name: str, endpoint: str) -> Check:
-    """Compare our clock with the Date that the server sends with any answer, an error too."""
+    """Whether this machine's clock agrees with the Date that the server sends with any answer, an error too."""
     parts = urlsplit(endpoint)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     try:

@@ -1,4 +1,4 @@
-"""`fusecache doctor`: what this machine and this source allow, and how to mend what they do not."""
+"""`fusecache doctor`: checks what this machine and this source allow, and says how to mend the rest."""
 
 from __future__ import annotations
 

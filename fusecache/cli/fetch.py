@@ -15,7 +15,7 @@ from fusecache.control import mounts
 from fusecache.errors import ControlError
 
 _POLL_INTERVAL = 0.25
-"""Seconds between two questions for the progress: smooth enough to look at."""
+"""Seconds between two requests for the progress: the bar moves smoothly."""
 _STALL_TIMEOUT = 90.0
 """Seconds without a byte after which the command gives up: longer than a read's default deadline."""
 
@@ -39,7 +39,7 @@ def fetch_command(paths: tuple[str, ...], no_wait: bool) -> int:
 
 
 def _show_fetch_progress(mount: mounts.Mount, path: str, path_in_mount: str, answer: dict[str, Any]) -> None:
-    """Show the progress until the end. Raises ControlError when there is none any more."""
+    """Show the progress until all is fetched. Raises ControlError when no byte has come for _STALL_TIMEOUT."""
     pause = threading.Event()
     moved, done = time.monotonic(), -1
     with show_progress(f"fetching {path}", unit="B") as bar:

@@ -1,4 +1,4 @@
-"""The `fusecache` command: its subcommands, and what becomes of errors.
+"""The `fusecache` command: finds the subcommand, and turns errors into one line and an exit code.
 
 A mistake is one line on stderr and exit code 2 when the command line was wrong, 1 otherwise; never a
 traceback, unless FUSECACHE_DEBUG is set.
@@ -35,7 +35,7 @@ _COMMAND_FUNCTIONS = {
     "pin": ("fusecache.cli.cache", "pin_command"),
     "unpin": ("fusecache.cli.cache", "unpin_command"),
 }
-"""Modules are loaded when their command is called: `status` must not wait for the import of an S3 library."""
+"""The module of a command is imported when it is called: `status` must not wait for the import of an S3 library."""
 
 
 class _CommandGroup(click.Group):
@@ -127,7 +127,7 @@ def _report_error(error: Exception) -> int:
         named = f"{error.filename}: " if error.filename else ""
         print_error(f"{named}{error.strerror}")
         return 1
-    # The text of an error nobody foresaw may hold anything, credentials too.
+    # The text of an unforeseen error may hold anything, credentials too.
     print_error(f"unexpected {type(error).__name__}: this is a bug; FUSECACHE_DEBUG=1 shows where")
     return 1
 

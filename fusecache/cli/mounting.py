@@ -1,7 +1,7 @@
 """`fusecache mount` and `fusecache umount`.
 
-The work is done by the programs of mount/, started as subprocesses: the configuration goes to them in a memory file
-that only they inherit.
+The programs of fusecache_mount do the work, as subprocesses: they get the configuration in a memory file that no other
+process inherits.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from fusecache.control.memfd import make_sealed_memfd
 
 _PROGRAM_PREFIX = "fusecache_mount.lifecycle."
 _LAUNCH_FLAGS = frozenset({"nonempty"})
-"""Words of -o that are about the mounting, not about the mount."""
+"""Words of -o that tell the launcher how to mount; they are no settings of the mount."""
 _WORDS_ADDED_BY_MOUNT8 = frozenset({"rw", "dev", "suid"})
-"""Words that mount(8) and mount.fuse add by themselves: no wish of the user's, and never granted."""
+"""Words that mount(8) and mount.fuse add by themselves; the user did not ask for them, and gets none of them."""
 
 
 def is_mount_fuse_call(arguments: Sequence[str]) -> bool:
@@ -101,7 +101,8 @@ def _program_command(module: str, *arguments: str) -> list[str]:
 
 
 def _run_program(command: list[str], descriptors: tuple[int, ...]) -> int:
-    """Run it; its message appears when the progress bar is not in the way. Ctrl-C reaches it by itself."""
+    """Run a program and return its exit code. Its message is printed after its end, when the progress bar is gone. The
+    terminal sends ctrl-C to the program, too."""
     with subprocess.Popen(command, pass_fds=descriptors, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         said = b""
@@ -111,7 +112,7 @@ def _run_program(command: list[str], descriptors: tuple[int, ...]) -> int:
                 code = process.wait()
                 break
             except KeyboardInterrupt:
-                continue  # it cleans up, and says so
+                continue  # the program cleans up, and says so
     sys.stderr.write(said.decode("utf-8", "replace"))
     sys.stderr.flush()
     return code if code >= 0 else 128 - code

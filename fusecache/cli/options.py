@@ -1,6 +1,6 @@
 """Writes the option reference, docs/OPTIONS.md, from the settings model: `python -m fusecache.cli.options`.
 
-With an argument, writes there; a test compares the file with what this module would write.
+An argument names another file to write. A test compares docs/OPTIONS.md with the text that this module makes.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ source of the file alone. Environment variables for one of several sources are w
 
 
 def make_reference() -> str:
-    """The whole document."""
+    """The text of docs/OPTIONS.md."""
     secret = ", ".join(f"`{key}`" for key in SECRET_KEYS)
     generic = ", ".join(f"`{word}`" for word in sorted(IGNORED_OPTIONS))
     parts = [

@@ -1,4 +1,4 @@
-"""What the commands print: tables, progress bars, and one line for a mistake."""
+"""The output of the commands: tables, progress bars, and one line for a mistake."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def make_console() -> Console:
 
 
 def print_error(message: str) -> None:
-    """One line on stderr."""
+    """Print a message as one line on stderr."""
     print("fusecache: " + " ".join(message.split()), file=sys.stderr)
 
 
 def print_json(value: object) -> None:
-    """`value` on stdout, for programs."""
+    """Print `value` as JSON on stdout."""
     print(json.dumps(value, indent=2, default=str))
 
 
 def make_table(*columns: str, right: tuple[str, ...] = ()) -> Table:
-    """A plain table without lines; `right` names the columns of numbers."""
+    """A new, empty table without lines; `right` names the columns that are set to the right."""
     made = Table(box=None, pad_edge=False, show_header=True, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
         made.add_column(
@@ -67,13 +67,13 @@ def print_table(table: Table) -> None:
 
 
 def format_age(timestamp: float) -> str:
-    """How long ago an instant in seconds since the epoch was, for people."""
+    """The time since an instant, given in seconds since the epoch, as text."""
     seconds = max(0, time.time() - timestamp)
     return f"{format_duration(seconds)} ago" if timestamp > 0 else "never"
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds for people: "45 s", "3 min", "5 h", "12 d"."""
+    """Seconds as text: "45 s", "3 min", "5 h", "12 d"."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"

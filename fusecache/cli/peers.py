@@ -1,4 +1,4 @@
-"""`fusecache peers`: who is in the cluster, how they do, and what they hold."""
+"""`fusecache peers`: the nodes of the cluster, how they are doing, and the objects that they hold."""
 
 from __future__ import annotations
 

@@ -1,41 +1,28 @@
-"""`fusecache serve`: a node that gives blocks to others and mounts nothing. Stays in the foreground."""
+"""`fusecache serve`: a node that gives blocks to other nodes and mounts nothing. Stays in the foreground."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import trio
 
+from fusecache.assemble import Node, build_node, run_peer_node
 from fusecache.config.load import load_mount_config
 from fusecache.config.model import MountConfig, make_default_cache_dir
 from fusecache.control.mounts import SOCKET_NAME, make_mount_runtime_dir, serve_mountpoint
 from fusecache.control.server import serve_requests
 from fusecache.errors import ConfigError, first_error
-from fusecache.events import EventHub
-from fusecache.fetch.interface import FetchSettings
-from fusecache.fetch.service import FetchService
-from fusecache.origin.factory import open_origin
-from fusecache.origin.interface import Origin
-from fusecache.peers.directory import PeerDirectory
-from fusecache.peers.node import PeerNode, make_block_source
-from fusecache.peers.profiles import PeerProfiles
-from fusecache.prefetch.profiles.access_profile import MAX_BYTES, check_profile
-from fusecache.prefetch.profiles.profile_store import ProfileStore
-from fusecache.store.factory import open_store
-from fusecache.store.interface import BlockStore
+from fusecache.peers.node import PeerNode
+from fusecache.telemetry import status
 from fusecache.telemetry.logs import configure_logging
 from fusecache.telemetry.metrics import StatusCollector
-from fusecache.telemetry.server import MetricsServer, render_metrics
-from fusecache.types import ObjectVersion
+from fusecache.telemetry.server import MetricsServer
 
 
 @click.command("serve")
@@ -65,113 +52,49 @@ def serve_command(source: str | None, options: tuple[str, ...], config: Path | N
     return 0
 
 
-class _NoSiblings:
-    """See loader.Library: nobody reads here, so nothing follows from what is read."""
-
-    def siblings(self, version: ObjectVersion) -> Sequence[ObjectVersion]:
-        """See loader.Library."""
-        return [version]
-
-    def version_completed(self, version: ObjectVersion) -> None:
-        """See loader.Library."""
-
-    def version_gone(self, version: ObjectVersion) -> None:
-        """See loader.Library."""
-
-
 async def _serve_node(config: MountConfig) -> None:
-    started = time.monotonic()
-    with contextlib.ExitStack() as stack:
-        origins: dict[str, Origin] = {}
-        for source in config.sources:
-            origins[source.name] = open_origin(source, config.tuning)
-            stack.callback(origins[source.name].close)
-        directory = PeerDirectory(
-            config.peers,
-            weight=config.weights_limit_bytes(),
-            block_size=config.block_size,
-            events=EventHub(),
-        )
-        stack.callback(directory.close)
-        store = stack.enter_context(
-            open_store(config, keep_objects=False, is_spare=directory.coverage.is_kept_elsewhere)
-        )
-        settings = FetchSettings(
-            concurrency=config.tuning.concurrency,
-            range_bytes=config.tuning.range_size,
-            deadline=config.tuning.deadline,
-            prefetch=False,
-        )
-        block_source = make_block_source(
-            config.peers, directory, origins, concurrency=config.tuning.concurrency
-        )
-        loader = stack.enter_context(FetchService(store, origins, _NoSiblings(), settings, block_source))
+    started_at = time.monotonic()
 
-        def status() -> dict[str, Any]:
-            return _build_status(config, store, origins, loader, node, started)
+    def build_status() -> dict[str, Any]:
+        return _build_status(node, peer_node, started_at)
 
-        node = PeerNode(
-            config.peers,
-            directory,
-            store=store,
-            origins=origins,
-            block_source=block_source,
-            fetch_service=loader,
-            peer_profiles=PeerProfiles(
-                directory.name,
-                directory.members,
-                directory.client,
-                profile_files=ProfileStore(config.cache_dir),
-                check_profile=check_profile,
-                max_bytes=MAX_BYTES,
-            ),
-            render_metrics=lambda: render_metrics(StatusCollector(status)),
-        )
+    async with build_node(config, "serve", build_status) as node:
+        assert node.peer_node is not None  # peers.listen is set
+        peer_node = node.peer_node
 
-        async def on_status(request: dict[str, Any]) -> object:
-            return await trio.to_thread.run_sync(status)
+        async def answer_status(request: dict[str, Any]) -> object:
+            return await trio.to_thread.run_sync(build_status)
 
-        async def on_peers(request: dict[str, Any]) -> object:
-            return await node.report()
+        async def answer_peers(request: dict[str, Any]) -> object:
+            return await peer_node.report()
 
-        if config.metrics_port:
-            stack.callback(MetricsServer(config.metrics_port, StatusCollector(status)).close)
-        runtime_dir = make_mount_runtime_dir(config.runtime_dir, config.mountpoint)
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        handlers = {"status": answer_status, "peers": answer_peers}
+        with contextlib.ExitStack() as stack:
+            if config.metrics_port:
+                metrics = MetricsServer(config.metrics_port, StatusCollector(build_status))
+                stack.callback(metrics.close)
+            directory = make_mount_runtime_dir(config.runtime_dir, config.mountpoint)
+            signals = stack.enter_context(trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))
             async with trio.open_nursery() as nursery:
-                handlers = {"status": on_status, "peers": on_peers}
-                await nursery.start(functools.partial(serve_requests, runtime_dir / SOCKET_NAME, handlers))
-                await nursery.start(node.run)
+                await nursery.start(serve_requests, directory / SOCKET_NAME, handlers)
+                await nursery.start(run_peer_node, node)
                 print(f"fusecache: serving as node {config.peers.node}", file=sys.stderr, flush=True)
                 async for _ in signals:
                     break
                 nursery.cancel_scope.cancel()
 
 
-def _build_status(
-    config: MountConfig,
-    store: BlockStore,
-    origins: dict[str, Origin],
-    fetch_service: FetchService,
-    node: PeerNode,
-    started_at: float,
-) -> dict[str, Any]:
-    usage = store.usage()
-    names = ("requests", "errors", "throttled", "retries", "lists", "bytes", "concurrency")
+def _build_status(node: Node, peer_node: PeerNode, started_at: float) -> dict[str, Any]:
+    """The status of a node without a mount. May take a while on a store of very many objects; thread-safe."""
+    origin_stats = [origin.stats for origin in node.origins.values()]
     return {
-        "node": config.peers.node,
-        "sources": [{"name": source.name, "url": source.url} for source in config.sources],
-        "bytes": {
-            "peer": node.block_source.stats.bytes_from_peers,
-            "origin": sum(origin.stats.bytes for origin in origins.values()),
-        },
-        "cache": {"dir": str(store.directories[0]), **vars(usage)},
-        "origin": {name: sum(getattr(origin.stats, name) for origin in origins.values()) for name in names},
-        "loader": {**fetch_service.progress(), "flights": fetch_service.stats.flights},
-        "peers": node.counters(),
-        "process": {
-            "pid": os.getpid(),
-            "cpu_seconds": time.process_time(),
-            "uptime": time.monotonic() - started_at,
-        },
+        "node": node.config.peers.node,
+        "sources": status.source_rows(node.config.sources),
+        "bytes": status.bytes_section(origin_stats, peer_bytes=peer_node.block_source.stats.bytes_from_peers),
+        "cache": {"dir": str(node.store.directories[0]), **vars(node.store.usage())},
+        "origin": status.origin_section(origin_stats),
+        "loader": status.loader_section(node.fetch_service.progress(), node.fetch_service.stats),
+        **({"manifest": vars(node.inspector.stats)} if node.inspector is not None else {}),
+        "peers": peer_node.counters(),
+        "process": status.process_section(started_at),
     }

@@ -1,4 +1,4 @@
-"""`fusecache status`: what a mount does, and how it serves."""
+"""`fusecache status`: how a mount is doing."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def status_command(mountpoint: str | None, as_json: bool) -> int:
 
 
 def print_status(status: Mapping[str, Any]) -> None:
-    """Print one status for people."""
+    """Print one status as a table of titles and texts."""
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True, style="bold")
     grid.add_column(overflow="fold")
@@ -63,7 +63,7 @@ def print_status(status: Mapping[str, Any]) -> None:
 
 
 def status_rows(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(title, text) of what the status holds; what a daemon of another version lacks is left out."""
+    """(title, text) of each section of the status; sections that a daemon of another version lacks are left out."""
     yield "mount", str(status.get("mountpoint", "?"))
     for source in _source_texts(status):
         yield "source", source

@@ -1,4 +1,4 @@
-"""Which daemon a command is about, and asking it."""
+"""Finds the mount that a command is about, and calls its daemon."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ def require_mount(path: str) -> mounts.Mount:
     """The fusecache mount at `path`. Raises MountError when there is none."""
     found = mounts.find_mount(path)
     if found is None:
-        around = mounts.find_containing_mount(path)
-        hint = f": it lies in the mount {around[0].mountpoint}" if around else ""
-        raise MountError(f"{path} is not a fusecache mountpoint{hint}")
+        raise MountError(f"{path} is not a fusecache mountpoint{mounts.containing_mount_hint(path)}")
     return found
 
 
@@ -28,7 +26,7 @@ def require_containing_mount(path: str) -> tuple[mounts.Mount, str]:
 
 
 def require_only_mount(mountpoint: str | None) -> mounts.Mount:
-    """The mount at `mountpoint`, or the only one there is. Raises MountError."""
+    """The mount at `mountpoint`, or the only one of this machine. Raises MountError where there are more, or none."""
     if mountpoint is not None:
         return require_mount(mountpoint)
     found = mounts.list_mounts()
@@ -40,7 +38,8 @@ def require_only_mount(mountpoint: str | None) -> mounts.Mount:
 
 
 def call_mount_daemon(mount: mounts.Mount, op: str, /, *, timeout: float = 30.0, **args: Any) -> Any:
-    """The answer of the mount's daemon. Raises ControlError naming the mountpoint."""
+    """The result of an operation of the mount's daemon; blocks for at most `timeout` seconds. Raises ControlError and
+    DaemonUnreachableError, which name the mountpoint."""
     socket: Path = mounts.find_control_socket(mount)
     try:
         return client.call_daemon(socket, op, timeout=timeout, **args)

@@ -22,7 +22,7 @@ from fusecache.telemetry.trace_summary import TraceSummary
 
 _TIMEOUT = 30.0
 _MAX_LISTED = 20
-"""Lines per list of the summary; the JSON has all."""
+"""Lines per list of the summary; the JSON has all entries."""
 _EXTRA_FIELDS = ("flags", "xattr", "command", "whence", "by")
 
 
@@ -81,7 +81,7 @@ def trace_command(
 
 
 class _TracePrinter:
-    """Takes the items of the stream: prints events, and sums them up."""
+    """Prints the events of a stream, and sums them up."""
 
     def __init__(self, out: TextIO, format_event: Callable[[Mapping[str, Any]], str], quiet: bool) -> None:
         self.lost_events = 0
@@ -120,7 +120,7 @@ def _unseen_warnings(item: Mapping[str, Any]) -> Iterator[str]:
 def _print_trace(
     mount: mounts.Mount, command: Sequence[str], printer: _TracePrinter, *, exact: bool, writes: bool
 ) -> int:
-    """Until the end; returns the exit code."""
+    """Trace until the end of the stream; returns the exit code."""
     socket = mounts.find_control_socket(mount)
     child: subprocess.Popen[bytes] | None = None
     stopped = False
@@ -154,7 +154,7 @@ def _start_command(command: Sequence[str]) -> subprocess.Popen[bytes]:
 
 
 def _exit_code(child: subprocess.Popen[bytes] | None) -> int:
-    """That of the command, when it has ended; the way a shell tells it."""
+    """The exit code of the command, after its end, as a shell tells it; 0 without a command."""
     if child is None:
         return 0
     code = child.wait()
@@ -163,7 +163,8 @@ def _exit_code(child: subprocess.Popen[bytes] | None) -> int:
 
 @contextmanager
 def _interrupts_caught(has_command: bool) -> Iterator[Callable[[], bool]]:
-    """Until the end of the block, ctrl-C is for the command, or, without one, asks for the end in good order."""
+    """Until the end of the block ctrl-C ends the command, or, without a command, only sets what this yields; a second
+    one raises KeyboardInterrupt."""
     asked = False
 
     def handle(number: int, frame: object) -> None:
@@ -202,7 +203,7 @@ def _text_line(event: Mapping[str, Any]) -> str:
 
 
 def escape_unprintable(text: str) -> str:
-    """Text from names in a bucket, without what a terminal would act on."""
+    """Text from names in a bucket, with every character escaped that a terminal would act on."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 

@@ -74,6 +74,12 @@ def find_containing_mount(path: str | Path, mountinfo: Path = MOUNTINFO) -> tupl
     return None
 
 
+def containing_mount_hint(path: str | Path) -> str:
+    """The end of a message about `path`, which is no mountpoint: that it lies in a mount; empty if it does not."""
+    around = find_containing_mount(path)
+    return f": it lies in the mount {around[0].mountpoint}" if around else ""
+
+
 def compute_mount_id(mountpoint: Path) -> str:
     """The name of a mount's folder below the runtime directory: 16 hex digits that stand for its real path."""
     return xxhash.xxh3_64_hexdigest(os.fsencode(mountpoint))

@@ -78,7 +78,6 @@ KNOWN_CIRCLES = {
     "fusecache.fetch.interface <-> fusecache.fetch.object_fetch <-> fusecache.fetch.ordered_runs"
     " <-> fusecache.fetch.waiter <-> fusecache.prefetch.models.shards",
     "fusecache.peers.exchange.block_source <-> fusecache.peers.exchange.transfer_monitor",
-    "fusecache.store.context <-> fusecache.store.object",
 }
 KNOWN_REACH = {
     "fusecache.fetch -> fusecache.prefetch",

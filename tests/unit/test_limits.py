@@ -17,14 +17,10 @@ KNOWN_METHODS = {
     "fusecache.fetch.object_fetch.ObjectFetch": 22,
     "fusecache.fetch.scheduler.FetchScheduler": 24,
     "fusecache.fetch.service.FetchService": 44,
-    "fusecache.peers.exchange.block_source.PeerBlockSource": 33,
+    "fusecache.peers.exchange.block_source.PeerBlockSource": 32,
     "fusecache.prefetch.sessions.SessionTracker": 25,
-    "fusecache.store.object.StoredObject": 35,
-    "fusecache.store.store.Store": 30,
 }
-KNOWN_PARAMETERS = {
-    "fusecache_mount.lifecycle.service.ControlService": 12,
-}
+KNOWN_PARAMETERS = {}
 KNOWN_CLASSES = {
     "fusecache.fetch.interface": 4,
     "fusecache.peers.transport.client": 4,
@@ -44,7 +40,6 @@ KNOWN_ASSIGNED = {
     "fusecache.fetch.service -> last_progress_at",
     "fusecache.fetch.service -> read_position",
     "fusecache.peers.exchange.block_source -> received_bytes",
-    "fusecache.peers.node -> is_spare",
     "fusecache.peers.transport.client -> buffer",
     "fusecache.prefetch.backfill -> prefetch_mask",
     "fusecache.prefetch.sessions -> backoff_until",
@@ -54,8 +49,6 @@ KNOWN_ASSIGNED = {
     "fusecache.prefetch.sessions -> prefetch_mask",
     "fusecache.prefetch.sessions -> stray_count",
     "fusecache.store.object -> buffer",
-    "fusecache.store.store -> is_retired",
-    "fusecache_mount.lifecycle.daemon -> render_metrics",
 }
 
 

@@ -2,7 +2,7 @@
 
 Installed as /sbin/mount.fuse.fusecache and /sbin/mount.fusecache, it makes `mount -t fuse.fusecache` and lines of
 fstab work. It translates the call to `fusecache mount`, and its exit status to mount(8)'s. The environment may be
-empty: nothing is looked for in PATH or HOME.
+empty: the helper needs neither PATH nor HOME.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from collections.abc import Sequence
 EXIT_USAGE = 1
 EXIT_FAILED = 32
 _IGNORED_FLAGS = frozenset("nsvrw")
-"""No mtab, sloppy, verbose, read-only, read-write: what they ask for is so anyway, or can't be."""
+"""No mtab, sloppy, verbose, read-only, read-write: the mount is so without being asked, or can't be so."""
 _FLAGS_WITH_VALUE = frozenset("toN")
 
 
 def translate_arguments(arguments: Sequence[str]) -> tuple[list[str], bool]:
-    """The arguments for `fusecache mount`, and whether to do it (False after -f). Raises ValueError."""
+    """The arguments for `fusecache mount`, and whether to run it (False after -f). Raises ValueError, with one line,
+    for arguments that mount(8) does not give."""
     words: list[str] = []
     options: list[str] = []
     really = True
@@ -51,7 +52,7 @@ def translate_arguments(arguments: Sequence[str]) -> tuple[list[str], bool]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Called by mount(8); returns the exit status of mount(8): 0, 1 (usage) or 32 (failed)."""
+    """Mount for mount(8), and return its exit status: 0, 1 (usage) or 32 (failed)."""
     try:
         command, really = translate_arguments(sys.argv[1:] if arguments is None else arguments)
     except ValueError as error:

@@ -1,10 +1,8 @@
 """The work of the mount command: check the mountpoint, mount, start the keeper, wait until the mount answers.
 
-The command line runs `python -m fusecache_mount.lifecycle.launch --config FD [--foreground] [--nonempty]`, FD
-being a memfd
-with MountConfig.dump_with_secrets(): no secret is in an argument or the environment. A failure is one line on
-stderr and
-leaves nothing behind, neither a mount nor a process.
+The command line runs `python -m fusecache_mount.lifecycle.launch --config FD [--foreground] [--nonempty]`. FD is a
+memory file with MountConfig.dump_with_secrets(): no secret is in an argument or the environment. A failure is one line
+on stderr and leaves neither a mount nor a process behind.
 """
 
 from __future__ import annotations
@@ -35,11 +33,11 @@ from fusecache_mount.lifecycle.keeper_protocol import DAEMON_COMMAND, KEEPER_MOD
 _ANSWER_TIMEOUT = 30.0
 """Seconds in which a mount that is ready has to answer a statfs."""
 _STATFS_TIMEOUT = 3.0
-"""Seconds for a look at a mount that may be dead."""
+"""Seconds that a statfs of a mount may take, which may be dead."""
 _KEEPER_EXIT_TIMEOUT = 15.0
 """Seconds that the keeper of an earlier mount, or of a failed one, gets to end."""
 _FOREGROUND_STOP_DEADLINE = 8.0
-"""Below the 10 s after which docker stop kills."""
+"""Seconds; below the 10 s after which docker stop kills."""
 
 
 def launch_mount(
@@ -53,11 +51,12 @@ def launch_mount(
     backoff: float = 1.0,
 ) -> None:
     """Mount; returns when the mount answers. With `foreground` this process becomes the keeper and does not return.
-    `daemon` is the command that serves; deadlines and backoff are the keeper's. Raises MountError and ConfigError."""
+    `daemon_command` is the program that serves; `ready_deadline`, `stop_deadline` (seconds) and `backoff` (a factor)
+    are those of KeeperSettings. Raises MountError and ConfigError."""
     mountpoint = check_mountpoint(config.mountpoint, nonempty=nonempty)
     config = config.model_copy(update={"mountpoint": mountpoint})
     _check_paths_outside(config)
-    with contextlib.suppress(OSError):  # what is wrong with it the store tells
+    with contextlib.suppress(OSError):  # the store says what is wrong with the directory
         make_default_cache_dir(config.cache_dir)
     directory = mounts.make_mount_runtime_dir(config.runtime_dir, mountpoint)
     _check_earlier_mount_ended(mountpoint, directory)
@@ -105,8 +104,8 @@ def launch_mount(
 
 
 def mount_table_source(config: MountConfig) -> str:
-    """What the mount table shows: the URL, which holds no password (SourceConfig sees to it), or "fusecache" for
-    several sources. Not the program's name of another mount: engines change their behaviour for some."""
+    """The source that the mount table shows: the URL, which holds no password (SourceConfig refuses them), or
+    "fusecache" for several sources."""
     return config.sources[0].url if len(config.sources) == 1 else "fusecache"
 
 
@@ -114,7 +113,8 @@ def mount_table_source(config: MountConfig) -> str:
 
 
 def check_mountpoint(path: Path, *, nonempty: bool = False) -> Path:
-    """The real path of a directory that can be mounted on. Raises MountError that says how to mend it."""
+    """The real path of a directory that can be mounted on. May block for _STATFS_TIMEOUT seconds. Raises MountError,
+    which says what to do, for any other path."""
     found = mounts.find_mount(path)
     if found is not None:
         number = statfs_errno(found.mountpoint)
@@ -153,7 +153,7 @@ def check_mountpoint(path: Path, *, nonempty: bool = False) -> Path:
 
 
 def statfs_errno(mountpoint: Path) -> int | None:
-    """The errno of a statfs, 0 for none; None when there is no answer."""
+    """The errno of a statfs, 0 when it succeeds; None when there is no answer within _STATFS_TIMEOUT seconds."""
     found: list[int] = []
 
     def ask() -> None:
@@ -184,7 +184,8 @@ def _check_paths_outside(config: MountConfig) -> None:
 
 
 def _check_earlier_mount_ended(mountpoint: Path, mount_runtime_dir: Path) -> None:
-    """An earlier mount here may be unmounted already, and live on until its files are closed."""
+    """Wait for the keeper of an earlier mount, which lives on after an unmount until its files are closed. Raises
+    MountError when it does not end in time."""
     pid = find_keeper_by_directory(mount_runtime_dir)
     if pid is not None and not wait_for_exit(pid, _KEEPER_EXIT_TIMEOUT):
         raise MountError(
@@ -231,17 +232,18 @@ def _start_keeper(command: list[str], descriptors: list[int], log_fd: int | None
             _check_keeper_report(report.readline)
         _wait_for_answer(mountpoint)
     except BaseException:
-        # The keeper unmounts when it ends, whatever the reason: wait, so that a second try finds all clean.
+        # The keeper unmounts when it ends, for any reason: wait for it, so that a second try finds no mount.
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_KEEPER_EXIT_TIMEOUT)
         raise
-    process.returncode = 0  # it lives on: no warning that nobody waited for it
+    process.returncode = 0  # it lives on, and Popen shall not warn of that
 
 
 def _check_keeper_report(readline: Callable[[], bytes]) -> None:
-    """The keeper has deadlines of its own: its report, or its end, comes."""
+    """Block for the keeper's report, or its end; the keeper has deadlines of its own. Raises MountError unless the
+    mount is ready."""
     line = readline()
     try:
         message = json.loads(line)
@@ -262,7 +264,7 @@ def _wait_for_answer(mountpoint: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Mount what the memfd tells; returns the exit status."""
+    """Mount as the memory file says; returns the exit status."""
     parser = argparse.ArgumentParser(prog="fusecache-launch")
     parser.add_argument("--config", type=int, required=True)
     parser.add_argument("--foreground", action="store_true")

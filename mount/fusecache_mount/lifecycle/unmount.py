@@ -1,8 +1,8 @@
 """The work of `fusecache umount`: unmount cleanly, also when the daemon or its keeper is gone.
 
-A mount with open files is busy: nothing changes, and the error names who has them open. `--lazy` takes the mount
-away all the same; what is open goes on until it is closed. A mount that nobody serves any more is aborted first, so
-that who waits for it gets an error.
+A mount with open files is busy: it stays, and the error names the processes that use it. `--lazy` takes the mount away
+all the same, and the open files go on until they are closed. A mount that no daemon serves any more is aborted first,
+so that the processes that wait for it get an error.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from fusecache_mount.lifecycle.keeper_files import find_keeper_by_connection
 from fusecache_mount.lifecycle.launch import statfs_errno
 
 _BUSY_RETRY_TIMEOUT = 1.0
-"""Seconds in which a mount that is busy is tried again: a scanner or a shell completion lets go by itself."""
+"""Seconds during which a busy mount is tried again: a scanner or a shell completion closes its files by itself."""
 _BUSY_RETRY_PAUSE = 0.05
 _SIGTERM_TIMEOUT = 15.0
-"""Seconds after SIGTERM: above the deadline at which the keeper kills its daemon."""
+"""Seconds that a keeper gets after SIGTERM; longer than its own deadline for killing its daemon."""
 _MAX_NAMED_PROCESSES = 5
 
 
@@ -51,7 +51,7 @@ def unmount_and_wait(path: str, *, lazy: bool, timeout: float) -> None:
         used = any(find_processes_using(mount.mountpoint, mount.device_number))
         _unmount_lazily(mount.mountpoint)
         if not used:
-            # not an error in the end: somebody whom this user can't see has a file open
+            # not an error at the deadline: a process that this user can't see has a file open
             wait_for_exit(pid, max(0.0, until - time.monotonic()))
         return
     _unmount_retrying_busy(mount, min(_BUSY_RETRY_TIMEOUT, timeout))
@@ -65,9 +65,7 @@ def _explain_not_mounted(path: str) -> str:
     around, kind = find_file_system(real)
     if around == real and real != Path("/"):
         return f"{path} is a mount of type {kind}, not of fusecache: umount {path}"
-    inside = mounts.find_containing_mount(path)
-    hint = f": it lies in the mount {inside[0].mountpoint}" if inside else ""
-    return f"{path} is not mounted{hint}"
+    return f"{path} is not mounted{mounts.containing_mount_hint(path)}"
 
 
 def _unmount_retrying_busy(mount: mounts.Mount, grace: float) -> None:
@@ -85,7 +83,8 @@ def _unmount_retrying_busy(mount: mounts.Mount, grace: float) -> None:
 
 
 def _unmount_without_keeper(mount: mounts.Mount, connection: int, *, lazy: bool) -> None:
-    """No keeper to be seen. It may live in another container, where the mount goes on: abort nothing that answers."""
+    """Unmount where no keeper is found. It may live in another container, where the mount goes on: abort only a mount
+    that does not answer."""
     number = statfs_errno(mount.mountpoint)
     dead = number == errno.ENOTCONN or (number is None and lazy)
     if dead:
@@ -125,7 +124,7 @@ def _make_mount_error(error: OSError, mountpoint: Path, device_number: str) -> M
 def _wait_for_keeper(keeper_pid: int, mountpoint: Path, until: float) -> None:
     if wait_for_exit(keeper_pid, max(0.0, until - time.monotonic())):
         return
-    # Unmounted without an open file, and still there: it is stuck. After SIGTERM it kills the daemon in the end.
+    # It is unmounted, has no open file, and its keeper lives: the daemon is stuck. The keeper kills it after SIGTERM.
     with contextlib.suppress(ProcessLookupError):
         os.kill(keeper_pid, signal.SIGTERM)
     if not wait_for_exit(keeper_pid, _SIGTERM_TIMEOUT):
@@ -133,8 +132,8 @@ def _wait_for_keeper(keeper_pid: int, mountpoint: Path, until: float) -> None:
 
 
 def find_processes_using(mountpoint: Path, device_number: str) -> Iterator[tuple[int, str]]:
-    """(pid, name) of the processes with a file, a directory or a mapping of this mount in use. Reads links and tables
-    of /proc only: looking at the files could hang."""
+    """(pid, name) of each process with a file, a directory or a mapping of this mount in use. Reads only links and
+    tables of /proc: a look at the files could hang."""
     for name in sorted((name for name in os.listdir("/proc") if name.isdecimal()), key=int):
         if int(name) in (os.getpid(), os.getppid()):
             continue  # this command, with descriptors from its shell
