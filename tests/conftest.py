@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import servers
+from tests.support import logs, servers
 from tests.support.faulty import FaultyServer
 
 _FOREIGN = ("AWS_", "GOOGLE_", "GCLOUD_", "STORAGE_EMULATOR", "FUSECACHE_", "FSSPEC_")
-_KEEP = {"FUSECACHE_TEST_RUN", "FUSECACHE_TEST_DEADLINE"}
+_KEEP = {"FUSECACHE_TEST_RUN", "FUSECACHE_TEST_SOAK", "FUSECACHE_TEST_SEED", "FUSECACHE_TEST_DEADLINE"}
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +31,17 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(nothing))
     monkeypatch.setenv("NO_GCE_CHECK", "true")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+
+
+@pytest.fixture(autouse=True)
+def only_expected_logs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A warning or a traceback in the log of a daemon, which the test's markers `expected_log` don't foresee, fails the
+    test. The lines of a mount that lives longer than a test belong to the test in which they were written."""
+    yield
+    expected = [str(word) for marker in request.node.iter_markers("expected_log") for word in marker.args]
+    found = logs.unexpected(logs.WATCH.new_lines(), expected)
+    if found:
+        pytest.fail("in the log of a daemon:\n" + "\n".join(found), pytrace=False)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import pytest
 from fusecache.config.units import format_size
 from tests.support.content import check
 from tests.support.faulty import FaultyServer
-from tests.support.live import HANG, asked, background, in_time, is_right, wait_cached
+from tests.support.live import HANG, asked, background, cached, in_time, is_right, wait_cached
 from tests.support.mounting import command, needs_fuse, s3_environment
 from tests.support.nodes import MIB, Nodes, answering, cluster, daemon_pid, fill, kill_node, report
 from tests.support.servers import S3Bucket, S3Server, wait_until
@@ -88,7 +88,8 @@ def test_a_node_that_is_killed_costs_its_share_and_no_error(start_cluster: Start
     wait_until(lambda: nodes.states("a").get("c", "dead") == "dead", "c is seen dead", HANG)
     del nodes.mounts["c"]
     taken = sum(asked(mount, "status")["bytes"]["origin"] for mount in nodes.mounts.values())
-    assert taken <= 2 * SIZE * 1.7  # c's share of what it had not passed on
+    # Each byte at most once: the next in order takes over c's stripes, and the other node asks that one.
+    assert 0 < taken <= 2 * SIZE
 
 
 def test_a_node_that_is_stopped_for_half_a_minute(start_cluster: Start, keys: list[str]) -> None:
@@ -111,6 +112,7 @@ def test_a_node_that_is_stopped_for_half_a_minute(start_cluster: Start, keys: li
     assert nodes.origin_bytes() == before
 
 
+@pytest.mark.expected_log("sent wrong bytes for block")
 def test_a_node_whose_cached_blocks_rot_is_found_out(start_cluster: Start, keys: list[str]) -> None:
     nodes = start_cluster("faults", "a", "b")
     mount_all(nodes, "a", "b")
@@ -143,6 +145,7 @@ def test_a_node_with_a_full_disk_reads_and_passes_on_all_the_same(
         reader.result(DEADLINE)
 
 
+@pytest.mark.expected_log("the name twin is ours")
 def test_two_nodes_with_one_name_say_so_and_read_on(start_cluster: Start, keys: list[str]) -> None:
     nodes = start_cluster("faults", "a", "b")
     nodes.mount("a", peers__node="twin")
@@ -157,6 +160,7 @@ def test_two_nodes_with_one_name_say_so_and_read_on(start_cluster: Start, keys: 
         read_all(nodes, name, keys)
 
 
+@pytest.mark.expected_log("it speaks protocol 99")
 def test_a_node_of_another_protocol_is_left_out(start_cluster: Start, keys: list[str]) -> None:
     nodes = start_cluster("faults", "a", "new")
     health = {
@@ -278,7 +282,7 @@ def test_what_is_not_ours_need_not_be_kept(start_cluster: Start, keys: list[str]
     mount_all(nodes, "a", "b", peers__local_copies="owned")
     for name in "ab":
         read_all(nodes, name, keys)
-    held = [asked(nodes.mounts[name], "status")["cache"]["used"] for name in "ab"]
-    assert all(0 < used < 2 * SIZE * 0.95 for used in held)
-    assert sum(held) < 2 * SIZE * 1.1
+    held = [sum(cached(nodes.mounts[name].path / key) for key in keys) for name in "ab"]
+    assert min(held) >= MIB  # a stripe
+    assert sum(held) == 2 * SIZE
     assert nodes.origin_bytes() == 2 * SIZE

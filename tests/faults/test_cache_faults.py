@@ -76,6 +76,7 @@ def flip(path: Path, *offsets: int) -> None:
 
 
 @pytest.mark.parametrize("passthrough", ["auto", "off"])
+@pytest.mark.expected_log("is damaged and is fetched again")
 def test_bits_that_flipped_between_two_mounts(origin: Path, tmp_path: Path, passthrough: str) -> None:
     source = f"file://{origin}"
     with mounted(source, tmp_path, passthrough=passthrough, prefetch_budget=0) as mount:
@@ -90,6 +91,7 @@ def test_bits_that_flipped_between_two_mounts(origin: Path, tmp_path: Path, pass
         assert found["bytes"]["origin"] == 2 * MIB + _SIZE % MIB
 
 
+@pytest.mark.expected_log("is damaged and is fetched again")
 def test_bits_that_flip_while_every_read_is_verified(origin: Path, tmp_path: Path) -> None:
     with mounted(f"file://{origin}", tmp_path, verify="always", prefetch_budget=0) as mount:
         path = mount.path / "one.bin"
@@ -153,6 +155,7 @@ def test_a_cache_disk_that_is_smaller_than_the_file(
         assert found["cache"]["used"] <= 16 * MIB
 
 
+@pytest.mark.expected_log("database or disk is full")
 def test_a_cache_disk_that_somebody_else_fills(
     big: Path, disk: Callable[[int], Path], tmp_path: Path
 ) -> None:
@@ -201,6 +204,7 @@ def test_a_cache_directory_that_is_a_file(origin: Path, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b"precious"
 
 
+@pytest.mark.expected_log("its parent .* does not exist")
 def test_a_cache_directory_whose_disk_is_not_mounted(origin: Path, tmp_path: Path) -> None:
     """One missing level is made; more of them are a disk that is not there."""
     assert "does not exist" in refused(origin, tmp_path, tmp_path / "not" / "there" / "yet")

@@ -178,6 +178,7 @@ def test_twenty_503_are_counted(place: Place) -> None:
 # -- what does not
 
 
+@pytest.mark.expected_log("access denied|tried until the deadline")
 def test_faults_that_stay_are_one_error_in_time(strict: Place) -> None:
     """All at once, so that the deadlines run beside each other; a file that is well is not affected."""
     faults: list[tuple[dict[str, Any], str]] = [
@@ -320,6 +321,7 @@ def test_the_next_open_has_the_new_version_without_waiting_for_the_listing(
 # -- outages
 
 
+@pytest.mark.expected_log("tried until the deadline")
 def test_an_outage_is_invisible_for_what_is_cached(
     s3_server: S3Server, proxy: FaultyServer, tmp_path: Path
 ) -> None:

@@ -252,6 +252,16 @@ def test_a_hostile_manifest_is_a_clear_error(tmp_path: Path) -> None:
         assert says in line
 
 
+_INTERRUPTED = """
+import ctypes, errno, os, signal, sys
+libc = ctypes.CDLL(None, use_errno=True)
+signal.signal(signal.SIGALRM, lambda *_: None)
+signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)  # again and again: the first may come before the open
+got = libc.open(os.fsencode(sys.argv[1]), os.O_RDONLY)
+print(got, errno.errorcode.get(ctypes.get_errno()))
+"""
+
+
 def test_nobody_gets_a_byte_before_the_last_one_came(
     model: S3Bucket, environment: dict[str, str], faulty_s3: FaultyServer, tmp_path: Path, stack: ExitStack
 ) -> None:
@@ -270,6 +280,10 @@ def test_nobody_gets_a_byte_before_the_last_one_came(
     wait_until(lambda: waiting_reads(mount) == 2, "two opens that wait", HANG)
     impatient.send_signal(signal.SIGTERM)
     assert impatient.wait(HANG) == -signal.SIGTERM
+    interrupted = subprocess.run(
+        [sys.executable, "-c", _INTERRUPTED, path], capture_output=True, text=True, timeout=HANG, check=True
+    )
+    assert interrupted.stdout.split() == ["-1", "EINTR"]
     assert not waiting.done()
     kill_daemon(mount)
     gate.open()

@@ -3,6 +3,9 @@
 The model is small: objects have a version, and a handle has the version that was current when it was opened. A
 read of a handle gives the bytes of its version; only when that was replaced or deleted may it fail instead, and
 with ESTALE alone. A path always leads to the current version. Content is a function of name and version.
+
+`./scripts/test --soak MINUTES` runs it that long with new seeds, and kills the daemon among the operations; a failure
+names its seed, and `./scripts/test --soak 0 --seed N` runs that one again. Otherwise the examples are always the same.
 """
 
 from __future__ import annotations
@@ -13,13 +16,15 @@ import functools
 import itertools
 import mmap
 import os
+import random
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -31,8 +36,9 @@ from hypothesis.stateful import (
 
 from fusecache.errors import ControlError
 from tests.support.content import check, content
-from tests.support.live import asked, in_time
+from tests.support.live import HANG, asked, in_time, kill_daemon
 from tests.support.mounting import RealMount, failing, mounted, needs_fuse
+from tests.support.servers import wait_until
 
 pytestmark = needs_fuse
 
@@ -40,6 +46,10 @@ _BLOCK = 64 << 10
 _NAMES = ("a.dat", "b.safetensors", "sub/c.bin", "sub/d.dat")
 _SIZES = (0, 1, 4095, _BLOCK, _BLOCK + 1, 5 * _BLOCK - 3, 777_777)
 _MOST_OPEN = 6
+_MAX_KILLS_PER_MINUTE = 4
+"""The keeper gives up after five ends of its daemon within a minute."""
+_SOAK_MINUTES = os.environ.get("FUSECACHE_TEST_SOAK")
+_SEED = os.environ.get("FUSECACHE_TEST_SEED")
 
 
 class StaleError(Exception):
@@ -55,6 +65,8 @@ class World:
         self.origin.mkdir()
         self.examples = itertools.count()
         self.versions = itertools.count(1)
+        self.kills_daemon = False
+        self._killed_at: list[float] = []
         self._options = options
         self._stack = ExitStack()
         self.mount: RealMount
@@ -70,6 +82,21 @@ class World:
 
     def close(self) -> None:
         self._stack.close()
+
+    def kill(self) -> None:
+        """kill -9 of the daemon, if the keeper starts one more within this minute; returns when the next serves."""
+        self._killed_at = [at for at in self._killed_at if time.monotonic() - at < 60]
+        if len(self._killed_at) < _MAX_KILLS_PER_MINUTE:
+            self._killed_at.append(time.monotonic())
+            kill_daemon(self.mount)
+            wait_until(self._is_served, "the next daemon serves", HANG)
+
+    def _is_served(self) -> bool:
+        try:
+            asked(self.mount, "status")
+        except ControlError:
+            return False
+        return True
 
     def put(self, key: str, version: int, size: int) -> None:
         """Replace the object at once, as an object store does."""
@@ -99,7 +126,7 @@ class Handle:
 
 
 class Machine(RuleBasedStateMachine):
-    """See the module."""
+    """One example: a folder of objects, the handles that are open in it, and what each of them has to hold."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
@@ -229,6 +256,12 @@ class Machine(RuleBasedStateMachine):
         self.forget()
         self.world.remount()
 
+    @precondition(lambda self: self.world.kills_daemon)
+    @rule(sure=st.integers(0, 4))
+    def kill_the_daemon(self, sure: int) -> None:
+        if sure == 3:
+            self.world.kill()
+
     def forget(self) -> None:
         while self.handles:
             self.handles.pop().close()
@@ -268,15 +301,39 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     made.close()
 
 
+_SETTINGS = settings(
+    max_examples=13,
+    stateful_step_count=15,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.mark.skipif(_SOAK_MINUTES is not None, reason="the soak runs instead")
 def test_a_mount_does_what_its_model_does(world: World) -> None:
-    run_state_machine_as_test(
-        lambda: Machine(world),
-        settings=settings(
-            max_examples=13,
-            stateful_step_count=15,
-            derandomize=True,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run_state_machine_as_test(lambda: Machine(world), settings=_SETTINGS)
+
+
+@pytest.mark.skipif(_SOAK_MINUTES is None, reason="./scripts/test --soak MINUTES runs it")
+@pytest.mark.timeout(0)
+@pytest.mark.expected_log("daemon")  # it was killed
+def test_a_mount_does_what_its_model_does_for_a_long_time(world: World) -> None:
+    """Half of the time with each kind of mount."""
+    world.kills_daemon = True
+    until = time.monotonic() + 60 * float(_SOAK_MINUTES or 0) / 2
+    seeds = random.SystemRandom()
+    while True:
+        number = seeds.getrandbits(32) if _SEED is None else int(_SEED)
+        print(f"seed {number}", flush=True)
+        try:
+            run_state_machine_as_test(
+                seed(number)(lambda: Machine(world)),
+                settings=settings(_SETTINGS, derandomize=False, max_examples=5, stateful_step_count=40),
+            )
+        except BaseException as error:
+            error.add_note(f"again: ./scripts/test --soak 0 --seed {number}")
+            raise
+        if _SEED is not None or time.monotonic() >= until:
+            return

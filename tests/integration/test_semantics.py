@@ -16,7 +16,7 @@ import pytest
 from tests.support.mounting import RealMount, mounted, needs_fuse, s3_environment
 from tests.support.servers import S3Bucket, S3Server
 
-pytestmark = needs_fuse
+pytestmark = [needs_fuse, pytest.mark.expected_log("[0-9]+ keys with ")]
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "SEMANTICS.md"
@@ -113,3 +113,22 @@ def test_there_are_examples_of_everything() -> None:
         line for _, language, text in examples() if language == "console" for line in text.splitlines()
     ]
     assert all(shlex.split(line) for line in commands if line.startswith("$ "))
+
+
+_ELSEWHERE = {
+    "EIO": "tests/faults/test_origin_through_mount.py",
+    "EACCES": "tests/faults/test_origin_through_mount.py",
+    "ESTALE": "tests/faults/test_origin_through_mount.py",
+    "EBADMSG": "tests/integration/test_manifest.py",
+    "EINTR": "tests/integration/test_manifest.py",
+}
+"""Errors that need an origin or a file that misbehaves: the tests that bring them about."""
+
+
+def test_every_errno_of_the_document_is_brought_about_exactly() -> None:
+    text = DOCUMENT.read_text("utf-8")
+    spoken = set(re.findall(r"`(E[A-Z]+)`", text))
+    shown = {name for _, _, example in examples() for name in re.findall(r'"(E[A-Z]+)"', example)}
+    for name, test in _ELSEWHERE.items():
+        assert f'"{name}"' in (ROOT / test).read_text("utf-8"), f"{test} tests {name} no more"
+    assert spoken <= shown | _ELSEWHERE.keys()

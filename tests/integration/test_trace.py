@@ -59,8 +59,21 @@ def trace(
     return [event for event in events if event["comm"] != "fusecache"], summary
 
 
-def script(text: str) -> list[str]:
-    return [sys.executable, "-c", textwrap.dedent(text)]
+def script(text: str, mount: RealMount | None = None) -> list[str]:
+    """A Python program; with a mount, it may ask `told_mapped(*paths)`: has the trace told of these mappings?"""
+    program = textwrap.dedent(text)
+    if mount is not None:
+        program = (
+            textwrap.dedent(f"""
+            import os
+            def told_mapped(*paths):
+                with open({str(mount.path.parent / "trace.json")!r}) as told:
+                    maps = [line for line in told if '"map"' in line]
+                return all(any(os.path.basename(path) in line for line in maps) for path in paths)
+        """)
+            + program
+        )
+    return [sys.executable, "-c", program]
 
 
 def file_of(summary: dict[str, Any], path: str) -> dict[str, Any]:
@@ -84,7 +97,8 @@ def test_a_load_of_safetensors(mount: RealMount) -> None:
     paths = [str(mount.path / "llama" / shard) for shard in SHARDS]
     events, summary = trace(
         mount,
-        run=script(f"""
+        run=script(
+            f"""
             import time
             from contextlib import ExitStack
             from safetensors import safe_open
@@ -92,8 +106,11 @@ def test_a_load_of_safetensors(mount: RealMount) -> None:
                 for path in {paths!r}:
                     file = held.enter_context(safe_open(path, framework="numpy"))
                     assert len([file.get_tensor(name) for name in file.keys()]) == 4
-                time.sleep(1)  # mappings are looked at after the reads, if they are still there
-        """),
+                while not told_mapped(*{paths!r}):  # a mapping is looked at after its reads, if it is still there
+                    time.sleep(0.01)
+        """,
+            mount,
+        ),
     )
     (program,) = summary["programs"]
     assert program["names"][0].startswith("python")
@@ -117,14 +134,18 @@ def test_the_pages_that_a_mapping_touches(mount: RealMount) -> None:
     events, summary = trace(
         mount,
         "--exact",
-        run=script(f"""
+        run=script(
+            f"""
             import mmap, os, time
             fd = os.open({str(mount.path / "llama" / SHARDS[1])!r}, os.O_RDONLY)
             mapped = mmap.mmap(fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
             os.close(fd)
             sum(mapped[page * {PAGE}] for page in {pages})
-            time.sleep(1)  # mappings are looked at after the reads, if they are still there
-        """),
+            while not told_mapped({SHARDS[1]!r}):  # a mapping is looked at after its reads
+                time.sleep(0.01)
+        """,
+            mount,
+        ),
     )
     path = f"llama/{SHARDS[1]}"
     reads = [event for event in events if event["op"] == "read" and event["path"] == path]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.logs import WATCH
 from tests.support.servers import S3Server
 
 _DEADLINE = 60.0
@@ -98,6 +99,10 @@ def mounted(
     if config is not None:
         arguments += ["--config", str(config)]
     environment = {**(os.environ if env is None else env), "FUSECACHE_RUNTIME_DIR": str(work / "run")}
+    WATCH.watch(Path(str(given["runtime_dir"])), "*/log")
+    if "log_file" in given:
+        log_file = Path(str(given["log_file"]))
+        WATCH.watch(log_file.parent, log_file.name)
     command(*arguments, env=environment, prefix=prefix)
     try:
         yield RealMount(mountpoint, environment)

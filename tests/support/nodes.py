@@ -18,6 +18,7 @@ from benchmarks.cluster.lab import Host
 from fusecache.control import client, mounts
 from tests.support import live
 from tests.support.content import content
+from tests.support.logs import WATCH
 from tests.support.mounting import RealMount, command, mounted
 from tests.support.servers import S3Bucket, free_port, running, wait_until
 
@@ -96,6 +97,7 @@ class Nodes:
         log = work / "serve.log"
         argv = [sys.executable, "-m", "fusecache.cli.main", "serve", self.source]
         argv += ["-o", ",".join(f"{key}={value}" for key, value in given.items())]
+        WATCH.watch(work, log.name)
         process = self._stack.enter_context(running(argv, log, self.env))
 
         def serving() -> bool:
