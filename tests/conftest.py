@@ -39,7 +39,7 @@ def only_expected_logs(request: pytest.FixtureRequest) -> Iterator[None]:
     test. The lines of a mount that lives longer than a test belong to the test in which they were written."""
     yield
     expected = [str(word) for marker in request.node.iter_markers("expected_log") for word in marker.args]
-    found = logs.unexpected(logs.WATCH.new_lines(), expected)
+    found = logs.WATCH.take_alarms(expected)
     if found:
         pytest.fail("in the log of a daemon:\n" + "\n".join(found), pytrace=False)
 

@@ -180,6 +180,7 @@ def test_a_node_of_another_protocol_is_left_out(start_cluster: Start, keys: list
         assert "protocol 99" in row["why"]
 
 
+@pytest.mark.expected_log("the signature is wrong")
 def test_another_secret_opens_nothing_and_hinders_nobody(
     start_cluster: Start, keys: list[str], tmp_path: Path
 ) -> None:
@@ -193,6 +194,7 @@ def test_another_secret_opens_nothing_and_hinders_nobody(
         assert asked(nodes.mounts[name], "status")["bytes"]["peer"] == 0
 
 
+@pytest.mark.expected_log("it is another tenant")
 def test_another_tenant_sees_nothing(start_cluster: Start, keys: list[str]) -> None:
     nodes = start_cluster("faults", "a", "b")
     nodes.mount("a", peers__tenant="red")
@@ -220,6 +222,7 @@ def test_the_origin_may_be_down_while_the_nodes_hold_everything(
     read_all(nodes, "c", keys)
 
 
+@pytest.mark.expected_log("tried until the deadline")
 def test_the_origin_down_while_nobody_has_it_is_an_error_in_time(
     proxied: tuple[Callable[..., Nodes], FaultyServer], keys: list[str]
 ) -> None:

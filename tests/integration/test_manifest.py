@@ -108,6 +108,7 @@ def environment(s3_server: S3Server, faulty_s3: FaultyServer) -> dict[str, str]:
     return s3_environment(s3_server, faulty_s3.url)
 
 
+@pytest.mark.expected_log("is not what .* says|is in no manifest")
 def test_what_a_manifest_says_is_shown_and_nothing_else(
     model: S3Bucket, environment: dict[str, str], faulty_s3: FaultyServer, tmp_path: Path, stack: ExitStack
 ) -> None:
@@ -148,6 +149,7 @@ def test_what_a_manifest_says_is_shown_and_nothing_else(
     assert "is in quarantine" in done.stderr
 
 
+@pytest.mark.expected_log("is not what .* says")
 def test_the_outcome_outlives_the_mount(
     model: S3Bucket, environment: dict[str, str], faulty_s3: FaultyServer, tmp_path: Path, stack: ExitStack
 ) -> None:
@@ -180,6 +182,7 @@ def test_the_outcome_outlives_the_mount(
     assert read_file(mount.path / "m" / "config.json") == b"{}"
 
 
+@pytest.mark.expected_log("is not what .* says")
 def test_every_source_of_digests(
     s3_bucket: S3Bucket, environment: dict[str, str], tmp_path: Path, stack: ExitStack
 ) -> None:
@@ -202,6 +205,7 @@ def test_every_source_of_digests(
     assert opening(mount.path / "meta" / "c.bin") == "EBADMSG"
 
 
+@pytest.mark.expected_log("it was not signed with manifest_key")
 def test_with_a_key_only_what_it_signed_can_be_opened(
     s3_bucket: S3Bucket, environment: dict[str, str], tmp_path: Path, stack: ExitStack
 ) -> None:
@@ -234,6 +238,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.expected_log("is no manifest that can be used|is attested by nobody")
 def test_a_hostile_manifest_is_a_clear_error(tmp_path: Path) -> None:
     source = tmp_path / "source"
     for folder, (name, text, _) in HOSTILE.items():

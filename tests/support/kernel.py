@@ -1,4 +1,4 @@
-"""What this machine lacks for the tests: `python -m tests.support.kernel` prints one line for each thing, and fails."""
+"""`python -m tests.support.kernel` prints one line for each thing that this machine lacks for the tests, and fails."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.mounting import mounted
 
 
 def missing() -> list[str]:
-    """What can't be tested here, and why: access to /dev/fuse, and passthrough, which a small mount is asked for."""
+    """A line for each thing that can't be tested here: access to /dev/fuse, and passthrough."""
     if not os.path.exists("/dev/fuse"):
         return [
             "/dev/fuse is missing: 'modprobe fuse' on the host, or start the container with --device /dev/fuse"

@@ -19,6 +19,7 @@ from fusecache_mount.lifecycle.keeper_files import find_keeper_by_connection
 from tests.support.content import check
 from tests.support.faulty import FaultyServer, Request
 from tests.support.kept import ended
+from tests.support.logs import WATCH
 from tests.support.mounting import RealMount
 from tests.support.servers import wait_until
 
@@ -62,6 +63,7 @@ def kill(pid: int) -> None:
 def kill_daemon(mount: RealMount) -> int:
     """kill -9 of the daemon that serves now; returns its pid."""
     pid = int(asked(mount, "status")["process"]["pid"])
+    WATCH.expect("the daemon ended with signal SIGKILL")
     kill(pid)
     return pid
 

@@ -22,10 +22,20 @@ class LogWatch:
         self._read: dict[Path, int] = {}
         """Bytes read so far of each file."""
         self._patterns: set[tuple[Path, str]] = set()
+        self._expected: list[str] = []
 
     def watch(self, directory: Path, pattern: str) -> None:
         """From now on read the files in this directory that match the pattern, like `*/log`, also later ones."""
         self._patterns.add((directory, pattern))
+
+    def expect(self, pattern: str) -> None:
+        """Lines in which this regular expression is found alarm nobody, until the next `take_alarms`."""
+        self._expected.append(pattern)
+
+    def take_alarms(self, expected: Iterable[str] = ()) -> list[str]:
+        """The alarming lines since the last call that nothing expects, neither `expect` nor these expressions."""
+        patterns, self._expected = [*expected, *self._expected], []
+        return unexpected(self.new_lines(), patterns)
 
     def new_lines(self) -> list[str]:
         """The lines that came since the last call, those of an unfinished line included."""

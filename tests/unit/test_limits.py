@@ -20,7 +20,7 @@ KNOWN_METHODS = {
     "fusecache.peers.exchange.block_source.PeerBlockSource": 32,
     "fusecache.prefetch.sessions.SessionTracker": 25,
 }
-KNOWN_PARAMETERS = {}
+KNOWN_PARAMETERS: dict[str, int] = {}
 KNOWN_CLASSES = {
     "fusecache.fetch.interface": 4,
     "fusecache.peers.transport.client": 4,

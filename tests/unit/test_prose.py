@@ -35,7 +35,6 @@ KNOWN_REFERENCES = {
     "fusecache/store/records.py": 1,
     "fusecache/store/tiers.py": 10,
     "tests/faults/store_worker.py": 1,
-    "tests/integration/test_reference_model.py": 1,
     "tests/support/faulty.py": 1,
     "tests/support/inside.py": 3,
     "tests/support/scripted.py": 5,
