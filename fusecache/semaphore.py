@@ -52,14 +52,20 @@ class ResizableSemaphore:
 
     @contextlib.contextmanager
     def hold_slot(
-        self, clock: Callable[[], float], deadline: float, cancelled: Callable[[], bool]
+        self,
+        clock: Callable[[], float],
+        deadline: float,
+        cancelled: Callable[[], bool],
+        where: str = "the origin",
     ) -> Iterator[None]:
         """A with block that holds a slot. Waits for it until `deadline` on `clock`; raises UnavailableError then, and
-        CancelledReadError when `cancelled()` is true before."""
+        CancelledReadError when `cancelled()` is true before. `where` is the origin, or the URL, for the message."""
         if not self.take_slot(clock, deadline, cancelled):
             if cancelled():
-                raise CancelledReadError("the reader went away")
-            raise UnavailableError("no turn at the origin before the deadline")
+                raise CancelledReadError(f"{where}: the reader went away")
+            raise UnavailableError(
+                f"{where}: no request could be sent before the deadline: the origin is overloaded"
+            )
         try:
             yield
         finally:

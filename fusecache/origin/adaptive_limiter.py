@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from fusecache.errors import CancelledReadError, OriginError, UnavailableError
+from fusecache.errors import OriginError, UnavailableError
 from fusecache.origin.backoff import raise_last_error
 from fusecache.semaphore import ResizableSemaphore
 
@@ -57,18 +57,14 @@ class AdaptiveLimiter:
         `raise_last_error` makes of `last_error`, the failure after which this request is made. Raises
         CancelledReadError when `cancelled()` is true before.
         """
-        if not self._slots.take_slot(time.monotonic, deadline, cancelled):
-            if cancelled():
-                raise CancelledReadError(f"{where}: the reader went away")
-            if last_error is not None:
-                raise_last_error(last_error)
-            raise UnavailableError(
-                f"{where}: no request could be sent before the deadline: the origin is overloaded"
-            )
-        try:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self._slots.hold_slot(time.monotonic, deadline, cancelled, where))
+            except UnavailableError:
+                if last_error is not None:
+                    raise_last_error(last_error)
+                raise
             yield self._halvings
-        finally:
-            self._slots.return_slot()
 
     def note_throttled(self, generation: int) -> None:
         """Halve the limit, because a request of this generation was throttled; not if it was halved since."""

@@ -50,11 +50,6 @@ _NO_BUCKET_CODES = {"NoSuchBucket", "BucketNotFound"}
 CREDENTIALS_HINT = "check the credentials and what they may read"
 
 
-def is_temporary(error: BaseException) -> bool:
-    """Whether the same request may succeed later. False for errors that are not of an origin."""
-    return isinstance(error, OriginError) and error.is_temporary
-
-
 class ErrorTranslator:
     """A with block that turns every exception of a library into an error of fusecache.errors.
 

@@ -27,7 +27,6 @@ from fusecache.origin.errors_from_answers import (
     ErrorTranslator,
     error_from_exception,
     error_from_status,
-    is_temporary,
     parse_error_code,
     parse_retry_after,
 )
@@ -186,7 +185,7 @@ def test_statuses_are_judged_in_one_place(status: int, code: str, kind: type[Ori
     assert type(error) is kind
     assert str(error).startswith("s3://b/k: ")
     assert "\n" not in str(error)
-    assert is_temporary(error) == issubclass(kind, TemporaryOriginError)
+    assert error.is_temporary == issubclass(kind, TemporaryOriginError)
 
 
 def test_what_a_server_writes_does_not_get_into_a_message() -> None:
