@@ -1,5 +1,4 @@
-"""What happens in a node, told to every part that subscribed: the parts that are built later hear of the earlier ones
-without being assigned to them.
+"""The event hub of a node: a part that is built later hears of an earlier one without being assigned to it.
 
 A node's EventHub is built before everything else. `publish` runs in the thread of the part that tells, so:
 

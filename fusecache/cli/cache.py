@@ -203,7 +203,7 @@ def ls_command(mountpoint: str | None, cache_dir: Path | None, as_json: bool) ->
 @_cache_dir_option
 @click.option("--all", "everything", is_flag=True, help="Evict all that is neither pinned nor in use.")
 def evict_command(paths: tuple[str, ...], cache_dir: Path | None, everything: bool) -> int:
-    """Evict files or folders from the cache. What is pinned or in use stays."""
+    """Evict files or folders from the cache. Files that are pinned or in use stay."""
     if everything == bool(paths):
         raise click.UsageError("give either paths or --all", click.get_current_context())
     chosen = _select_everything(cache_dir) if everything else _group_paths_by_cache(cache_dir, paths)

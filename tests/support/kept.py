@@ -93,7 +93,7 @@ class Kept:
 
     @property
     def told(self) -> list[dict[str, Any]]:
-        """What each daemon was told, with its "pid"."""
+        """The start message of each daemon, with its "pid"."""
         return [json.loads(line) for line in (self.work / "told").read_text().splitlines()]
 
     def kill(self, pid: int, number: int = signal.SIGKILL) -> None:
@@ -105,7 +105,7 @@ class Kept:
         return (self.directory / "log").read_text()
 
     def clean(self) -> None:
-        """Whatever happened: no mount, no keeper, nobody who waits."""
+        """Leave no mount, no keeper and no waiting process, also after a failure."""
         for fd in self._aborts:
             with contextlib.suppress(OSError):
                 os.write(fd, b"1")

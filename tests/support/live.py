@@ -1,4 +1,4 @@
-"""What tests do to a real mount while it lives: look, kill, wait for one thing, read in the background."""
+"""Helpers for tests of a real mount while it lives: look, kill, wait for one thing, read in the background."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def status(mount: RealMount) -> dict[str, Any]:
 
 
 def asked(mount: RealMount, operation: str, **arguments: Any) -> Any:
-    """What the daemon itself answers: quicker than the command."""
+    """The answer of the daemon itself: quicker than the command."""
     found = mounts.find_mount(mount.path)
     assert found is not None
     return client.call_daemon(

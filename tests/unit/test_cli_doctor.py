@@ -1,4 +1,4 @@
-"""What the doctor finds: each check with a machine or server that is well, and one that is not."""
+"""The findings of the doctor: each check with a machine or server that is well, and one that is not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a keeper leaves for others to find: its pid file, its lines in the log, its command line in the process list.
+"""The traces of a keeper that other processes find: its pid file, its lines in the log, its command line.
 Standard library only."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The operations of the control socket: what the daemon does for the command line."""
+"""The operations of the control socket, by which the command line uses the daemon."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DRAIN_TIMEOUT = 10.0
 
 
 class CacheOperations:
-    """What the cache holds, and what it has to keep or let go."""
+    """Lists the objects of the cache, evicts them, pins and unpins them."""
 
     def __init__(self, catalog: Catalog, source_names: SourceNames, store: BlockStore) -> None:
         self._catalog = catalog
@@ -134,7 +134,7 @@ class FetchOperations:
         return {"files": self._catalog.index.totals[0]}
 
     async def _answer_drain(self, request: dict[str, Any]) -> object:
-        """Stop fetching for nobody, and wait for the reads under way."""
+        """Stop fetching ahead, and wait for the reads under way."""
         self._fetch_service.pause_prefetch()
         with trio.move_on_after(_DRAIN_TIMEOUT):
             while self._count_waiting_reads():  # noqa: ASYNC110  the readers are answered by threads
