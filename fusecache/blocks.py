@@ -24,9 +24,9 @@ def block_length(index: int, size: int, block_size: int) -> int:
 
 
 def contiguous_ranges(blocks: Iterable[int], max_blocks: int) -> Iterator[range]:
-    """Join ascending block indexes into contiguous ranges of at most `limit` blocks.
+    """Join ascending block indexes into contiguous ranges of at most `max_blocks` blocks.
 
-    >>> list(runs([0, 1, 2, 5, 6], 2))
+    >>> list(contiguous_ranges([0, 1, 2, 5, 6], 2))
     [range(0, 2), range(2, 3), range(5, 7)]
     """
     start = stop = -1

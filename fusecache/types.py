@@ -9,11 +9,8 @@ from typing import NewType
 
 import xxhash
 
-BlockIndex = NewType("BlockIndex", int)
-"""Index of a block inside one object version, from 0."""
-
 NodeId = NewType("NodeId", int)
-"""What the kernel calls an inode of ours with (see mount/fusecache_mount/kernel/nodeids.py for its layout)."""
+"""The number by which the kernel names an inode of a mount; its bits are laid out in fusecache_mount.kernel.nodeids."""
 
 ObjectId = NewType("ObjectId", str)
 """32 hex digits that name one object version in the store."""

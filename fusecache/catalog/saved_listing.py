@@ -8,12 +8,9 @@ of another format counts as absent. Blocking: for worker threads.
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
 import logging
-import os
-import threading
 import time
 import zlib
 from collections.abc import Iterable, Sequence
@@ -22,6 +19,7 @@ from pathlib import Path
 
 import xxhash
 
+from fusecache.files import replace_file
 from fusecache.types import ObjectVersion
 
 _log = logging.getLogger(__name__)
@@ -40,7 +38,6 @@ def save_listing(directory: Path, identity: str, versions: Sequence[ObjectVersio
     """Replace the saved listing of this source. Blocks on the disk; raises OSError."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = saved_path(directory, identity)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     origin = versions[0].origin if versions else identity
     header = {
         "format": LISTING_FORMAT,
@@ -50,16 +47,13 @@ def save_listing(directory: Path, identity: str, versions: Sequence[ObjectVersio
         "objects": len(versions),
         "listed_at": time.time(),
     }
-    try:
-        with gzip.open(temporary, "wt", compresslevel=1, encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(header) + "\n")
-            for rows in _iterate_rows(versions):
-                file.write(json.dumps(rows) + "\n")
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    with (
+        replace_file(path) as temporary,
+        gzip.open(temporary, "wt", compresslevel=1, encoding="utf-8", newline="\n") as file,
+    ):
+        file.write(json.dumps(header) + "\n")
+        for rows in _iterate_rows(versions):
+            file.write(json.dumps(rows) + "\n")
 
 
 def _iterate_rows(versions: Iterable[ObjectVersion]) -> Iterable[list[tuple[str, str, int, int]]]:

@@ -1,4 +1,4 @@
-"""S3-FIFO over object versions, weighted by bytes: who has to go when space is needed. Pure, not thread-safe.
+"""S3-FIFO over object versions, weighted by bytes: which of them go when space is needed. Pure, not thread-safe.
 
 Three queues (Yang et al., SOSP 2023). New objects enter `small`, which may hold a tenth of the bytes. At its
 head an object that was used again moves to `main`, any other leaves and only its id is kept, in `ghost`; an
@@ -78,7 +78,7 @@ class S3Fifo:
         return object_id in self._main
 
     def remove(self, object_id: ObjectId, *, was_evicted: bool = False) -> None:
-        """Forget an object; one that was `evicted` is remembered in the ghost queue."""
+        """Forget an object; one that `was_evicted` is remembered in the ghost queue."""
         if object_id not in self:
             return
         entry = self._pop_entry(object_id)
@@ -102,9 +102,9 @@ class S3Fifo:
     def victims(self, is_evictable: Callable[[ObjectId], bool]) -> Iterator[ObjectId]:
         """Objects to evict, in order; ends when nothing evictable is left.
 
-        The caller evicts each before it asks for the next, and tells so with `remove`; one that it could not
-        evict goes to the end of its queue. Objects that are not `evictable` when the walk comes to them keep their
-        place and uses; it comes to no more than it needs: there may be tens of thousands.
+        The caller evicts each before it asks for the next, and calls `remove`; one that it could not evict goes to the
+        end of its queue. Objects that are not evictable when the walk comes to them keep
+        their place and uses. The walk comes to no more objects than it needs: there may be tens of thousands.
         """
         small, main = deque(self._small), deque(self._main)
         while True:

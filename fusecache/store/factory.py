@@ -15,7 +15,7 @@ from fusecache.store.tiers import TieredStore
 from fusecache.types import ObjectVersion
 
 _MEMORY_FREE_SHARE = 0.05
-"""Share of the tmpfs that is left free: engines have their own use for it (NCCL, workers that share tensors)."""
+"""Share of the tmpfs that is left free: engines use it, too (NCCL, workers that share tensors)."""
 
 
 @contextlib.contextmanager
@@ -26,8 +26,9 @@ def open_store(
     attestation_policy: AttestationPolicy | None = None,
     is_spare: Callable[[ObjectVersion], bool] | None = None,
 ) -> Iterator[BlockStore]:
-    """The store, while this is entered. `keep`: an earlier daemon of this mount may have left objects in memory, which
-    are still good. Raises StoreError and ConfigError, in one line."""
+    """The store, which is closed as the context ends. `keep_objects`: an earlier daemon of this mount may have left
+    objects in memory, which are still good. `is_spare(version)`: another node keeps a copy of the version for longer,
+    so that this one is evicted first. Raises StoreError and ConfigError, in one line."""
     with ExitStack() as stack:
         memory = (
             None

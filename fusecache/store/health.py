@@ -1,6 +1,7 @@
 """Whether the disk under the store works: one that failed is bypassed, probed and re-admitted.
 
-There is no thread: the next caller that wants space after PROBE_INTERVAL does the probe, all others pass by.
+There is no thread: the first caller that wants space once PROBE_INTERVAL is over writes a probe file, and the others go
+on without the disk meanwhile.
 """
 
 from __future__ import annotations
@@ -37,7 +38,15 @@ _SICK_ERRNOS = frozenset(
 
 
 class DiskHealth:
-    """State of the disk that holds `directory`. Thread-safe. `clock` is in seconds, monotonic."""
+    """State of the disk that holds `directory`. Thread-safe. `clock` is in seconds, monotonic.
+
+    | State | is_sick | Event | Next |
+    |---|---|---|---|
+    | well | False | `report_failure` with an error that speaks of the disk | sick |
+    | sick | True | `ensure_usable` within PROBE_INTERVAL of the last failure or probe | sick |
+    | sick | True | `ensure_usable` later, and the probe fails | sick |
+    | sick | True | `ensure_usable` later, and the probe can be written | well |
+    """
 
     def __init__(self, directory: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._probe_path = directory / f".probe.{os.getpid()}"
@@ -49,7 +58,7 @@ class DiskHealth:
         self.is_sick = False
 
     def report_failure(self, error: OSError) -> None:
-        """Tell of a failed call; errors that say nothing about the disk (EMFILE) don't count."""
+        """A call on the disk failed. Errors that say nothing about the disk (EMFILE) are logged once, not counted."""
         if error.errno not in _SICK_ERRNOS:
             with self._lock:
                 first = error.errno not in self._logged_errnos
@@ -69,7 +78,7 @@ class DiskHealth:
             )
 
     def ensure_usable(self) -> bool:
-        """Whether to use the disk; probes a sick one when that is due."""
+        """Whether to use the disk. Blocks for a probe of a sick one, when that is due."""
         if not self.is_sick:
             return True
         with self._lock:

@@ -1,7 +1,7 @@
 """The index of object versions: a mirror of the files for a fast start, in diskcache (SQLite) without pickle.
 
-Used by one thread only (the store's scanner), so that no reader waits for SQLite. It may be lost or broken
-at any time: everything but the order of eviction is in the files too.
+Only the store's thread uses it, so that no reader waits for SQLite. It may be lost or broken at any time: everything
+but the order of eviction is in the files too.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def record_to_json(record: ObjectRecord) -> dict[str, Any]:
 
 
 def record_from_json(value: Any) -> ObjectRecord | None:
-    """Reverse of `to_json`; None for anything else."""
+    """Reverse of `record_to_json`; None for anything else."""
     try:
         version = ObjectVersion(**value["version"])
         record = ObjectRecord(**{**value, "version": version})
@@ -83,7 +83,8 @@ def record_from_json(value: Any) -> ObjectRecord | None:
 
 
 class ObjectIndex:
-    """The index below `directory`; soft: whatever fails is logged once and passed over."""
+    """The index below `directory`, for one thread. It fails soft: the first failure is logged, none is raised; a broken
+    index is made anew, empty. Every method may block for the disk."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -122,7 +123,7 @@ class ObjectIndex:
             _log.warning("cache index %s: %s; the store goes on without it", self._directory, error)
 
     def load_records(self) -> tuple[list[tuple[ObjectId, ObjectRecord]], list[tuple[ObjectId, int]]]:
-        """All records in their order of eviction, and the ghosts."""
+        """All records in their order of eviction, and the ghosts (id, size in bytes); nothing if it can't be read."""
         records: dict[ObjectId, ObjectRecord] = {}
         try:
             if self._cache is None:
@@ -144,7 +145,7 @@ class ObjectIndex:
     def save_changes(
         self, changed: Iterable[tuple[ObjectId, ObjectRecord]], dropped_ids: Iterable[ObjectId]
     ) -> None:
-        """Record changes, in one transaction."""
+        """Write changed records and drop others, in one transaction."""
         try:
             if self._cache is None:
                 return
@@ -157,7 +158,7 @@ class ObjectIndex:
             self._report_failure(error)
 
     def save_order(self, ids: list[ObjectId], ghosts: list[tuple[ObjectId, int]]) -> None:
-        """Record the order of eviction."""
+        """Write the order of eviction, and the ghosts (id and size in bytes)."""
         try:
             if self._cache is not None:
                 self._cache.set(_ORDER_KEY, {"ids": ids, "ghosts": ghosts})

@@ -10,10 +10,11 @@ from fusecache.types import ObjectId, ObjectVersion
 
 @dataclass(frozen=True)
 class StoreUsage:
-    """Figures of a cache directory. `used` and `limit` are in bytes, over all processes on the directory;
-    `used` holds the blocks, what is reserved for blocks on their way, and the files' own overhead (a few KiB
-    per object); `memory_used` and `memory_limit` are what is in memory of each. `evictions` (objects) and
-    `corrupt_blocks` are counted since this process started."""
+    """Figures of a cache directory; the fields are keys of `fusecache status --json`. `used` and `limit` are in bytes,
+    over all processes on the directory; `used` counts the blocks, what is reserved for blocks on their way, and the
+    files' own overhead (a few KiB per object); `memory_used` and `memory_limit` are the parts of these in memory.
+    `evictions` (objects) and `corrupt_blocks` are counted since this process started. `sick`: the disk failed, and is
+    bypassed until it works again."""
 
     used: int
     limit: int
@@ -39,8 +40,8 @@ class StoreUsage:
 @dataclass(frozen=True)
 class ObjectInfo:
     """One object version in the store. `present_bytes` counts verified and unverified blocks; `last_use` is
-    in seconds since the epoch; `open_count` counts this process's opens only; `mark`: what was found when the whole
-    was held against its manifest."""
+    in seconds since the epoch; `open_count` counts this process's opens only; `attestation_state`: what the inspector
+    found when it held the whole object against its manifest."""
 
     id: ObjectId
     version: ObjectVersion

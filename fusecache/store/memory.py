@@ -1,10 +1,18 @@
 """A directory in memory (on a tmpfs) that one mount has for itself, for a store that is gone when the mount is.
 
-Theory of operation. `fusecache-<16 hex digits>` of mode 0700, named after the mount, so that the daemon that follows a
-killed one finds it again. Whoever has the flock of the directory owns it; the kernel drops that with the daemon, as it
-dies. What nobody owns is left over, and removed by the next mount that makes one in the same place. That may be what
-a daemon which is being restarted just now is about to take up: it makes a new one then, and what is open in the kernel
-keeps the files that it has.
+Theory of operation. The directory is `fusecache-<16 hex digits>` of mode 0700, named after the mount, so that the
+daemon that follows a killed one finds it again. The daemon that has the flock of the directory owns it; the kernel
+drops the flock as the daemon dies. A directory without an owner is left over, and the next mount that makes one in the
+same place removes it. That may hit a daemon that is just being restarted and was about to take it up: it makes a new
+directory then, and handles that are open in the kernel keep their files.
+
+| State of a directory | Event | Next |
+|---|---|---|
+| absent | a daemon makes and locks it | owned |
+| owned | the mount ends: `remove_directory` | absent |
+| owned | the daemon dies | left over |
+| left over | the next daemon of the same mount locks it | owned; emptied unless the objects are kept and usable |
+| left over | another mount makes its directory | absent |
 """
 
 from __future__ import annotations
@@ -31,8 +39,9 @@ _LOCK_TIMEOUT = 10.0
 
 
 class MemoryDirectory:
-    """The directory of the mount at `mountpoint`, below `base`. With `keep` what an earlier daemon of this mount stored
-    in it stays, if it can be used; otherwise it is empty. Raises StoreError, in one line that names the way out."""
+    """The directory of the mount at `mountpoint`, below `base`. With `keep_objects`, what an earlier daemon of this
+    mount stored in it stays, if it can be used; otherwise the directory is emptied. Making one waits some seconds for
+    an earlier daemon of the mount to end. Raises StoreError, in one line that names the way out."""
 
     def __init__(
         self, base: Path, *, runtime_dir: Path, mountpoint: Path, block_size: int, keep_objects: bool
@@ -56,7 +65,7 @@ class MemoryDirectory:
             ) from error
 
     def _create_and_lock_directory(self) -> int:
-        """Make it if need be, and own it; the descriptor that does."""
+        """Make the directory if need be, and lock it; returns the descriptor that holds the lock."""
         until = time.monotonic() + _LOCK_TIMEOUT
         while True:
             with contextlib.suppress(FileExistsError):
@@ -72,7 +81,7 @@ class MemoryDirectory:
                     raise StoreError(f"{self.path} is not this user's alone: remove it, or set memory_dir")
                 if not locks.wait_flock(fd, max(0.0, until - time.monotonic())):
                     raise StoreError(f"{self.path} is in use by another daemon: end it, or set memory_dir")
-                # who swept it may have had the lock before
+                # a mount that removes leftovers may have had the lock before, and unlinked it
                 with contextlib.suppress(FileNotFoundError):
                     taken = os.path.samestat(found, os.stat(self.path))
                 if taken:
@@ -82,17 +91,17 @@ class MemoryDirectory:
                     os.close(fd)
 
     def remove_directory(self) -> None:
-        """Remove it with all that is in it, and own it no more."""
+        """Remove the directory with all that is in it, and release the lock."""
         shutil.rmtree(self.path, ignore_errors=True)
         self.release_ownership()
 
     def release_ownership(self) -> None:
-        """Own it no more, as when the daemon is killed."""
+        """Release the lock, as when the daemon is killed."""
         os.close(self._fd)
 
 
 def _remove_leftovers(base: Path, own_name: str) -> None:
-    """Remove what mounts left behind that are gone."""
+    """Remove the directories of mounts that are gone."""
     with os.scandir(base) as entries:
         found = [entry.name for entry in entries if _NAME.fullmatch(entry.name) and entry.name != own_name]
     for name in found:
@@ -110,7 +119,7 @@ def _remove_leftovers(base: Path, own_name: str) -> None:
 
 
 def _read_block_size(directory: Path) -> int | None:
-    """That of the store in there, if this version of the program can use it."""
+    """The block size of the store in there; None: there is none, or this version of the program can't use it."""
     try:
         return format.parse_format((directory / "format").read_bytes())
     except FileNotFoundError:

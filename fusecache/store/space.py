@@ -24,11 +24,12 @@ _EVICT_TIMEOUT = 10.0
 
 
 class Space:
-    """Reservations in `directory`, at most `limit` bytes stored and at least `free_floor` bytes left on the
-    disk.
+    """Reservations in `directory`: at most `limit` bytes stored, and at least `free_floor` bytes left on the disk.
+    Thread-safe.
 
-    `evict(n, partly)` frees about n bytes, at least one object, and returns the bytes freed; unless `partly`,
-    nothing is evicted and 0 returned when n can't be reached. Thread-safe.
+    `make_room(n, accepts_less)` evicts objects of at least n bytes, and returns the bytes freed; when n can't be
+    reached it evicts what it can if it `accepts_less`, and otherwise nothing. `scan_finished` is set once the ledger
+    was counted against the files. `_eviction_lock` is held across `make_room`: one thread evicts at a time.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Space:
         return int(self.limit * (1 - kept_share)) - self._ledger.used_bytes()
 
     def reserve_bytes(self, nbytes: int) -> bool:
-        """Reserve bytes, evicting for them; False when the disk is sick or no room can be made."""
+        """Reserve bytes, evicting for them; False: the disk is sick, or no room can be made. Blocks for disk I/O."""
         if nbytes > self.limit or not self._health.ensure_usable():
             return False
         # a ledger that was lost says 0: nothing is stored before the scan has counted again
@@ -90,8 +91,8 @@ class Space:
             self._health.report_failure(error)
 
     def evict_on_enospc(self, nbytes: int) -> bool:
-        """The disk is full although the space was reserved (somebody else uses it): evict; False: nothing
-        can go."""
+        """The disk is full although the space was reserved (something else than the store fills it): evict `nbytes`;
+        False: there is nothing to evict."""
         with self._eviction_lock:
             try:
                 return self._make_room(nbytes, False) > 0
@@ -100,8 +101,8 @@ class Space:
                 return False
 
     def enforce_limits(self) -> None:
-        """Evict what is over the bounds without anybody having asked for space: the limit was lowered, or
-        others filled the disk. As much as can go; the store's thread calls this now and then."""
+        """Evict what exceeds the limits, or as much of it as can go: the limit was lowered, or something else fills the
+        disk. The store's thread calls this every few seconds; does nothing while another thread evicts."""
         if (
             not self._ledger.is_counted
             or self._health.is_sick
@@ -119,17 +120,17 @@ class Space:
             self._eviction_lock.release()
 
     def clear_backoff(self) -> None:
-        """Something became evictable."""
+        """Try to make room again at the next request: an object was closed or unpinned, so that more can go."""
         self._backoff_until = 0.0
 
     def free_bytes(self) -> int:
-        """Bytes that the file system would give us now."""
+        """Bytes that the file system would give this process now. Raises OSError."""
         stat = os.statvfs(self._directory)
         return stat.f_bavail * stat.f_frsize
 
     def _bytes_below_floor(self) -> int:
-        """By how many bytes the floor will be missed when all that is reserved was written. What is written
-        already counts twice: on the safe side, by what is in flight."""
+        """By how many bytes the floor will be missed when all that is reserved was written. Bytes that are written but
+        not committed yet count twice, which errs on the safe side. Raises OSError."""
         return self._ledger.tally().reserved + self.free_floor - self.free_bytes()
 
     def _try_reserve(self, nbytes: int) -> int:

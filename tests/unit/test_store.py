@@ -666,9 +666,10 @@ def test_misuse_is_told_in_one_line(make: Any, tmp_path: Path) -> None:
     make()
     with pytest.raises(ConfigError, match=r"block_size=4096"):
         make(block_size=8192)
-    (tmp_path / "cache" / "format").write_text("fusecache store 99\n")
-    with pytest.raises(StoreError, match="another version of fusecache"):
-        make()
+    for other in (2, 99):
+        (tmp_path / "cache" / "format").write_text(f"fusecache store {other}\nblock_size {BLOCK}\n")
+        with pytest.raises(StoreError, match="another version of fusecache"):
+            make()
 
 
 def test_a_closed_store_opens_nothing(make: Any) -> None:

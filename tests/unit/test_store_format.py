@@ -22,12 +22,12 @@ def blocks_file() -> bytes:
 
 
 def test_blocks_file_bytes_are_pinned() -> None:
-    fixed = b"FCBLOCKS" + struct.pack("<IIQQQ", 2, 4096, 10_000, 0x1122334455667788, len(IDENTITY))
+    fixed = b"FCBLOCKS" + struct.pack("<IIQQQ", 3, 4096, 10_000, 0x1122334455667788, len(IDENTITY))
     digest = struct.pack("<Q", xxhash.xxh3_64_intdigest(fixed + IDENTITY))
     state = BOOT + struct.pack("<QIBBB", 9, 2, 1, 1, 3) + b"\2" + bytes(range(100, 132)) + b"unsigned"
     expected = (fixed + digest + state).ljust(128, b"\0") + bytes(3 * 8) + IDENTITY
     assert blocks_file() == expected
-    assert xxhash.xxh3_64_hexdigest(expected) == "8d2967d8efdb163c"
+    assert xxhash.xxh3_64_hexdigest(expected) == "1fcf8b89fbce0904"
 
 
 def test_offsets_of_what_is_written_in_place() -> None:
@@ -78,15 +78,26 @@ def test_a_foreign_identity_is_refused(text: bytes) -> None:
 
 
 def test_format_file_bytes_are_pinned() -> None:
-    assert format.pack_format(1 << 20) == b"fusecache store 2\nblock_size 1048576\n"
+    assert format.pack_format(1 << 20) == b"fusecache store 3\nblock_size 1048576\n"
     assert format.parse_format(format.pack_format(4096)) == 4096
-    for text in (b"", b"fusecache store 1\nblock_size 4096\n", b"fusecache store 2\nblock_size x\n", b"\xff"):
+    for text in (b"", b"fusecache store 3\nblock_size x\n", b"\xff"):
         assert format.parse_format(text) is None
+
+
+@pytest.mark.parametrize("version", [1, 2, 4, 99])
+def test_a_directory_of_another_version_is_not_taken_for_ours(version: int) -> None:
+    assert format.parse_format(b"fusecache store %d\nblock_size 4096\n" % version) is None
+    ledger = bytearray(format.pack_ledger(is_counted=True))
+    struct.pack_into("<I", ledger, 8, version)
+    assert not format.is_valid_ledger(ledger)
+    blocks = bytearray(blocks_file())
+    struct.pack_into("<I", blocks, 8, version)
+    assert format.parse_header(blocks) is None
 
 
 def test_ledger_bytes_are_pinned() -> None:
     ledger = bytearray(format.pack_ledger(is_counted=True))
-    assert ledger == (b"FCLEDGER" + struct.pack("<IIqI", 2, 255, 0, 1)).ljust(8192, b"\0")
+    assert ledger == (b"FCLEDGER" + struct.pack("<IIqI", 3, 255, 0, 1)).ljust(8192, b"\0")
     assert format.is_valid_ledger(ledger)
     assert format.is_ledger_counted(ledger)
     slot = format.LedgerSlot(100, 30, 7, 5, 42)

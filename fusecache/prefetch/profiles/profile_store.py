@@ -13,9 +13,9 @@ import contextlib
 import logging
 import os
 import re
-import threading
 from pathlib import Path
 
+from fusecache.files import replace_file
 from fusecache.prefetch.profiles.access_profile import MAX_BYTES
 
 _log = logging.getLogger(__name__)
@@ -52,16 +52,10 @@ class ProfileStore:
         path = self._path(name)
         if path is None or len(data) > MAX_BYTES:
             return
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             self._directory.mkdir(mode=0o700, exist_ok=True)
-            try:
+            with replace_file(path) as temporary:
                 temporary.write_bytes(data)
-                os.replace(temporary, path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
-                raise
             self._remove_oldest_profiles()
         except OSError as error:
             self._warn_once(error)

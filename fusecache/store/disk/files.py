@@ -1,11 +1,11 @@
 """The two files of one object version: find, create, check, mark and discard them.
 
 Invariants, also across a kill -9 anywhere:
-- A .blocks file is only ever beside the .data file that its checksums speak of: creation makes .data first
-  and moves a finished .blocks in last, discarding unlinks .blocks first; both under the directory's lock.
+- A .blocks file is only ever beside the .data file whose checksums it holds: creation makes .data first and moves a
+  finished .blocks in last, discarding unlinks .blocks first; both under the directory's lock.
 - A checksum is set after its bytes were written.
-- Files disappear by unlink only, after LOCK_EX on the .data file was had (so nobody has it open), or, where
-  the files are broken, under the directory's lock: whoever has them open keeps what it has.
+- Files disappear by unlink only: after LOCK_EX on the .data file was had (so that no process has it open), or, where
+  the files are broken, under the directory's lock. A process that has them open keeps what it has.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class BlocksFileSummary:
 
 
 class ObjectFiles:
-    """The open files of one object version. Made by `attach` and `create`; every method may raise OSError."""
+    """The open files of one object version, with a shared lock on both. `open_object_files` and `create_object_files`
+    make them. Every method may raise OSError. Thread-safe, as far as its calls go; one lock of its own guards the
+    writable descriptor."""
 
     def __init__(self, header: format.BlocksFileHeader, read_fd: int, blocks_fd: int) -> None:
         self.header = header
@@ -75,38 +77,38 @@ class ObjectFiles:
         return format.parse_state(self._view)
 
     def set_clean(self, is_clean: bool, boot_id: bytes = b"") -> None:
-        """Say whether all blocks were verified, or written, during the boot `boot_id`."""
+        """Say in the header whether all blocks were verified, or written, during the boot `boot_id`."""
         if boot_id:
             os.pwrite(self._blocks_fd, boot_id, format.BOOT_ID_OFFSET)
         os.pwrite(self._blocks_fd, bytes((is_clean,)), format.CLEAN_OFFSET)
 
     def set_last_use(self, last_use_ns: int, accesses: int) -> None:
-        """Record an access."""
+        """Record an access in the header."""
         os.pwrite(self._blocks_fd, last_use_ns.to_bytes(8, "little"), format.LAST_USE_OFFSET)
         os.pwrite(self._blocks_fd, bytes((accesses,)), format.ACCESSES_OFFSET)
 
     def count_repair(self) -> None:
-        """Record that a bad block was cleared, so that no process trusts what it remembers of this file."""
+        """Record in the header that a bad block was cleared, so that no process trusts what it remembers."""
         repairs = self.state.repairs + 1 & 0xFFFFFFFF
         os.pwrite(self._blocks_fd, repairs.to_bytes(4, "little"), format.REPAIRS_OFFSET)
 
     def set_attestation(self, record: format.AttestationRecord) -> None:
-        """Record what is known of the object as a whole."""
+        """Record in the header what is known of the object as a whole."""
         os.pwrite(self._blocks_fd, record.pack(), format.ATTESTATION_OFFSET)
 
     def set_checksum(self, block: int, checksum: int) -> None:
-        """Mark a block present."""
+        """Set the checksum of a block whose bytes were written: it is in the file from now on."""
         os.pwrite(self._blocks_fd, format.pack_checksum(checksum), format.checksum_offset(block))
 
     def clear_checksum(self, block: int) -> None:
-        """Mark a block absent; what was said of the whole object is void."""
+        """Make a block absent; what the header says of the whole object is void."""
         if self.state.attestation.state is format.AttestationState.ATTESTED:
             self.set_attestation(format.AttestationRecord())
         os.pwrite(self._blocks_fd, bytes(format.CHECKSUM_SIZE), format.checksum_offset(block))
 
     def open_write_fd(self, path: Path) -> int:
-        """A writable descriptor of the very file that `read_fd` is; raises FileNotFoundError if it was
-        replaced."""
+        """A writable descriptor of the very file that `read_fd` reads; it is closed with the others. Raises
+        FileNotFoundError if the file at `path` is another one."""
         with self._lock:
             if self._write_fd < 0:
                 fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -128,16 +130,16 @@ class ObjectFiles:
         return locks.first_conflict(self._blocks_fd, locks.IN_USE_BYTE) is None
 
     def claim_blocks(self, blocks: range) -> range:
-        """The prefix of `blocks` that nobody else fetches."""
+        """Claim the prefix of `blocks` that no other process fetches; returns it."""
         return locks.claim_prefix(self._blocks_fd, blocks)
 
     def unclaim_blocks(self, blocks: range) -> None:
-        """Reverse of `claim`."""
+        """Give claimed blocks back; does nothing after `close`."""
         if self._blocks_fd >= 0:
             locks.unlock_bytes(self._blocks_fd, blocks.start, len(blocks))
 
     def present_bytes(self) -> int:
-        """Bytes of all blocks that are marked, verified or not."""
+        """Bytes of all blocks that have a checksum, verified or not."""
         return _sum_present_bytes(self.header, self.checksums)
 
     def close(self) -> None:
@@ -165,11 +167,11 @@ def _sum_present_bytes(header: format.BlocksFileHeader, checksums: memoryview) -
 def open_object_files(
     cache_directory: CacheDirectory, object_id: ObjectId, size: int, block_size: int
 ) -> ObjectFiles | None:
-    """Open an object's files and share-lock them; None when there are none, they are broken, or just being
-    evicted.
+    """Open an object's files and share-lock them; None: there are none, they are broken, or just being evicted. Raises
+    OSError.
 
-    Needs no lock: open, lock, then look whether the path still leads to what was opened (eviction may have
-    unlinked it in between, in which case there is nothing to attach to).
+    The caller need not hold a lock: open, lock, then see whether the path still leads to what was opened (eviction may
+    have unlinked it in between, in which case there is nothing to open).
     """
     path = cache_directory.data_path(object_id)
     fds: list[int] = []
@@ -208,8 +210,8 @@ def create_object_files(
     boot_id: bytes,
     attestation: format.AttestationRecord = format.AttestationRecord(),  # noqa: B008  frozen
 ) -> ObjectFiles:
-    """Make an object's files, replacing broken ones. To be called under the directory's lock, after `attach`
-    failed."""
+    """Make an object's files, replacing broken ones. The caller holds the directory's lock, and has found under it that
+    there are none to open. Raises OSError, and leaves no file behind then."""
     cache_directory.assert_locked()
     path, blocks_path = cache_directory.data_path(version.id), cache_directory.blocks_path(version.id)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -242,7 +244,7 @@ def create_object_files(
 
 
 def unlink_object_if_unused(cache_directory: CacheDirectory, object_id: str) -> bool:
-    """Unlink an object's files if no process, and no passthrough handle of one, has them open.
+    """Unlink an object's files if no process, and no passthrough backing, has them open.
 
     The caller holds the directory's lock. False: in use. Raises OSError.
     """
@@ -294,9 +296,9 @@ def quarantine_files(
 
 
 def free_uncommitted_space(cache_directory: CacheDirectory, object_id: str) -> None:
-    """Give back the space of bytes that were written but never marked (their writer was killed, or its fetch
-    failed): nothing counts them. Does nothing for an object that anybody has open, or that is complete, and
-    where the file system has no holes. Takes the directory's lock. Raises OSError."""
+    """Give back the space of bytes that were written and have no checksum (their writer was killed, or its fetch
+    failed): no ledger counts them. Does nothing for an object that a process has open, or that is complete, and where
+    the file system has no holes. Takes the directory's lock. Raises OSError."""
     with contextlib.ExitStack() as stack:
         if not stack.enter_context(cache_directory.exclusive_lock()):
             return
@@ -318,7 +320,7 @@ def free_uncommitted_space(cache_directory: CacheDirectory, object_id: str) -> N
         for run in contiguous_ranges((i for i, x in enumerate(sums) if not x), summary.block_count):
             start, stop = run.start * summary.block_size, run.stop * summary.block_size
             _libc.fallocate(fd, _FALLOC_KEEP_SIZE | _FALLOC_PUNCH_HOLE, start, stop - start)
-        # no marked block was touched: what was verified stays so (see shared.Memory)
+        # no block with a checksum was touched: what was verified stays so, and mtime tells VerifiedBlocks that
         os.utime(fd, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
@@ -330,12 +332,12 @@ def _has_uncommitted_space(summary: BlocksFileSummary, stat: os.stat_result) -> 
 
 
 def may_have_uncommitted_space(cache_directory: CacheDirectory, summary: BlocksFileSummary) -> bool:
-    """Whether `trim` may find anything; opens nothing. Raises OSError."""
+    """Whether `free_uncommitted_space` may find anything; opens nothing. Raises OSError."""
     return _has_uncommitted_space(summary, os.stat(cache_directory.data_path(summary.version.id)))
 
 
 def read_summary(cache_directory: CacheDirectory, object_id: str) -> BlocksFileSummary | None:
-    """Read an object's .blocks file; None when it is absent or broken."""
+    """What an object's .blocks file says; None: it is absent or broken. Raises OSError."""
     try:
         fd = os.open(cache_directory.blocks_path(object_id), os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -360,7 +362,8 @@ def read_summary(cache_directory: CacheDirectory, object_id: str) -> BlocksFileS
 
 
 def write_pinned(cache_directory: CacheDirectory, object_id: str, is_pinned: bool) -> bool:
-    """Pin in the file's header, where every process's eviction sees it; False: no such object."""
+    """Pin or unpin the object in its header, where every process's eviction sees it; False: there is no such object.
+    Raises OSError."""
     try:
         fd = os.open(cache_directory.blocks_path(object_id), os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -1,8 +1,8 @@
 """The on-disk format of the store: every byte that outlives a process is laid out here, and nowhere else.
 
-    <cache>/format    "fusecache store 2\\nblock_size 1048576\\n"
+    <cache>/format    "fusecache store 3\\nblock_size 1048576\\n"
     <cache>/lock      flock'ed (LOCK_EX) around creation, replacement and eviction of an object's files
-    <cache>/ledger    space accounting of all processes, see LEDGER_*
+    <cache>/ledger    space accounting of all processes: a header (LEDGER_*) and a slot per process
     <cache>/index/    diskcache (SQLite), JSON values: a mirror for a fast start, rebuilt from the files
     <cache>/data/<2 hex>/<object id>.data      sparse, exactly the object's size
     <cache>/data/<2 hex>/<object id>.blocks    header, one xxh3_64 per block (0: absent), identity as JSON
@@ -24,7 +24,7 @@ from fusecache.blocks import block_count
 from fusecache.checksum import nonzero_checksum
 from fusecache.types import ObjectVersion
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PAGE_SIZE = 4096
 """Space is accounted in these units: what ext4, XFS and tmpfs allocate by."""
 
@@ -45,7 +45,7 @@ REPAIRS_OFFSET = STATE_OFFSET + 24
 CLEAN_OFFSET = STATE_OFFSET + 28
 PINNED_OFFSET = STATE_OFFSET + 29
 ACCESSES_OFFSET = STATE_OFFSET + 30
-# mark, sha256 of the whole object, anchor
+# state, sha256 of the whole object, anchor
 _ATTESTATION = struct.Struct("<B32s8s")
 ATTESTATION_OFFSET = STATE_OFFSET + _STATE.size
 
@@ -62,7 +62,8 @@ LEDGER_COUNTED_OFFSET = 24
 
 @dataclass(frozen=True)
 class BlocksFileHeader:
-    """The part of a .blocks file that never changes. `generation` is drawn at random when it is created."""
+    """The part of a .blocks file that never changes. `generation` is drawn at random when the file is made; `identity`
+    names the object version."""
 
     block_size: int
     object_size: int
@@ -92,15 +93,15 @@ class AttestationState(enum.IntEnum):
 
 @dataclass(frozen=True)
 class AttestationRecord:
-    """A mark, with the sha256 that the whole object was found to have, and the anchor: on whose word it was marked
-    (8 bytes, see fusecache.attest)."""
+    """What was found of an object as a whole: the outcome, the sha256 (32 bytes) that the object was found to have, and
+    the anchor (8 bytes), which stands for the keys that were believed."""
 
     state: AttestationState = AttestationState.NONE
     sha256: bytes = bytes(32)
     anchor: bytes = bytes(8)
 
     def pack(self) -> bytes:
-        """The bytes at SEAL_OFFSET."""
+        """The bytes at ATTESTATION_OFFSET."""
         return _ATTESTATION.pack(self.state, self.sha256, self.anchor)
 
 
@@ -108,9 +109,9 @@ class AttestationRecord:
 class BlocksFileState:
     """The part of a .blocks file's header that changes.
 
-    `boot_id` and `clean` say that every checksum in the file was verified or written during that boot and
-    that the last process to have the object open closed it. `repairs` counts the blocks that were found bad
-    and cleared. `accesses` (0-3) and `last_use_ns` feed eviction.
+    `boot_id` and `is_clean` say that every block with a checksum was verified or written during that boot, and that
+    the last process to have the object open closed it. `repairs` counts the blocks that were found bad and cleared.
+    `accesses` (0-3) and `last_use_ns` feed eviction.
     """
 
     boot_id: bytes = bytes(16)
@@ -138,10 +139,9 @@ class BlocksFileState:
 
 @dataclass(frozen=True)
 class LedgerSlot:
-    """What one process did to the directory, in bytes: committed and evicted since the ledger began (they
-    outlive the process), reserved now, and `pending`: the part of committed whose checksums may not be set
-    yet (both void as soon as nobody holds the slot's lock). `pid` is for people, and 0 in a slot that was
-    never used."""
+    """What one process did to the directory, in bytes: committed and evicted since the ledger began (they outlive the
+    process), reserved now, and `pending`: the part of committed whose checksums may not be set yet (both are void as
+    soon as no process holds the slot's lock). `pid` is for people, and 0 in a slot that was never used."""
 
     committed: int = 0
     evicted: int = 0
@@ -156,7 +156,7 @@ class LedgerSlot:
 
 
 def pack_format(block_size: int) -> bytes:
-    """Contents of the `format` file."""
+    """Contents of the `format` file, for blocks of `block_size` bytes."""
     return f"fusecache store {FORMAT_VERSION}\nblock_size {block_size}\n".encode()
 
 
@@ -204,8 +204,7 @@ def pack_blocks_file(header: BlocksFileHeader, state: BlocksFileState) -> bytes:
 
 
 def parse_header(data: bytes | memoryview) -> BlocksFileHeader | None:
-    """Header of a whole .blocks file; None when it is torn, foreign, of another version or of a wrong
-    length."""
+    """Header of a whole .blocks file; None: it is torn, foreign, of another version or of a wrong length."""
     if len(data) < HEADER_SIZE:
         return None
     magic, version, block_size, object_size, generation, length = _FIXED.unpack_from(data)
@@ -224,13 +223,15 @@ def parse_header(data: bytes | memoryview) -> BlocksFileHeader | None:
 def parse_state(data: bytes | memoryview) -> BlocksFileState:
     """State in a .blocks file of which at least HEADER_SIZE bytes are given."""
     boot_id, last_use_ns, repairs, clean, pinned, accesses = _STATE.unpack_from(data, STATE_OFFSET)
-    mark, sha256, anchor = _ATTESTATION.unpack_from(data, ATTESTATION_OFFSET)
-    seal = (
-        AttestationRecord(AttestationState(mark), sha256, anchor)
-        if mark in AttestationState._value2member_map_
+    attestation_state, sha256, anchor = _ATTESTATION.unpack_from(data, ATTESTATION_OFFSET)
+    attestation = (
+        AttestationRecord(AttestationState(attestation_state), sha256, anchor)
+        if attestation_state in AttestationState._value2member_map_
         else AttestationRecord()
     )
-    return BlocksFileState(boot_id, last_use_ns, repairs, bool(clean), bool(pinned), min(accesses, 3), seal)
+    return BlocksFileState(
+        boot_id, last_use_ns, repairs, bool(clean), bool(pinned), min(accesses, 3), attestation
+    )
 
 
 def checksum_offset(block: int) -> int:
@@ -250,7 +251,7 @@ def file_overhead(header: BlocksFileHeader) -> int:
 
 
 def pack_ledger(*, is_counted: bool) -> bytes:
-    """A new ledger; `counted` says that nothing is stored yet."""
+    """A new ledger; `is_counted` says that its sums, which are 0, are right: the directory holds no objects."""
     return _LEDGER_HEADER.pack(LEDGER_MAGIC, FORMAT_VERSION, LEDGER_SLOTS, 0, is_counted).ljust(
         LEDGER_SIZE, b"\0"
     )

@@ -7,14 +7,13 @@ Two families that do not see each other:
 - OFD byte locks (fcntl): claims of single blocks on the .blocks file, slots of the ledger, and a read lock
   on byte IN_USE of the .blocks file, which can be asked about without being taken (flock can't).
 
-Nothing here waits in the kernel: a stopped process may hold a lock for ever.
+No function here waits in the kernel, since a stopped process may hold a lock for ever.
 """
 
 from __future__ import annotations
 
 import fcntl
 import struct
-import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -26,8 +25,8 @@ _FLOCK = struct.Struct("hhqqi4x")
 
 
 def try_flock(fd: int, *, exclusive: bool) -> bool:
-    """Take or convert the flock of this descriptor without waiting; a failed conversion loses the old
-    lock."""
+    """Take or convert the flock of this descriptor without waiting; False: it is taken. A failed conversion loses the
+    old lock."""
     try:
         fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -40,21 +39,20 @@ def unlock_flock(fd: int) -> None:
     fcntl.flock(fd, fcntl.LOCK_UN)
 
 
-def wait_flock(fd: int, timeout: float, sleep: Callable[[float], bool] | None = None) -> bool:
-    """LOCK_EX, asked for every few milliseconds for `timeout` seconds; False: somebody else kept it."""
+def wait_flock(fd: int, timeout: float) -> bool:
+    """Take LOCK_EX, asking for it every few milliseconds for `timeout` seconds; False: its holder kept it."""
     deadline = time.monotonic() + timeout
     pause = 0.001
-    wait = sleep or threading.Event().wait
     while not try_flock(fd, exclusive=True):
         if time.monotonic() >= deadline:
             return False
-        wait(pause)
+        time.sleep(pause)
         pause = min(pause * 2, 0.02)
     return True
 
 
 def try_lock_bytes(fd: int, start: int, length: int = 1, *, shared: bool = False) -> bool:
-    """OFD lock of the bytes [start, start + length), without waiting."""
+    """Take the OFD lock of the bytes [start, start + length) without waiting; False: some of them are taken."""
     kind = fcntl.F_RDLCK if shared else fcntl.F_WRLCK
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, 0, start, length, 0))
@@ -69,8 +67,8 @@ def unlock_bytes(fd: int, start: int, length: int = 1) -> None:
 
 
 def first_conflict(fd: int, start: int, length: int = 1) -> int | None:
-    """First of these bytes that another open file description has locked in any way, as far as one query
-    tells."""
+    """First of these bytes that another open file description has locked in any way, as far as one query tells; None:
+    none of them."""
     asked = _FLOCK.pack(fcntl.F_WRLCK, 0, start, length, 0)
     kind, _, found, _, _ = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
     return None if kind == fcntl.F_UNLCK else max(found, start)
@@ -79,9 +77,9 @@ def first_conflict(fd: int, start: int, length: int = 1) -> int | None:
 class BlockClaim:
     """The right to fetch the blocks of `blocks`, against all other processes, until `release`.
 
-    `blocks` is the longest prefix of the blocks asked for that nobody else had claimed, maybe empty. Threads
-    of one process are not kept apart: that is the loader's single flight. Idempotent `release`; a context
-    manager.
+    `blocks` is the longest prefix of the blocks asked for that no other process had claimed, maybe empty. Threads of
+    one process are not kept apart: the scheduler gives each block to one flight. A context manager, which enters with
+    the blocks.
     """
 
     def __init__(self, blocks: range, release_blocks: Callable[[range], None] | None) -> None:
@@ -89,7 +87,7 @@ class BlockClaim:
         self._release_blocks = release_blocks
 
     def release(self) -> None:
-        """Give the blocks back. Does not raise."""
+        """Give the blocks back; does nothing the second time. Does not raise."""
         release, self._release_blocks = self._release_blocks, None
         if release is not None and self.blocks:
             release(self.blocks)
@@ -104,13 +102,13 @@ class BlockClaim:
 
 
 def claim_prefix(fd: int, blocks: range) -> range:
-    """Lock as many of `blocks` from the first one on as nobody else has locked."""
+    """Lock as many of `blocks`, from the first one on, as no other process has locked; returns those."""
     stop = blocks.stop
     while stop > blocks.start:
         length = stop - blocks.start
         if try_lock_bytes(fd, blocks.start, length):
             return range(blocks.start, stop)
         found = first_conflict(fd, blocks.start, length)
-        # None: the other one let go between the two calls, ask again
+        # None: the other process let go between the two calls, ask again
         stop = stop if found is None else min(found, stop - 1)
     return range(blocks.start, blocks.start)
