@@ -189,7 +189,6 @@ def _build_mount(
         on_init=lambda request, _reply: kernel_setup.note_answered_init(request),
         on_end=lambda: token.run_sync_soon(pyfuse3.terminate),
     )
-    node.events.object_gone.subscribe(catalog.listings.report_gone_version)
     node.events.names_changed.subscribe(
         lambda changes: jobs.run_in_background(lambda: channel.notifier.invalidate_entries(changes))
     )
