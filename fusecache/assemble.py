@@ -3,13 +3,14 @@
 Every part is complete when its constructor returns, and gets what it needs as an argument. A part that is built later
 and has to hear of an earlier one subscribes to the EventHub, which is built first:
 
-    events - origins - peer directory - store - catalog (mount) - block source - fetch service - peer node
+    events - origins - peer directory - store - catalog (mount) - block source - fetch service - prefetcher (mount) -
+    inspector - peer node
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,14 +26,19 @@ from fusecache.catalog.source_names import SourceNames
 from fusecache.config.model import MountConfig
 from fusecache.errors import ConfigError, NotFoundError
 from fusecache.events import EventHub
-from fusecache.fetch.interface import FetchSettings
+from fusecache.fetch.attestation_queue import AttestationQueue
+from fusecache.fetch.block_source import OriginBlockSource
 from fusecache.fetch.service import FetchService
+from fusecache.fetch.settings import FetchSettings
 from fusecache.origin.factory import open_origin
 from fusecache.origin.interface import Origin
 from fusecache.peers.directory import PeerDirectory
 from fusecache.peers.exchange.block_source import PeerBlockSource
 from fusecache.peers.node import PeerNode, make_block_source
 from fusecache.peers.profiles import PeerProfiles
+from fusecache.prefetch.interface import PrefetchSettings
+from fusecache.prefetch.prefetcher import Prefetcher
+from fusecache.prefetch.profile_keeper import ProfileStats
 from fusecache.prefetch.profiles.access_profile import MAX_BYTES, check_profile
 from fusecache.prefetch.profiles.profile_store import ProfileStore
 from fusecache.store.attestation import AttestationPolicy
@@ -60,6 +66,8 @@ class Node:
     store: BlockStore
     fetch_service: FetchService
     profile_store: ProfileStore
+    profile_stats: ProfileStats
+    """Of the prefetcher; all 0 where nothing is mounted."""
     catalog: Catalog | None
     """None where nothing is mounted."""
     inspector: ManifestInspector | None
@@ -115,26 +123,29 @@ async def build_node(
             )
             peer_profiles = _make_peer_profiles(directory, profile_store)
 
-        def read_object(version: ObjectVersion, source: str) -> bytes:
-            return read_whole_object(fetch_service, version, source)
-
-        find_object = _make_object_finder(origins, source_names, catalog)
-        inspector = None
-        if config.verify == "manifest":
-            inspector = ManifestInspector(
-                ExpectedDigests(find_object, read_object, _make_metadata_reader(origins), key)
-            )
+        attestation_queue = AttestationQueue() if config.verify == "manifest" else None
         fetch_service = FetchService(
             store,
-            origins,
-            _NoCatalogView() if catalog is None else _MountCatalogView(catalog, events),
-            _fetch_settings(config, role, observed_read_ahead),
-            peer_source,
-            profile_store if role == "mount" else None,
-            peer_profiles if role == "mount" else None,
-            inspector,
+            OriginBlockSource(origins) if peer_source is None else peer_source,
+            _fetch_settings(config, role),
+            events=events,
+            attestation_queue=attestation_queue,
         )
         stack.enter_context(fetch_service)
+        profile_stats = ProfileStats()
+        if catalog is not None:
+            settings = _prefetch_settings(config, observed_read_ahead)
+            prefetcher = Prefetcher(fetch_service, catalog.index, settings, profile_store, peer_profiles)
+            profile_stats = prefetcher.stats
+        inspector = None
+        if attestation_queue is not None:
+
+            def read_object(version: ObjectVersion, source: str) -> bytes:
+                return read_whole_object(fetch_service, version, source)
+
+            find_object = _make_object_finder(origins, source_names, catalog)
+            digests = ExpectedDigests(find_object, read_object, _make_metadata_reader(origins), key)
+            inspector = ManifestInspector(digests, fetch_service, attestation_queue)
         if directory is not None:
             stack.callback(directory.close)  # before the fetch service, whose flights wait for other nodes
         peer_node: PeerNode | None = None
@@ -151,7 +162,7 @@ async def build_node(
                 render_metrics=lambda: render_metrics(collector),
             )
         if inspector is not None:
-            inspector.start(fetch_service)
+            inspector.start()
             stack.callback(inspector.close)
         yield Node(
             config=config,
@@ -161,6 +172,7 @@ async def build_node(
             store=store,
             fetch_service=fetch_service,
             profile_store=profile_store,
+            profile_stats=profile_stats,
             catalog=catalog,
             inspector=inspector,
             peer_node=peer_node,
@@ -183,40 +195,6 @@ def read_whole_object(fetch_service: FetchService, version: ObjectVersion, sourc
         return fetch_service.read_bytes(object_fetch, 0, version.size)
     finally:
         fetch_service.release_fetch(object_fetch)
-
-
-class _MountCatalogView:
-    """The catalog of a mount, as the fetch service and the prefetcher see it."""
-
-    def __init__(self, catalog: Catalog, events: EventHub) -> None:
-        self._catalog = catalog
-        self._events = events
-
-    def siblings(self, version: ObjectVersion) -> Sequence[ObjectVersion]:
-        """The files of the folder that shows this version; the version alone when no name shows it any more."""
-        return self._catalog.index.siblings(version)
-
-    def version_completed(self, version: ObjectVersion) -> None:
-        """Publish it."""
-        self._events.object_completed.publish(version)
-
-    def version_gone(self, version: ObjectVersion) -> None:
-        """Publish it."""
-        self._events.object_gone.publish(version)
-
-
-class _NoCatalogView:
-    """The view of a node that mounts nothing: no file is read here, so nothing follows from a read."""
-
-    def siblings(self, version: ObjectVersion) -> Sequence[ObjectVersion]:
-        """The version alone."""
-        return [version]
-
-    def version_completed(self, version: ObjectVersion) -> None:
-        """Nothing waits for it."""
-
-    def version_gone(self, version: ObjectVersion) -> None:
-        """No name shows it."""
 
 
 @contextlib.contextmanager
@@ -244,24 +222,22 @@ async def _start_catalog(config: MountConfig, origins: Mapping[str, Origin], eve
     return catalog
 
 
-def _fetch_settings(config: MountConfig, role: Role, observed_read_ahead: int) -> FetchSettings:
-    tuning = config.tuning
-    if role == "serve":
-        return FetchSettings(
-            concurrency=tuning.concurrency,
-            range_bytes=tuning.range_size,
-            deadline=tuning.deadline,
-            prefetch=False,
-        )
+def _fetch_settings(config: MountConfig, role: Role) -> FetchSettings:
+    return FetchSettings(
+        concurrency=config.tuning.concurrency,
+        range_bytes=config.tuning.range_size,
+        deadline=config.tuning.deadline,
+        prefetch=role == "mount" and config.prefetch == "auto",
+    )
+
+
+def _prefetch_settings(config: MountConfig, observed_read_ahead: int) -> PrefetchSettings:
     budget = config.prefetch_budget
     if budget is None:
         budget = int(config.weights_limit_bytes() * _PREFETCH_BUDGET_SHARE)
-    return FetchSettings(
-        concurrency=tuning.concurrency,
-        range_bytes=tuning.range_size,
-        deadline=tuning.deadline,
-        prefetch=config.prefetch == "auto",
-        prefetch_budget=budget,
+    return PrefetchSettings(
+        is_enabled=config.prefetch == "auto",
+        budget=budget,
         learn=config.learn == "auto",
         read_ahead=observed_read_ahead,
     )

@@ -16,6 +16,7 @@ from benchmarks.cluster.simulation_network import SimulatedStream
 from benchmarks.cluster.simulation_server import SimulatedRequest, SimulatedServer
 from benchmarks.cluster.simulation_world import SimulatedWorld
 from fusecache.fetch.object_fetch import FlightPlan, ObjectFetch
+from fusecache.fetch.prefetch_queues import PlannedFile
 from fusecache.fetch.scheduler import FetchScheduler
 from fusecache.fetch.waiter import Waiter
 from fusecache.peers.exchange import policy
@@ -119,7 +120,6 @@ class SimulatedNode:
         # Board and ObjectFetch ask their store for no more than Stored has.
         self.scheduler = FetchScheduler(
             max(1, setting.stripe // setting.block),
-            self._begin_fetch,
             max_prefetch_flights=self._max_prefetch_flights,
         )
         self.throughput = Throughput()
@@ -146,7 +146,7 @@ class SimulatedNode:
     def start_reading(self) -> None:
         """A reader opens the first file; the others are fetched after it."""
         self._open_file()
-        self.scheduler.planned_files.extend((version, "") for version in self.world.files[1:])
+        self.scheduler.prefetches.plan_files((version, "") for version in self.world.files[1:])
         self.assign_work()
 
     def _open_file(self) -> None:
@@ -154,7 +154,7 @@ class SimulatedNode:
         self._opened_at = self.world.clock.now
         self._open_wait = OpenWaitPolicy(OPEN_WAIT, self._opened_at)
         self._read_position = 0
-        self._begin_fetch(self.world.files[self._file_being_read], "")
+        self._begin_fetch(self.world.files[self._file_being_read])
         self._check_open_wait(self._file_being_read)
 
     def _check_open_wait(self, file: int) -> None:
@@ -166,10 +166,10 @@ class SimulatedNode:
             return
         pace = self.throughput.bytes_per_second(now)
         left: float | None = None
-        if object_fetch not in self.scheduler.whole_files or object_fetch.stays_partial():
+        if object_fetch not in self.scheduler.prefetches.whole_files or object_fetch.stays_partial():
             left = math.inf
         elif pace:
-            left = self.scheduler.bytes_until_complete(object_fetch) / pace
+            left = self.scheduler.prefetches.bytes_until_complete(object_fetch) / pace
         if self._open_wait.check_wait_over(now, left):
             self._opened_at = None
             object_fetch.has_reader = True
@@ -189,7 +189,7 @@ class SimulatedNode:
             if missing:
                 now = self.world.clock.now
                 waiter = Waiter(
-                    object_fetch,
+                    object_fetch.version.key,
                     0,
                     0,
                     missing_blocks=missing,
@@ -199,7 +199,7 @@ class SimulatedNode:
                 )
                 for block in missing:
                     object_fetch.waiters_by_block.setdefault(block, []).append(waiter)
-                self.scheduler.queue_demand(object_fetch, missing)
+                self.scheduler.demand.queue_blocks(object_fetch, missing)
                 return
             self._read_position = stop
             if stop == stored.block_count:
@@ -245,10 +245,10 @@ class SimulatedNode:
             )
         )
 
-    def _begin_fetch(self, version: ObjectVersion, _source: str) -> None:
+    def _begin_fetch(self, version: ObjectVersion) -> None:
         object_fetch = self.fetch_of(self.world.file_number_by_id[version.id])
         object_fetch.fetch_whole = True
-        self.scheduler.add_whole_file(object_fetch)
+        self.scheduler.prefetches.add_whole_file(object_fetch)
 
     # -- the crew
 
@@ -263,12 +263,13 @@ class SimulatedNode:
                 job = self.scheduler.next_work(False, self.world.clock.now, remote)
                 if job is None:
                     break
-                if not isinstance(job, FlightPlan):
-                    job()
+                if isinstance(job, PlannedFile):
+                    self._begin_fetch(job.version)
                     continue
+                assert isinstance(job, FlightPlan), "no node of the simulation has tasks"
                 free[0] -= 1
                 self._start_transfer(job, remote, False)
-            while free[1] and self.scheduler.has_demand(remote):
+            while free[1] and self.scheduler.demand.has_blocks(remote):
                 job = self.scheduler.next_work(True, self.world.clock.now, remote)
                 if not isinstance(job, FlightPlan):
                     break
@@ -317,9 +318,9 @@ class SimulatedNode:
         self.scheduler.flight_ended(transfer.plan)
         self._idle_workers[transfer.is_from_peer][transfer.demand_only] += 1
         if transfer.remaining:
-            self.scheduler.queue_demand(object_fetch, object_fetch.return_blocks(transfer.remaining))
+            self.scheduler.demand.queue_blocks(object_fetch, object_fetch.return_blocks(transfer.remaining))
         if object_fetch.stored.is_complete:
-            self.scheduler.drop_file(object_fetch)
+            self.scheduler.prefetches.drop_file(object_fetch)
             if transfer.file == self._file_being_read:
                 if self._opened_at is not None:
                     self._check_open_wait(transfer.file)
@@ -611,7 +612,7 @@ class SimulatedNode:
         self.view_number = view_number
         for object_fetch in self.fetch_by_file.values():
             self._set_route(object_fetch)
-            self.scheduler.queue_demand(object_fetch, list(object_fetch.waiters_by_block))
+            self.scheduler.demand.queue_blocks(object_fetch, list(object_fetch.waiters_by_block))
         for flight in list(self.steps_by_transfer):
             member = flight.member
             if member is not None and self.nodes[self.world.number_by_name[member.name]].is_dead:

@@ -271,7 +271,7 @@ class SimulatedServer:
         size = object_fetch.stored.block_size
         now = self._world.clock.now
         waiter = Waiter(
-            object_fetch,
+            object_fetch.version.key,
             block * size,
             size,
             missing_blocks=[block],
@@ -281,7 +281,7 @@ class SimulatedServer:
             urgent=is_urgent,
         )
         object_fetch.waiters_by_block.setdefault(block, []).append(waiter)
-        self._node.scheduler.queue_demand(object_fetch, [block])
+        self._node.scheduler.demand.queue_blocks(object_fetch, [block])
         self._node.assign_work()
 
     def pass_on_blocks(self, file: int, stripe: int, object_fetch: ObjectFetch) -> None:

@@ -1,4 +1,4 @@
-"""What the sha256 of a file has to be, from whoever says so.
+"""The sha256 that a file has to have, from its manifests or from the origin.
 
 Without a key: all manifests beside and above the file that name it, which have to agree; if none does, the metadata
 that the origin has of the object. With a key: the `model.sig` files that were signed with it, and nothing else. A
@@ -21,30 +21,31 @@ from fusecache.types import ObjectId, ObjectVersion
 _log = logging.getLogger(__name__)
 
 _MAX_MANIFEST_ENTRIES = 1_000_000
-"""Files that manifests speak of, and are remembered to."""
+"""Entries of manifests that are remembered."""
 _MAX_METADATA_DIGESTS = 100_000
 
 UNSIGNED = b"unsigned"
-"""The anchor (see store.seals) of what is attested without a key; otherwise it is `Key.anchor`."""
+"""The trust anchor, which the store keeps with an attestation, of one that needed no key; with a key it is
+`ManifestKey.anchor`."""
 
 
 @dataclass(frozen=True)
 class ExpectedDigest:
-    """What a file has to hash to, and who says so, in words."""
+    """The digest that a file has to have, and the manifest that says so, in words."""
 
     sha256: bytes
     stated_by: str
 
 
 class ManifestReplacedError(UnavailableError):
-    """A manifest is being replaced: look again."""
+    """A manifest is being replaced: read it again."""
 
 
 class ExpectedDigests:
     """Thread-safe; the lock is a leaf. May wait for the origin.
 
-    `find(version, key)` is the object `key` of the same source, if there is one; `read(version, source)` its bytes;
-    `ask(version, source)` the sha256 that the origin's metadata has of it.
+    `find_object(version, key)` is the object `key` of the same source, if there is one; `read_object(version, source)`
+    its bytes; `read_metadata_sha256(version, source)` the sha256 that the origin's metadata has of it.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class ExpectedDigests:
         self._manifests: BoundedDict[ObjectId, dict[str, bytes] | str] = BoundedDict(
             _MAX_MANIFEST_ENTRIES, weigh=len
         )
-        """What a manifest says, or what is wrong with it."""
+        """The digests of a manifest, or the reason why it is no manifest."""
         self._metadata_digests: BoundedDict[ObjectId, bytes | None] = BoundedDict(_MAX_METADATA_DIGESTS)
 
     def forget_metadata(self) -> None:
@@ -71,8 +72,8 @@ class ExpectedDigests:
             self._metadata_digests.clear()
 
     def find_expected(self, version: ObjectVersion, source: str) -> ExpectedDigest:
-        """What this version has to hash to. Raises AttestationError when nobody says, or two say different things,
-        ManifestReplacedError, and what reading a manifest raises."""
+        """The digest that this version has to have. May wait for the origin. Raises AttestationError when no manifest
+        names the file, or two say different things, ManifestReplacedError, and what reading a manifest raises."""
         found: list[ExpectedDigest] = []
         problems: list[str] = []
         for key in manifest_keys(version.key, is_signed=self._key is not None):

@@ -1,14 +1,13 @@
-"""Looks at sealed objects: hashes them as their blocks land, in order, and compares the whole with its manifest.
+"""Inspects unattested objects: hashes them as their blocks arrive, in order, and compares the whole with its manifest.
 
-Its threads read what landed from the page cache and hash it with the GIL released (1.8 GB/s per thread with SHA-NI,
-0.4 without). An object is on one thread at a time (`ObjectFetch.is_being_inspected`), for some blocks, and
-then goes to the end of
-the queue, so that a large one does not hold up the others.
+Its threads read what arrived from the page cache and hash it with the GIL released (1.8 GB/s per thread with SHA-NI,
+0.4 without). An object is on one thread at a time (`ObjectFetch.is_being_inspected`), for some blocks, and then goes to
+the end of the queue, so that a large one does not hold up the others.
 
 An object that is what its manifest says is attested, once per version and node: the store keeps that. One that is not
-goes into quarantine: its bytes are dropped, nobody is given any of them, and it is not fetched again before its
-manifest changes to what was found, it is evicted, or there is another version of it. One that nobody speaks of stays as
-it is, for the next one who opens it to ask again.
+goes into quarantine: its bytes are dropped, no reader is given any of them, and it is not fetched again before its
+manifest changes to what was found, it is evicted, or there is another version of it. One that no manifest names stays
+as it is, so that the next open asks again.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import queue
 import threading
 import time
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from dataclasses import dataclass
 from fusecache.attest.digests import ExpectedDigest, ExpectedDigests, ManifestReplacedError
 from fusecache.blocks import block_length
 from fusecache.errors import AttestationError, FusecacheError, StoreError, UnavailableError
+from fusecache.fetch.attestation_queue import AttestationQueue
 from fusecache.fetch.object_fetch import HashProgress, ObjectFetch
 from fusecache.fetch.service import FetchService
 from fusecache.types import ObjectId, ObjectVersion
@@ -39,34 +38,42 @@ _RETRY_PAUSE = 0.3
 
 @dataclass
 class InspectorStats:
-    """Objects since the start; of the inspector's lock."""
+    """Objects since the start; guarded by the inspector's lock."""
 
     attested: int = 0
     refused: int = 0
-    """Opens of what no manifest speaks of."""
+    """Opens of objects that no manifest names, or that are not what it says."""
     quarantined: int = 0
 
 
 class ManifestInspector:
-    """See loader.Inspector. `start` and `close` own its threads; the lock is a leaf."""
+    """Takes the objects that `fetch_service` puts into `queue`, and tells its gate what it found. `digests` says what
+    they have to be. `start` and `close` own its threads; its lock is a leaf."""
 
-    def __init__(self, digests: ExpectedDigests, threads: int = 2) -> None:
+    def __init__(
+        self,
+        digests: ExpectedDigests,
+        fetch_service: FetchService,
+        queue: AttestationQueue,
+        *,
+        threads: int = 2,
+    ) -> None:
         self.stats = InspectorStats()
         self._digests = digests
-        self._loader: FetchService | None = None
-        self._queue: queue.SimpleQueue[ObjectFetch | None] = queue.SimpleQueue()
+        self._fetch_service = fetch_service
+        self._gate = fetch_service.attestation_gate
+        self._queue = queue
         self._lock = threading.Lock()
         self._logged_versions: set[ObjectId] = set()
-        """Versions that the log has a line about."""
+        """The log says already what is wrong with these."""
         self._stopping = threading.Event()
         self._threads = [
             threading.Thread(target=self._inspect_queued, name=f"inspector-{number}", daemon=True)
             for number in range(threads)
         ]
 
-    def start(self, loader: FetchService) -> None:
-        """Begin to look at the objects of this loader."""
-        self._loader = loader
+    def start(self) -> None:
+        """Begin to inspect."""
         for thread in self._threads:
             thread.start()
 
@@ -74,7 +81,7 @@ class ManifestInspector:
         """End; waits `timeout` seconds at most."""
         self._stopping.set()
         for _ in self._threads:
-            self._queue.put(None)
+            self._queue.put_end()
         deadline = time.monotonic() + timeout
         for thread in self._threads:
             if thread.is_alive():
@@ -86,15 +93,13 @@ class ManifestInspector:
         with self._lock:
             self._logged_versions.clear()
 
-    # -- who opens a file
+    # -- opens
 
     def open_attestable(self, version: ObjectVersion, source: str) -> ObjectFetch:
-        """The load of this version, opened once more, if it can be attested: somebody says what it has to be, and it is
-        not in quarantine for being something else. May wait for the origin. Raises AttestationError, and what reading a
-        manifest raises."""
-        fetch_service = self._loader
-        assert fetch_service is not None
-        object_fetch = fetch_service.open_object(version, source)
+        """The fetch of this version, opened once more, if it can be attested: a manifest, or the origin, says what it
+        has to be, and it is not in quarantine for being something else. May wait for the origin. Raises
+        AttestationError, StoreError, and what reading a manifest raises."""
+        object_fetch = self._fetch_service.open_object(version, source)
         try:
             stored = object_fetch.stored
             if stored.is_unattested:
@@ -110,22 +115,23 @@ class ManifestInspector:
                     _log.info(
                         "%s: %s says what was found: it is fetched again", version.key, expected.stated_by
                     )
-                    fetch_service.attestation_gate.lift_quarantine(object_fetch)
+                    self._gate.lift_quarantine(object_fetch)
                 if version.size == 0:
                     stored.attestation.mark_attested(expected.sha256)
         except AttestationError as error:
             self._log_error_once(version, error)
             with self._lock:
                 self.stats.refused += 1
-            fetch_service.release_fetch(object_fetch)
+            self._fetch_service.release_fetch(object_fetch)
             raise
         except BaseException:
-            fetch_service.release_fetch(object_fetch)
+            self._fetch_service.release_fetch(object_fetch)
             raise
         return object_fetch
 
     def _find_expected(self, version: ObjectVersion, source: str) -> ExpectedDigest:
-        """See ExpectedDigests.find_expected; a manifest that was just replaced is read again."""
+        """The digest that this version has to have; a manifest that was just replaced is read again, a few times. May
+        wait for the origin. Raises AttestationError, and what reading a manifest raises."""
         for attempt in range(_MAX_TRIES):
             try:
                 return self._digests.find_expected(version, source)
@@ -141,55 +147,51 @@ class ManifestInspector:
             self._logged_versions.add(version.id)
         _log.error("%s", error)
 
-    # -- what landed
-
-    def request_inspection(self, object_fetch: ObjectFetch) -> None:
-        """See loader.Inspector."""
-        self._queue.put(object_fetch)
+    # -- inspections
 
     def _inspect_queued(self) -> None:
         buffer = bytearray()
-        while (object_fetch := self._queue.get()) is not None and not self._stopping.is_set():
+        while (object_fetch := self._queue.take()) is not None and not self._stopping.is_set():
             error: FusecacheError | None = None
-            done = True
+            is_finished = True
             try:
                 if len(buffer) < object_fetch.stored.block_size:
                     buffer = bytearray(object_fetch.stored.block_size)
-                done = self._hash_blocks(object_fetch, memoryview(buffer)) and self._compare_with_manifest(
-                    object_fetch
-                )
+                is_finished = self._hash_blocks(
+                    object_fetch, memoryview(buffer)
+                ) and self._compare_with_manifest(object_fetch)
             except FusecacheError as failure:
                 error = failure
             except Exception as failure:
                 _log.exception("an inspection failed in an unforeseen way")
                 error = UnavailableError(f"{object_fetch.version.key}: {type(failure).__name__}: see the log")
-            if self._loader is not None:
-                self._loader.attestation_gate.inspection_ended(object_fetch, done, error)
+            self._gate.inspection_ended(object_fetch, is_finished, error)
 
     def _hash_blocks(self, object_fetch: ObjectFetch, buffer: memoryview) -> bool:
-        """Hash some of what is there; whether that was the last of it."""
-        stored, fold = object_fetch.stored, object_fetch.hash_progress
-        if fold.discards != stored.blocks.bad_block_count:
-            fold = object_fetch.hash_progress = HashProgress(stored.blocks.bad_block_count)
-        stop = min(fold.hashed_blocks + _BLOCKS_PER_TURN, stored.block_count)
-        while fold.hashed_blocks < stop and stored.is_present(fold.hashed_blocks):
+        """Hash some of the blocks that are there; returns whether all of the object is hashed."""
+        stored, progress = object_fetch.stored, object_fetch.hash_progress
+        if progress.discards != stored.blocks.bad_block_count:
+            progress = object_fetch.hash_progress = HashProgress(stored.blocks.bad_block_count)
+        stop = min(progress.hashed_blocks + _BLOCKS_PER_TURN, stored.block_count)
+        while progress.hashed_blocks < stop and stored.is_present(progress.hashed_blocks):
             with buffer[
-                : block_length(fold.hashed_blocks, object_fetch.version.size, stored.block_size)
+                : block_length(progress.hashed_blocks, object_fetch.version.size, stored.block_size)
             ] as view:
-                if not _read_fully(stored.fileno(), view, fold.hashed_blocks * stored.block_size):
-                    assert self._loader is not None
-                    self._loader.recheck_block(object_fetch, fold.hashed_blocks)
+                if not _read_fully(stored.fileno(), view, progress.hashed_blocks * stored.block_size):
+                    self._fetch_service.recheck_block(object_fetch, progress.hashed_blocks)
                     return False
-                fold.sha256.update(view)
-            fold.hashed_blocks += 1
+                progress.sha256.update(view)
+            progress.hashed_blocks += 1
         return (
-            fold.hashed_blocks == stored.block_count
-            and fold.discards == stored.blocks.bad_block_count
+            progress.hashed_blocks == stored.block_count
+            and progress.discards == stored.blocks.bad_block_count
             and stored.is_complete
         )
 
     def _compare_with_manifest(self, object_fetch: ObjectFetch) -> bool:
-        """Break the seal or raise AttestationError; False: a block was found bad in between."""
+        """Have the store mark the object attested; False: a block was found bad in between. May wait for the origin.
+        Raises AttestationError, after the object went into quarantine if it is not what its manifest says, and what
+        reading a manifest raises."""
         stored, version = object_fetch.stored, object_fetch.version
         found = object_fetch.hash_progress.sha256.digest()
         try:

@@ -1,13 +1,13 @@
-"""Which files are manifests, which of them speak of a file, and what they say. Pure.
+"""Which files are manifests, which of them may name a file, and what they say. Pure.
 
-| name | speaks of |
+| name | names |
 |---|---|
 | `NAME.sha256`, `NAME.sha256sum` | the file NAME beside it |
 | SUMS | files of its folder and below |
 | `model.sig` | files of its folder and below |
 
-Everybody may read a manifest, and nobody attests one: what it is worth is what its signature, if one is asked for, or
-whoever may write to the source is worth.
+Everybody may read a manifest, and no manifest is attested itself: it is worth as much as its signature, if one is
+asked for, or as the people who may write to the source.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def is_manifest(version: ObjectVersion) -> bool:
 
 
 def manifest_keys(key: str, *, is_signed: bool) -> Iterator[str]:
-    """Keys of the manifests that may speak of the file `key`, the nearest first; `signed`: of signed ones."""
+    """Keys of the manifests that may name the file `key`, the nearest first; `is_signed`: of signed ones."""
     if not is_signed:
         yield from (key + suffix for suffix in SINGLE_SUFFIXES)
     folder = key
@@ -55,7 +55,7 @@ def manifest_keys(key: str, *, is_signed: bool) -> Iterator[str]:
 
 
 def parse_manifest(key: str, text: bytes, required_key: ManifestKey | None) -> dict[str, bytes]:
-    """What the manifest `key` says: digests by the key of the file. Raises ValueError, with what is wrong with it."""
+    """The digests in the manifest `key`, by the key of the file. Raises ValueError, with what is wrong with it."""
     folder, _, name = key.rpartition("/")
     above = folder + "/" if folder else ""
     if name == SIGNATURE_NAME:

@@ -1,114 +1,138 @@
-"""Sealed objects in the loader: who waits for one, and when the inspector is to look at it.
+"""Unattested objects: which readers wait for an attestation, and when an inspector is to look at an object.
 
-An object is sealed as long as nobody vouched for all of its bytes (see store.seals). Its blocks are fetched, stored and
-passed on to other nodes, which look for themselves, like any others; but a reader waits until all of them are there and
-were looked at. Looking begins while they arrive. All of it is guarded by the loader's lock, but for `look`.
+An object is unattested until an inspector found all of its bytes to be what its manifest says. Its blocks are fetched,
+stored and passed on to other nodes, which look for themselves, like any others; but a reader waits until all of them
+are there and were inspected. Inspection begins while they arrive.
+
+| Object | Event | Next state |
+|---|---|---|
+| not inspected | more blocks are there than were hashed, or a reader waits and all are hashed | queued |
+| queued | an inspector takes it | under inspection |
+| under inspection | `inspection_ended`, unfinished | not inspected, or queued again |
+| under inspection | `inspection_ended`, finished without an error | attested: its waiters are settled |
+| under inspection | `inspection_ended` with an error | not inspected, or in quarantine: its waiters get the error |
+| in quarantine | `lift_quarantine` | not inspected |
 """
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
 
-from fusecache.errors import AttestationError, FusecacheError, StoreError
-from fusecache.fetch.interface import Inspector
+from fusecache.errors import FusecacheError, StoreError
+from fusecache.events import EventHub
+from fusecache.fetch.attestation_queue import AttestationQueue
+from fusecache.fetch.fetch_table import FetchTable
 from fusecache.fetch.object_fetch import ObjectFetch
-from fusecache.fetch.scheduler import FetchScheduler
+from fusecache.fetch.prefetch_queues import PrefetchQueues
 from fusecache.fetch.waiter import Waiter, settle_waiters
+from fusecache.fetch.waiter_table import WaiterTable
+from fusecache.locking import OwnedLock
 
 
 class AttestationGate:
-    """Of one loader, whose `lock` and `waiters` these are. `completed` is told of loads that were opened up,
-    `closable` asked whether one is to be closed."""
+    """Of one service, whose scheduling lock is `lock`; methods without `_locked` take it. Without a `queue` no object
+    is inspected. An attestation waiter's time is not over before `stall_timeout` seconds without any progress."""
 
     def __init__(
         self,
-        lock: threading.Lock,
-        waiters: set[Waiter],
-        scheduler: FetchScheduler,
-        inspector: Inspector | None,
+        lock: OwnedLock,
+        queue: AttestationQueue | None,
         *,
+        waiters: WaiterTable,
+        fetches: FetchTable,
+        prefetches: PrefetchQueues,
+        events: EventHub,
         stall_timeout: float,
-        on_attested: Callable[[ObjectFetch], None],
-        remove_if_unused_locked: Callable[[ObjectFetch], bool],
     ) -> None:
-        self.last_progress_at = 0.0
-        """When something landed, or was looked at, the last time."""
         self._lock = lock
+        self._queue = queue
         self._waiters = waiters
-        self._scheduler = scheduler
-        self._inspector = inspector
+        self._fetches = fetches
+        self._prefetches = prefetches
+        self._events = events
         self._stall_timeout = stall_timeout
-        self._on_attested = on_attested
-        self._remove_if_unused_locked = remove_if_unused_locked
+        self._last_progress_at = 0.0
+        """When a block of any object arrived, or an inspection ended, the last time; a time.monotonic()."""
 
-    def refuse_if_quarantined(self, object_fetch: ObjectFetch) -> None:
-        """A new load: one that is in quarantine is not fetched."""
-        if object_fetch.stored.attestation.quarantine_sha256 is not None:
-            text = f"{object_fetch.version.key} is in quarantine: it is not what its manifest says"
-            object_fetch.gone_error = AttestationError(text)
+    def note_progress_locked(self, now: float) -> None:
+        """A block arrived, or an inspection ended."""
+        self._lock.assert_held()
+        self._last_progress_at = now
 
-    def begin_inspection_locked(self, object_fetch: ObjectFetch) -> bool:
-        """Under the lock; to be followed by `look` without it."""
-        if self._inspector is None or not object_fetch.needs_inspection():
-            return False
-        object_fetch.is_being_inspected = True
-        object_fetch.flight_count += 1
-        return True
+    def request_inspection_locked(self, object_fetch: ObjectFetch) -> None:
+        """Have an inspector look at it, if there is more to look at than was, or a reader waits for the last look."""
+        self._lock.assert_held()
+        if self._queue is not None and _needs_inspection(object_fetch):
+            object_fetch.is_being_inspected = True
+            object_fetch.flight_count += 1
+            self._queue.put(object_fetch)
 
-    def request_inspection(self, object_fetch: ObjectFetch, has_begun: bool) -> None:
-        """Have the inspector look, if it shall."""
-        if has_begun and self._inspector is not None:
-            self._inspector.request_inspection(object_fetch)
+    def request_inspection(self, object_fetch: ObjectFetch) -> None:
+        """The same, without the lock."""
+        with self._lock:
+            self.request_inspection_locked(object_fetch)
 
     def inspection_ended(
         self, object_fetch: ObjectFetch, is_finished: bool, error: FusecacheError | None = None
     ) -> None:
-        """The inspector has looked at what was there. `done`: at all of it, and it may be given to anybody, or not
-        because of `error`. Takes the lock."""
+        """An inspector has looked at the blocks that were there. `is_finished`: at all of them, and the object is
+        attested, or it may not be given to any reader because of `error`."""
         with self._lock:
             object_fetch.is_being_inspected = False
             object_fetch.flight_count -= 1
-            self.last_progress_at = time.monotonic()
+            self.note_progress_locked(time.monotonic())
             if object_fetch.stored.attestation.quarantine_sha256 is not None:
                 object_fetch.gone_error = error
-                self._scheduler.drop_file(object_fetch)
-            waiters = self.pop_waiters_locked(object_fetch) if is_finished else []
-            shall = self.begin_inspection_locked(object_fetch)
-            closing = self._remove_if_unused_locked(object_fetch)
+                self._prefetches.drop_file(object_fetch)
+            waiters = self._pop_waiters_locked(object_fetch) if is_finished else []
+            self.request_inspection_locked(object_fetch)
+            is_removed = self._fetches.remove_if_unused_locked(object_fetch)
         settle_waiters(waiters, error)
         if is_finished and error is None:
-            self._on_attested(object_fetch)
-        self.request_inspection(object_fetch, shall)
-        if closing:
+            self._events.object_completed.publish(object_fetch.version)
+        if is_removed:
             object_fetch.stored.close()
 
     def lift_quarantine(self, object_fetch: ObjectFetch) -> None:
-        """Its quarantine is over: it may be fetched again. Takes the lock."""
+        """Its manifest says by now what was found: it may be fetched again."""
         object_fetch.stored.attestation.lift_quarantine()
         with self._lock:
             object_fetch.gone_error = None
 
     def fail_waiters_without_space(self, object_fetch: ObjectFetch) -> None:
-        """What was fetched of it can't be stored, so that it will never be whole. Takes the lock."""
+        """Blocks that were fetched of it can't be stored, so that it will never be complete: its readers get
+        StoreError."""
         with self._lock:
-            waiters = self.pop_waiters_locked(object_fetch)
+            waiters = self._pop_waiters_locked(object_fetch)
         text = f"{object_fetch.version.key} can't be checked: the cache has no room for all of it, or its disk fails"
         settle_waiters(waiters, StoreError(text))
 
-    def pop_waiters_locked(self, object_fetch: ObjectFetch) -> list[Waiter]:
-        """Under the lock: all who wait at the gate, to be settled."""
+    def _pop_waiters_locked(self, object_fetch: ObjectFetch) -> list[Waiter]:
+        """All readers that wait for the attestation, which the caller settles."""
         waiters, object_fetch.attestation_waiters = object_fetch.attestation_waiters, []
-        self._waiters.difference_update(waiters)
+        self._waiters.remove_locked(waiters)
         return waiters
 
     def is_expired_locked(self, waiter: Waiter, now: float) -> bool:
-        """Under the lock: whether a waiter's time is over. At the gate, where a whole file is waited for, it is not as
-        long as anything moves."""
-        object_fetch = waiter.object_fetch
-        if waiter in object_fetch.attestation_waiters and (
-            object_fetch.is_being_inspected or object_fetch in self._scheduler.whole_files
+        """Whether a waiter's time is over. One that waits for an attestation, and so for a whole file, has time as long
+        as anything moves."""
+        self._lock.assert_held()
+        object_fetch = self._waiters.fetch_of_locked(waiter)
+        if (
+            object_fetch is not None
+            and waiter in object_fetch.attestation_waiters
+            and (object_fetch.is_being_inspected or object_fetch in self._prefetches.whole_files)
         ):
-            return max(waiter.deadline, self.last_progress_at + self._stall_timeout) <= now
+            return max(waiter.deadline, self._last_progress_at + self._stall_timeout) <= now
         return waiter.deadline <= now
+
+
+def _needs_inspection(object_fetch: ObjectFetch) -> bool:
+    """Whether more of an unattested object is there than was hashed, or a reader waits for the last look at it."""
+    stored, progress = object_fetch.stored, object_fetch.hash_progress
+    if not stored.is_unattested or object_fetch.is_being_inspected or object_fetch.gone_error is not None:
+        return False
+    hashed = progress.hashed_blocks if progress.discards == stored.blocks.bad_block_count else 0
+    return (
+        stored.is_present(hashed) if hashed < stored.block_count else bool(object_fetch.attestation_waiters)
+    )

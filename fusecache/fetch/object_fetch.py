@@ -1,27 +1,30 @@
 """The fetch of one object version: which blocks are wanted, in flight, or there.
 
-All of it is guarded by the loader's lock, but for `stored`, which guards itself. A block is idle (nobody is
-on it), in flight, or present in the store; `idle` knows the first from the others. A flight takes a run of
-idle blocks and gives back those it did not land.
+The scheduling lock guards all of it, but for `stored`, which guards itself. `idle` tells the first state of a block
+from the others; the store knows the last one.
+
+| Block | Event | Next state |
+|---|---|---|
+| idle: no flight has it | a flight is planned over it | in flight |
+| in flight | it arrives, and is stored | present |
+| in flight | it arrives, and could only be handed to its waiters | idle |
+| in flight | the flight ends without it | idle |
+| present | the disk does not give it back | idle |
 """
 
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from fusecache.blocks import block_length, block_range
+from fusecache.blocks import block_length
 from fusecache.errors import FusecacheError
 from fusecache.fetch.block_source import Route
+from fusecache.fetch.route_cursor import RouteCursor
 from fusecache.fetch.waiter import Waiter
 from fusecache.store.object import StoredObject
 from fusecache.types import ObjectVersion
-
-if TYPE_CHECKING:
-    from fusecache.prefetch.models.shards import ModelShards
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,13 @@ class FlightPlan:
     urgent: bool = False
     """A reader waits for it."""
     owner: str | None = None
-    """The lane of its route that it takes room in."""
+    """The node in whose window of prefetches it takes room."""
 
 
 class HashProgress:
-    """How far the sha256 of the whole object has come: `position` blocks, with all of what was found bad since taken
-    into account if `discards` is still what the store says. Of who holds `ObjectFetch.is_being_inspected`."""
+    """How far the sha256 of the whole object has come: `hashed_blocks` blocks, which counts for nothing if the store
+    has found more bad blocks since than the `discards` at its beginning. Of the thread that inspects the object while
+    `ObjectFetch.is_being_inspected`."""
 
     def __init__(self, discards: int) -> None:
         self.sha256 = hashlib.sha256()
@@ -48,7 +52,7 @@ class HashProgress:
 
 
 class ObjectFetch:
-    """One object version that somebody reads, or is going to; shared by all who do."""
+    """One object version that is read, or is going to be; shared by all its readers. Guarded by the scheduling lock."""
 
     def __init__(self, version: ObjectVersion, source: str, stored: StoredObject) -> None:
         self.version = version
@@ -56,38 +60,35 @@ class ObjectFetch:
         self.stored = stored
         self.open_count = 0
         self.flight_count = 0
-        """Flights under way."""
+        """Flights and inspections under way."""
         self.fetch_whole = False
-        """Somebody opened or read it, so all of it is fetched."""
+        """All of it is to be fetched: a reader opened or read it, or it was planned to be fetched ahead."""
         self.has_reader = False
-        """Somebody reads it through the daemon, piece by piece."""
+        """A reader reads it through the daemon, piece by piece."""
         self.gone_error: FusecacheError | None = None
-        """This version can't be had any more: what is missing stays missing."""
+        """This version can't be had any more: blocks that are missing stay missing."""
         self.failure_count = 0
         self.backoff_until = 0.0
-        """No flight without a waiter before this time.monotonic(): the last ones failed."""
+        """Only flights with a waiter before this time.monotonic(): the last flights failed, or an observer of reads
+        had it held back."""
         self.idle = bytearray(int(not stored.is_present(block)) for block in range(stored.block_count))
         self.waiters_by_block: dict[int, list[Waiter]] = {}
         self.attestation_waiters: list[Waiter] = []
-        """Who waits for all of it to be there, and for somebody to vouch for it."""
+        """Readers that wait until all of it is there and attested."""
         self.hash_progress = HashProgress(0)
         self.is_being_inspected = False
-        """Somebody is asked to look at what landed; counts as a job."""
+        """It is queued for the inspector, or an inspector is at it; counts as a flight."""
         self.read_position = 0
         """Block behind the last one that was asked for."""
-        self.model: ModelShards | None = None
-        """What it is a part of, if the order in which it is read can be learned; `file` is its number there."""
-        self.file_number = 0
         self.prefetch_mask: bytearray | None = None
-        """The blocks that a recording says will be read, 1 for each; None: all of them."""
-        self.stray_count = 0
-        """Blocks that were read though they are far from any of those."""
+        """A 1 for each block that is fetched without a waiter; None: all of them."""
+        self.near_mask: bytearray | None = None
+        """`prefetch_mask`, widened by what the kernel may read around a block of it; None as long as that is."""
         self.route: Route | None = None
-        self._route_cursors = [0, 0]
-        """Per kind (0: from the origin, 1: from nodes), where in the route's order the next idle block may be."""
+        self._route_cursor: RouteCursor | None = None
 
     def byte_count(self, blocks: Iterable[int]) -> int:
-        """Length of these blocks."""
+        """Length of these blocks, in bytes."""
         size, block_size = self.version.size, self.stored.block_size
         return sum(block_length(block, size, block_size) for block in blocks)
 
@@ -96,33 +97,43 @@ class ObjectFetch:
         return self.idle.find(1) >= 0
 
     def set_route(self, route: Route | None) -> None:
-        """From now on the stripes come from where `route` says."""
+        """From now on the stripes come from where `route` says; None: all from the origin."""
         self.route = route
-        self._route_cursors = [0, 0]
+        self._route_cursor = (
+            None if route is None else RouteCursor(route, self.idle, self.stored.is_unverified)
+        )
 
     def is_remote(self, block: int) -> bool:
-        """Whether this block comes from another node: it has an owner, and is not on the disk already."""
-        route = self.route
-        if route is None or not route.remote_stripes[block // route.stripe_blocks]:
-            return False
-        return not self.stored.is_unverified(block)
+        """Whether this block comes from another node: a node owns it, and it is not in the data file already."""
+        return self._route_cursor is not None and self._route_cursor.is_remote(block)
 
     def belongs_in_store(self, block: int) -> bool:
-        """Whether this block, once fetched, belongs into this node's store."""
-        route = self.route
-        return route is None or route.stores_remote or not route.remote_stripes[block // route.stripe_blocks]
+        """Whether this block is stored here once it was fetched."""
+        return self._route_cursor is None or self._route_cursor.belongs_in_store(block)
+
+    def set_prefetch_mask(self, mask: bytearray | None, slack: int = 0) -> None:
+        """Fetch without a waiter only blocks with a 1 in `mask`, None: all of them. `slack` is how many blocks beside
+        such a one the kernel may ask for although no reader is after them."""
+        self.prefetch_mask = mask
+        self.near_mask = None if mask is None else _widened(mask, slack)
+
+    def is_stray(self, block: int) -> bool:
+        """Whether this block is far from all that are fetched without a waiter: the kernel did not read it around
+        one of those."""
+        return self.near_mask is not None and not self.near_mask[block]
 
     def plan_flight(
         self, block: int, limit: int, *, urgent: bool = False, owner: str | None = None
     ) -> FlightPlan:
-        """The flight of at most `limit` blocks that begins with this idle one; see Job."""
+        """The flight of at most `limit` blocks that begins with this idle one; they are in flight from now on. Ends at
+        the end of the stripe, and with a prefetch mask where neither the mask nor a waiter wants the next block."""
         verify = self.stored.is_unverified(block)
         stop = block + 1
         end = min(len(self.idle), block + limit)
         if self.route is not None:
             end = min(end, (block // self.route.stripe_blocks + 1) * self.route.stripe_blocks)
         if self.prefetch_mask is not None and not self.is_stray(block):
-            # what the kernel reads around a fault: nothing behind it is wanted by anybody
+            # the kernel reads around a fault: no reader wants the blocks behind it
             end = next(
                 (
                     at
@@ -137,28 +148,6 @@ class ObjectFetch:
         self.flight_count += 1
         return FlightPlan(self, range(block, stop), verify, urgent, owner)
 
-    def record_read(self, offset: int, length: int, process: int) -> None:
-        """A reader, of this process, asks for these bytes. Without the lock; takes microseconds."""
-        model = self.model
-        if model is None:
-            return
-        model.last_read_at = time.monotonic()
-        recorder = model.recorder
-        if recorder is not None:
-            blocks = block_range(offset, length, self.version.size, self.stored.block_size)
-            recorder.record_read(self.file_number, blocks.start, blocks.stop, process)
-
-    def needs_exact_reads(self) -> bool:
-        """Whether what readers ask for ought to be what they are after, and little more."""
-        return self.prefetch_mask is not None or (self.model is not None and self.model.is_learning)
-
-    def is_stray(self, block: int) -> bool:
-        """Whether this block is one that the recording knows nothing of, and not what the kernel reads beside one."""
-        if self.prefetch_mask is None or self.model is None:
-            return False
-        near = self.model.readahead_slack
-        return self.prefetch_mask.find(1, max(0, block - near), block + near + 1) < 0
-
     def has_urgent_waiter(self, block: int) -> bool:
         """Whether a reader waits for this block."""
         return any(waiter.urgent for waiter in self.waiters_by_block.get(block, ()))
@@ -166,89 +155,48 @@ class ObjectFetch:
     def plan_prefetch_flight(
         self, limit: int, remote: bool, prefetches_by_owner: Mapping[str, int]
     ) -> FlightPlan | None:
-        """The next flight nobody waits for: ahead of the reader, then what is left. With a route, only what comes
-        from other nodes, or only what does not. `taken` is how much of each lane's window is taken."""
-        if self.route is not None:
+        """The next flight without a waiter: ahead of the reader, then what is left. With a route, only blocks that come
+        from other nodes, or only the others. `prefetches_by_owner` says how much of each owner's window is taken."""
+        if self.route is not None and self._route_cursor is not None:
             if remote and not self.route.stores_remote:
                 return None
-            block = self._next_routed_block(self.route, remote, prefetches_by_owner)
+            position = self.read_position if self.has_reader else None
+            block = self._route_cursor.next_block(remote, prefetches_by_owner, position)
             if block is None:
                 return None
-            lane = self.route.owner_of_stripe(block // self.route.stripe_blocks) if remote else None
-            return self.plan_flight(block, limit, owner=lane)
+            owner = self.route.owner_of_stripe(block // self.route.stripe_blocks) if remote else None
+            return self.plan_flight(block, limit, owner=owner)
         if remote:
             return None
-        block = self.idle.find(1, self.read_position)
-        if block < 0:
-            block = self.idle.find(1)
-        return None if block < 0 else self.plan_flight(block, limit)
-
-    def _next_routed_block(
-        self, route: Route, remote: bool, prefetches_by_owner: Mapping[str, int]
-    ) -> int | None:
-        if self.has_reader:
-            block = self.idle.find(1, self.read_position, self.read_position + route.stripe_blocks)
-            if block >= 0 and self.is_remote(block) is remote:
-                return block
-        first = None
-        full: set[str | None] = set()
-        for at in range(self._route_cursors[remote], len(route.prefetch_order)):
-            stripe = route.prefetch_order[at]
-            lane = route.owner_of_stripe(stripe) if remote else None
-            if lane in full:
-                continue
-            start = stripe * route.stripe_blocks
-            block = self.idle.find(1, start, start + route.stripe_blocks)
-            if block < 0 or self.is_remote(block) is not remote:
-                continue
-            if first is None:
-                first = self._route_cursors[remote] = at
-            if not remote and route.is_origin_ordered and at > self._next_remote_position(route):
-                return None
-            if lane is None or prefetches_by_owner.get(lane, 0) < route.prefetch_window:
-                return block
-            full.add(lane)
-        if first is None:
-            self._route_cursors[remote] = len(route.prefetch_order)
-        return None
-
-    def _next_remote_position(self, route: Route) -> int:
-        """Where in the route's order the first stripe is that nobody fetches yet from another node."""
-        order = route.prefetch_order
-        for at in range(self._route_cursors[1], len(order)):
-            block = self.idle.find(1, order[at] * route.stripe_blocks, (order[at] + 1) * route.stripe_blocks)
-            if block >= 0 and self.is_remote(block):
-                self._route_cursors[1] = at
-                return at
-        self._route_cursors[1] = len(order)
-        return len(order)
+        found = self.idle.find(1, self.read_position)
+        if found < 0:
+            found = self.idle.find(1)
+        return None if found < 0 else self.plan_flight(found, limit)
 
     @property
     def origin_must_wait(self) -> bool:
-        """Whether what comes from the origin, of this file and of those after it, waits for its turn."""
-        route = self.route
-        return (
-            route is not None
-            and route.is_origin_ordered
-            and self._next_remote_position(route) < len(route.prefetch_order)
-        )
+        """Whether blocks from the origin, of this file and of those after it, wait for their turn."""
+        return self._route_cursor is not None and self._route_cursor.origin_must_wait
 
     def return_blocks(self, blocks: Iterable[int]) -> list[int]:
-        """Make blocks idle that a flight did not land; returns those that somebody waits for."""
+        """Make those of these blocks idle that are not present; returns the ones with a waiter."""
         wanted = []
         for block in blocks:
             if not self.stored.is_present(block):
-                self.idle[block] = 1
-                self._route_cursors = [0, 0]
+                self._make_idle(block)
             if block in self.waiters_by_block:
                 wanted.append(block)
         return wanted
 
+    def _make_idle(self, block: int) -> None:
+        self.idle[block] = 1
+        if self._route_cursor is not None:
+            self._route_cursor.rewind()
+
     def block_arrived(self, block: int, piece: bytes | None) -> list[Waiter]:
-        """A block is in the store, or in `piece`: returns the waiters that have all of theirs now."""
+        """A block is in the store, or only in `piece`: returns the waiters that have all of theirs now."""
         if piece is not None:
-            self.idle[block] = 1
-            self._route_cursors = [0, 0]
+            self._make_idle(block)
         complete = []
         for waiter in self.waiters_by_block.pop(block, ()):
             waiter.missing_blocks.discard(block)
@@ -258,17 +206,16 @@ class ObjectFetch:
                 complete.append(waiter)
         return complete
 
-    def add_waiter(self, waiter: Waiter) -> bool:
-        """Somebody waits here; whether it is for all of the object."""
+    def add_waiter(self, waiter: Waiter) -> None:
+        """`waiter` waits here from now on, for its missing blocks or for the attestation."""
         if waiter.awaits_attestation:
             self.attestation_waiters.append(waiter)
             self.backoff_until = 0.0
         for block in waiter.missing_blocks:
             self.waiters_by_block.setdefault(block, []).append(waiter)
-        return waiter.awaits_attestation
 
     def drop_waiter(self, waiter: Waiter) -> None:
-        """Nobody waits here any more."""
+        """`waiter` does not wait here any more, if it did."""
         if waiter in self.attestation_waiters:
             self.attestation_waiters.remove(waiter)
         for block in waiter.missing_blocks:
@@ -288,18 +235,19 @@ class ObjectFetch:
             or self.prefetch_mask is not None
         )
 
-    def needs_inspection(self) -> bool:
-        """Whether more of a sealed object is there than was looked at, or somebody waits for the last look at it."""
-        stored = self.stored
-        if not stored.is_unattested or self.is_being_inspected or self.gone_error is not None:
-            return False
-        done = (
-            self.hash_progress.hashed_blocks
-            if self.hash_progress.discards == stored.blocks.bad_block_count
-            else 0
-        )
-        return stored.is_present(done) if done < stored.block_count else bool(self.attestation_waiters)
-
     def is_unused(self) -> bool:
-        """Whether it can be closed: nobody has it open, and nothing is or will be under way."""
+        """Whether no reader has it open, nothing waits, and nothing is under way."""
         return not (self.open_count or self.flight_count or self.waiters_by_block or self.attestation_waiters)
+
+
+def _widened(mask: bytearray, slack: int) -> bytearray:
+    """`mask` with every run of ones `slack` blocks longer at both ends."""
+    wide = bytearray(len(mask))
+    start = mask.find(1)
+    while start >= 0:
+        stop = mask.find(0, start)
+        stop = len(mask) if stop < 0 else stop
+        first, last = max(0, start - slack), min(len(mask), stop + slack)
+        wide[first:last] = b"\1" * (last - first)
+        start = mask.find(1, stop)
+    return wide

@@ -1,35 +1,37 @@
-"""A read that waits for blocks. Plain data: the loader's lock guards all of it until it is settled."""
+"""A read that waits for blocks. Plain data: the scheduling lock guards all of it until it is settled."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from fusecache.errors import FusecacheError
-
-if TYPE_CHECKING:
-    from fusecache.fetch.object_fetch import ObjectFetch
 
 _log = logging.getLogger(__name__)
 
 
 class Waiter:
-    """The bytes [offset, offset + length) of one object, wanted until `deadline` (a time.monotonic()).
+    """The bytes [offset, offset + length) of the object `key`, wanted until `deadline` (a time.monotonic()).
 
-    `settled` is called exactly once, from any thread and without a lock: when the bytes are there (`error` is
-    None), or when they can't be had. It is not called after a successful cancel. `pieces` holds the blocks
-    that could not be stored; all others are in the store. `urgent`: a reader waits, and not somebody's prefetch.
-    `sealed`: it waits for all of the object, and that somebody vouches for it (see gate.py).
+    `on_settled` is called exactly once, from any thread and without a lock: when the bytes are there (`error` is None),
+    or when they can't be had. It is not called after a successful cancel. `pieces` holds the blocks that could not be
+    stored; all others are in the store. `urgent`: a reader waits, and not a prefetch of another node.
+    `awaits_attestation`: it waits until the whole object is there and attested, and for no single block.
+
+    | State | Event | Next state |
+    |---|---|---|
+    | waiting | the last of `missing_blocks` arrives, or the object is attested | settled without an error |
+    | waiting | a flight fails for good, the deadline passes, or the mount goes away | settled with an error |
+    | waiting | its reader cancels it | forgotten |
     """
 
     __slots__ = (
         "awaits_attestation",
         "deadline",
         "error",
+        "key",
         "length",
         "missing_blocks",
-        "object_fetch",
         "offset",
         "on_settled",
         "pieces",
@@ -39,7 +41,7 @@ class Waiter:
 
     def __init__(
         self,
-        object_fetch: ObjectFetch,
+        key: str,
         offset: int,
         length: int,
         *,
@@ -50,7 +52,7 @@ class Waiter:
         urgent: bool = True,
         awaits_attestation: bool = False,
     ) -> None:
-        self.object_fetch = object_fetch
+        self.key = key
         self.offset = offset
         self.length = length
         self.missing_blocks = set() if awaits_attestation else set(missing_blocks)
@@ -64,10 +66,11 @@ class Waiter:
 
 
 def settle_waiters(waiters: Iterable[Waiter], error: FusecacheError | None) -> None:
-    """Tell these readers that their bytes are there, or why not. Without a lock: they answer the kernel."""
+    """Tell these readers that their bytes are there, or why not. The caller holds no lock: the readers answer the
+    kernel. A reader that raises is logged, and the others are still told."""
     for waiter in waiters:
         waiter.error = error
         try:
             waiter.on_settled(waiter)
         except Exception:
-            _log.exception("%s: a reader could not be answered", waiter.object_fetch.version.key)
+            _log.exception("%s: a reader could not be answered", waiter.key)

@@ -1,6 +1,7 @@
-"""The threads of a loader, in groups: for other nodes or for all the rest, and of each a part for demand only.
+"""The threads that fetch, in groups: for blocks of other nodes or for all the rest, and of each a part that only takes
+blocks with a reader.
 
-The loader's lock guards what they take their work from; each group sleeps on a condition of its own over it.
+The scheduling lock guards what they take their work from; each group sleeps on a condition of its own over it.
 """
 
 from __future__ import annotations
@@ -9,49 +10,81 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
 
-if TYPE_CHECKING:
-    from fusecache.fetch.object_fetch import FlightPlan
+from fusecache.locking import OwnedLock
 
 _log = logging.getLogger(__name__)
 
+NextWork = Callable[[bool, bool], Callable[[], None] | None]
+"""next_work_locked(demand_only, remote): what a thread does next, None: nothing now. Called with the lock; the work is
+called without it."""
 
-class WorkSource(Protocol):
-    """Where a crew's work comes from."""
 
-    def next_work_locked(self, demand_only: bool, remote: bool) -> FlightPlan | Callable[[], None] | None:
-        """The next thing to do, under the lock; None: nothing now."""
+class Wakeups:
+    """Wakes the threads for which there is work. `lock` is the scheduling lock, which all callers hold."""
 
-    def run_work(self, work: FlightPlan | Callable[[], None]) -> None:
-        """Do it, without the lock."""
+    def __init__(self, lock: OwnedLock) -> None:
+        self.general = lock.new_condition()
+        self.demand = lock.new_condition()
+        self.remote = lock.new_condition()
+        self.remote_demand = lock.new_condition()
+        """Apart: a thread that only takes blocks with a reader sleeps through a call for another node's prefetch."""
+        self.clock = lock.new_condition()
+        """On which the thread sleeps that keeps the deadlines."""
+
+    def wake_for_demand_locked(self) -> None:
+        """A waiter waits for a block of either kind."""
+        self.wake_for_kind_locked(remote=False)
+        self.wake_for_kind_locked(remote=True)
+
+    def wake_for_kind_locked(self, remote: bool) -> None:
+        """A waiter waits for a block of this kind."""
+        for condition in (self.remote, self.remote_demand) if remote else (self.general, self.demand):
+            condition.notify()
+
+    def wake_for_prefetch_locked(self) -> None:
+        """There is a lot to fetch without a waiter."""
+        self.general.notify_all()
+        self.remote.notify_all()
+
+    def wake_one_locked(self, *, remote_too: bool = False) -> None:
+        """There is one thing to do that has no waiter; with `remote_too` also one from other nodes."""
+        self.general.notify()
+        if remote_too:
+            self.remote.notify()
+
+    def wake_clock_locked(self) -> None:
+        """There is a time to keep that is earlier than those before it."""
+        self.clock.notify()
+
+    def wake_all_locked(self) -> None:
+        """The end has come."""
+        for condition in (self.general, self.demand, self.remote, self.remote_demand, self.clock):
+            condition.notify_all()
 
 
 class WorkerPool:
-    """`start` it, wake whom there is work for, `dismiss` and `join` it. `lock` is the loader's."""
+    """The threads of one service, whose scheduling lock is `lock`. `stop_locked` ends them after what they are at."""
 
-    def __init__(self, lock: threading.Lock, work_source: WorkSource) -> None:
-        self.general_wakeup = threading.Condition(lock)
-        self.demand_wakeup = threading.Condition(lock)
-        self.remote_wakeup = threading.Condition(lock)
-        self.remote_demand_wakeup = threading.Condition(lock)
-        """Apart: who only takes demand sleeps through a call for what another node's prefetch waits for."""
+    def __init__(self, lock: OwnedLock, wakeups: Wakeups, next_work_locked: NextWork) -> None:
         self._lock = lock
-        self._work_source = work_source
+        self._wakeups = wakeups
+        self._next_work_locked = next_work_locked
         self._is_stopping = False
         self._threads: list[threading.Thread] = []
 
     def start_threads(self, origin_workers: int, peer_workers: int) -> None:
-        """Start `concurrency` threads, and `remote` ones that wait for other nodes. A quarter of each takes demand
-        only, so that a reader who jumps does not queue behind the prefetch."""
+        """Start `origin_workers` threads, two at least, and `peer_workers` ones that wait for other nodes. A quarter of
+        each only takes blocks with a reader, so that a reader that jumps does not queue behind the prefetch."""
         # One thread at least must be free of tasks, which may wait for bytes.
         reserved = max(1, origin_workers // 4)
         for number in range(max(2, origin_workers)):
-            wake = self.demand_wakeup if number < reserved else self.general_wakeup
-            self._start_thread(f"loader-{number}", wake, number < reserved, False)
+            wakeup = self._wakeups.demand if number < reserved else self._wakeups.general
+            self._start_thread(f"fetch-{number}", wakeup, number < reserved, False)
         for number in range(peer_workers):
-            wake = self.remote_demand_wakeup if number < peer_workers // 4 else self.remote_wakeup
-            self._start_thread(f"peers-{number}", wake, number < peer_workers // 4, True)
+            is_reserved = number < peer_workers // 4
+            wakeup = self._wakeups.remote_demand if is_reserved else self._wakeups.remote
+            self._start_thread(f"peers-{number}", wakeup, is_reserved, True)
 
     def _start_thread(self, name: str, wakeup: threading.Condition, demand_only: bool, remote: bool) -> None:
         args = (wakeup, demand_only, remote)
@@ -62,48 +95,21 @@ class WorkerPool:
     def _run_thread(self, wakeup: threading.Condition, demand_only: bool, remote: bool) -> None:
         while True:
             with self._lock:
-                job = None
-                while (
-                    not self._is_stopping
-                    and (job := self._work_source.next_work_locked(demand_only, remote)) is None
-                ):
+                work = None
+                while not self._is_stopping and (work := self._next_work_locked(demand_only, remote)) is None:
                     wakeup.wait()
-                if job is None:
+                if work is None:
                     return
             try:
-                self._work_source.run_work(job)
+                work()
             except Exception:
                 _log.exception("a task failed")
 
-    def wake_for_demand_locked(self) -> None:
-        """Under the lock: somebody waits for something."""
-        self.wake_for_kind_locked(remote=False)
-        self.wake_for_kind_locked(remote=True)
-
-    def wake_for_kind_locked(self, remote: bool) -> None:
-        """Under the lock: somebody waits for more of this kind."""
-        for condition in (
-            (self.remote_wakeup, self.remote_demand_wakeup)
-            if remote
-            else (self.general_wakeup, self.demand_wakeup)
-        ):
-            condition.notify()
-
-    def wake_for_prefetch_locked(self) -> None:
-        """Under the lock: there is a lot to fetch that nobody waits for."""
-        self.general_wakeup.notify_all()
-        self.remote_wakeup.notify_all()
-
     def stop_locked(self) -> None:
-        """Under the lock: take nothing more."""
+        """Take nothing more."""
+        self._lock.assert_held()
         self._is_stopping = True
-        for condition in (
-            self.general_wakeup,
-            self.demand_wakeup,
-            self.remote_wakeup,
-            self.remote_demand_wakeup,
-        ):
-            condition.notify_all()
+        self._wakeups.wake_all_locked()
 
     def join_threads(self, deadline: float) -> None:
         """Wait for their end, at most until `deadline`, a time.monotonic()."""

@@ -1,8 +1,8 @@
-"""Fetches what comes along with a file that somebody begins to read: the rest of its adapter, see companions.py.
+"""Has fetched what comes along with a file that is read for the first time: the rest of its adapter, or small weights.
 
-Who loads an adapter reads its configuration, and the weights right after. But who looks through a folder of thousands
-reads all their configurations and loads none: when many are begun at a time whose weights nobody reads, nothing is
-fetched for any of them.
+A program that loads an adapter reads its configuration, and the weights right after. But a program that looks through a
+folder of thousands reads all their configurations and loads none: when the weights of too many were begun and never
+read, nothing is fetched for any of them.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 
 from fusecache.bounded import BoundedDict
-from fusecache.fetch.interface import CatalogView
 from fusecache.prefetch.browse_detector import BrowseDetector
-from fusecache.prefetch.models.companions import WEIGHT_SUFFIXES, companions_of
+from fusecache.prefetch.interface import CatalogView
+from fusecache.prefetch.models.companions import companions_of
+from fusecache.prefetch.models.shard_order import folder_of, is_shard
 from fusecache.types import ObjectId, ObjectVersion
 
 _COMPANION_INTERVAL = 60.0
@@ -27,7 +28,8 @@ _MAX_FOLDER_FILES = 4096
 
 
 class CompanionPrefetcher:
-    """Asks `library` what is beside a file; `begin(version, source)` fetches a whole file. Thread-safe."""
+    """Asks `catalog` what is beside a file; `start_file(version, source)` has a whole file fetched. Thread-safe; its
+    lock is a leaf."""
 
     def __init__(self, catalog: CatalogView, start_file: Callable[[ObjectVersion, str], None]) -> None:
         self._catalog = catalog
@@ -39,21 +41,21 @@ class CompanionPrefetcher:
         self._browse_detector = BrowseDetector(_MAX_ADAPTERS)
 
     def mark_if_due(self, version: ObjectVersion) -> bool:
-        """A file is being read; whether `fetch` is to be called, soon. Does not block."""
+        """A file is being read; returns whether `prefetch_companions` is to be called, soon. Does not block."""
         with self._lock:
-            if _is_weights(version):
-                self._browse_detector.weights_read(_folder_of(version))
+            if is_shard(version.key):
+                self._browse_detector.weights_read(folder_of(version))
             if version.id in self._checked:
                 return False
             self._checked[version.id] = None
             return True
 
     def prefetch_companions(self, version: ObjectVersion, source: str) -> None:
-        """Begin with the files that come along with this one. May take milliseconds."""
+        """Have the files that come along with this one fetched. Does disk I/O."""
         found = companion_versions(version, self._catalog.siblings(version))
-        if found and not _is_weights(version):
+        if found and not is_shard(version.key):
             with self._lock:
-                if self._browse_detector.announce_folder(_folder_of(version), time.monotonic()):
+                if self._browse_detector.announce_folder(folder_of(version), time.monotonic()):
                     return
         for other in found:
             self._start_file(other, source)
@@ -69,11 +71,3 @@ def companion_versions(version: ObjectVersion, siblings: Sequence[ObjectVersion]
     return [
         versions[found] for found in companions_of(name, {key: each.size for key, each in versions.items()})
     ]
-
-
-def _is_weights(version: ObjectVersion) -> bool:
-    return version.key.lower().endswith(WEIGHT_SUFFIXES)
-
-
-def _folder_of(version: ObjectVersion) -> str:
-    return f"{version.origin}/{version.key.rpartition('/')[0]}"

@@ -6,20 +6,17 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from fusecache.bounded import BoundedDict
 from fusecache.errors import FusecacheError
-from fusecache.fetch.interface import CatalogView
-from fusecache.fetch.scheduler import FetchScheduler
+from fusecache.fetch.object_fetch import ObjectFetch
+from fusecache.fetch.service import FetchService
 from fusecache.prefetch.browse_detector import BrowseDetector
+from fusecache.prefetch.interface import CatalogView
 from fusecache.prefetch.models import shard_order
 from fusecache.prefetch.models.companions import shard_family
-from fusecache.prefetch.office import Office
+from fusecache.prefetch.models.shard_order import folder_of
 from fusecache.types import ObjectId, ObjectVersion
-
-if TYPE_CHECKING:
-    from fusecache.fetch.object_fetch import ObjectFetch
 
 _log = logging.getLogger(__name__)
 
@@ -29,96 +26,67 @@ _MAX_PLANNED_FILES = 10_000
 
 
 class ShardPrefetcher:
-    """Queues whole files. `board` is guarded by the loader's lock; `budget` is in bytes behind the file being read."""
+    """Plans whole files; `budget` is in bytes behind the file being read. The scheduling lock of the service guards all
+    state in here; all methods take it."""
 
-    def __init__(
-        self, fetch_service: Office, scheduler: FetchScheduler, catalog: CatalogView, budget: int
-    ) -> None:
+    def __init__(self, fetch_service: FetchService, catalog: CatalogView, budget: int) -> None:
         self._fetch_service = fetch_service
-        self._scheduler = scheduler
+        self._lock = fetch_service.lock
         self._catalog = catalog
         self._budget = budget
         self._planned: BoundedDict[ObjectId, None] = BoundedDict(_MAX_PLANNED_FILES, max_age=_PLAN_INTERVAL)
         self._browse_detector = BrowseDetector()
 
     def plan_after(self, version: ObjectVersion, source: str) -> None:
-        """A file is being read: fetch the shards behind it, too; those beside it, if it is a model's config."""
-        shard = shard_order.is_shard(version.key)
-        if not (shard or shard_order.is_config(version.key)):
+        """A file is being read: have the shards behind it fetched, too; those beside it, if it is a model's config.
+        Does not block."""
+        is_shard = shard_order.is_shard(version.key)
+        if not (is_shard or shard_order.is_config(version.key)):
             return
         now = time.monotonic()
-        void: list[str] = []
+        browsed: list[str] = []
         dropped: list[ObjectFetch] = []
-        with self._fetch_service.lock:
-            if shard:
-                self._browse_detector.weights_read(_folder_of(version))
-            elif void := self._browse_detector.announce_folder(_folder_of(version), now):
-                dropped = self._scheduler.drop_unopened(lambda other: _folder_of(other) in void)
-            planned = version.id in self._planned
-            if not void and not planned:
+        with self._lock:
+            if is_shard:
+                self._browse_detector.weights_read(folder_of(version))
+            elif browsed := self._browse_detector.announce_folder(folder_of(version), now):
+                dropped = self._fetch_service.scheduler.prefetches.drop_unopened(
+                    lambda other: folder_of(other) in browsed
+                )
+            if not browsed and version.id not in self._planned:
                 self._planned[version.id] = None
-                self._scheduler.tasks.append(functools.partial(self._plan_shards, version, source))
-                self._fetch_service.wake_workers_locked()
+                self._fetch_service.dispatcher.run_soon_locked(
+                    functools.partial(self._plan_shards, version, source)
+                )
         for object_fetch in dropped:
-            self._fetch_service.close_if_unused(object_fetch)
+            self._fetch_service.fetches.close_if_unused(object_fetch)
 
     def forget_plans(self, ids: Iterable[ObjectId]) -> None:
         """The load of these is over: look again when the next one begins."""
-        with self._fetch_service.lock:
+        with self._lock:
             for object_id in ids:
                 self._planned.pop(object_id, None)
 
-    def is_browsed(self, version: ObjectVersion) -> bool:
-        """Whether so many configs are read that the models beside them are not loaded, but listed."""
-        with self._fetch_service.lock:
-            return bool(self._browse_detector.announce_folder(_folder_of(version), time.monotonic()))
+    def announce_config(self, version: ObjectVersion) -> bool:
+        """A config was read; returns whether so many are that the models beside them are listed, and not loaded."""
+        with self._lock:
+            return bool(self._browse_detector.announce_folder(folder_of(version), time.monotonic()))
 
     def _plan_shards(self, version: ObjectVersion, source: str) -> None:
+        """Find out what is behind a file, and have it fetched. In a thread that fetches; may read the index."""
+
         def read_index(index: ObjectVersion) -> bytes:
-            object_fetch = self._fetch_service.acquire_fetch(index, source)
+            object_fetch = self._fetch_service.fetches.acquire(index, source)
             try:
                 return self._fetch_service.read_bytes(object_fetch, 0, index.size)
             finally:
                 self._fetch_service.release_fetch(object_fetch)
 
         behind = shards_after(version, self._catalog.siblings(version), read_index, self._budget)
-        with self._fetch_service.lock:
-            if shard_order.is_config(version.key) and self._browse_detector.announce_folder(
-                _folder_of(version), time.monotonic()
-            ):
+        with self._lock:
+            if shard_order.is_config(version.key) and self._browse_detector.is_browsed(time.monotonic()):
                 return
-        self.prefetch_files((other, source) for other in behind)
-
-    def prefetch_files(self, versions: Iterable[tuple[ObjectVersion, str]]) -> None:
-        """Fetch these versions (of these sources), in this order, without a reader."""
-        with self._fetch_service.lock:
-            known = {version.id for version, _ in self._scheduler.planned_files}
-            known.update(object_fetch.version.id for object_fetch in self._scheduler.whole_files)
-            fresh = [(version, source) for version, source in versions if version.id not in known]
-            self._scheduler.planned_files.extend(fresh)
-            self._fetch_service.wake_workers_locked()
-
-    def start_file(self, version: ObjectVersion, source: str) -> None:
-        """Its turn has come; in a thread of the crew."""
-        try:
-            object_fetch = self._fetch_service.acquire_fetch(version, source)
-        except FusecacheError as error:
-            _log.warning("%s is not fetched ahead: %s", version.key, error)
-            return
-        with self._fetch_service.lock:
-            object_fetch.fetch_whole = True
-            object_fetch.prefetch_mask = None
-            if self._scheduler.add_whole_file(object_fetch):
-                self._fetch_service.wake_workers_locked()
-            complete = object_fetch.stored.is_servable
-        self._fetch_service.inspect_if_unattested(object_fetch)
-        if complete:
-            self._catalog.version_completed(version)
-        self._fetch_service.release_fetch(object_fetch)
-
-
-def _folder_of(version: ObjectVersion) -> str:
-    return f"{version.origin}/{version.key.rpartition('/')[0]}"
+        self._fetch_service.dispatcher.plan_files((other, source) for other in behind)
 
 
 def shards_after(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import trio
 
-from fusecache.events import Event
-from fusecache.fetch.interface import FetchSettings
+from fusecache.events import Event, EventHub
 from fusecache.fetch.service import FetchService
+from fusecache.fetch.settings import FetchSettings
 from fusecache.peers.exchange.block_service import BlockService
 from fusecache.peers.exchange.block_source import PeerBlockSource
 from fusecache.peers.member import PROTOCOL, Member, NodeInfo
@@ -19,7 +19,6 @@ from fusecache.peers.outgoing import OutgoingBytes
 from fusecache.peers.transport.client import PeerClient
 from fusecache.peers.transport.server import PeerServer
 from fusecache.store.store import Store
-from fusecache.types import ObjectVersion
 from tests.support.content import content
 from tests.support.scripted import ScriptedOrigin, version
 
@@ -47,20 +46,6 @@ class Everybody(MembershipTable):
         return True
 
 
-class CatalogView:
-    """Of a catalog that has one file."""
-
-    def siblings(self, version: ObjectVersion) -> Sequence[ObjectVersion]:
-        """See Library."""
-        return [version]
-
-    def version_completed(self, version: ObjectVersion) -> None:
-        """See Library."""
-
-    def version_gone(self, version: ObjectVersion) -> None:
-        """See Library."""
-
-
 class Node:
     """One node, of which nothing runs before `serve`."""
 
@@ -82,7 +67,7 @@ class Node:
             outgoing=self.outgoing,
         )
         settings = FetchSettings(concurrency=8, range_bytes=STRIPE, deadline=DEADLINE)
-        self.loader = FetchService(self.store, {"": origin}, CatalogView(), settings, self.exchange)
+        self.loader = FetchService(self.store, self.exchange, settings, events=EventHub())
         self.holdings = BlockService(
             lambda: NodeInfo(name, name, 1, "", PROTOCOL, "0", 0.0),
             everybody,

@@ -65,23 +65,11 @@ STORAGE_LIBRARIES = {"aiobotocore", "botocore", "fsspec", "gcsfs", "obstore", "s
 
 KNOWN_ARROWS = {
     "fusecache.control.mounts -> fusecache.config.model",
-    "fusecache.fetch.object_fetch -> fusecache.prefetch.models.shards",
-    "fusecache.fetch.service -> fusecache.prefetch.companion_prefetcher",
-    "fusecache.fetch.service -> fusecache.prefetch.sessions",
-    "fusecache.fetch.service -> fusecache.prefetch.shard_prefetcher",
-    "fusecache.prefetch.models.headers -> fusecache.prefetch.office",
-    "fusecache.prefetch.models.shards -> fusecache.prefetch.profiles.access_profile",
-    "fusecache.prefetch.models.shards -> fusecache.prefetch.profiles.recorder",
 }
 KNOWN_CIRCLES = {
-    "fusecache.fetch.copying <-> fusecache.fetch.service",
-    "fusecache.fetch.interface <-> fusecache.fetch.object_fetch <-> fusecache.fetch.ordered_runs"
-    " <-> fusecache.fetch.waiter <-> fusecache.prefetch.models.shards",
     "fusecache.peers.exchange.block_source <-> fusecache.peers.exchange.transfer_monitor",
 }
-KNOWN_REACH = {
-    "fusecache.fetch -> fusecache.prefetch",
-}
+KNOWN_REACH: set[str] = set()
 KNOWN_STORAGE = {
     "fusecache.cli.checks_source -> botocore.exceptions",
     "fusecache.cli.checks_source -> botocore.session",

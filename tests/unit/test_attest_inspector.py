@@ -13,10 +13,14 @@ from fusecache.attest.digests import UNSIGNED, ExpectedDigests
 from fusecache.attest.inspector import ManifestInspector
 from fusecache.attest.manifests import is_manifest
 from fusecache.errors import AttestationError, StoreError, UnavailableError, VersionChangedError
-from fusecache.fetch.interface import FetchSettings
+from fusecache.fetch.attestation_queue import AttestationQueue
+from fusecache.fetch.block_source import OriginBlockSource
 from fusecache.fetch.object_fetch import ObjectFetch
 from fusecache.fetch.service import FetchService
+from fusecache.fetch.settings import FetchSettings
 from fusecache.fetch.waiter import Waiter
+from fusecache.prefetch.interface import PrefetchSettings
+from fusecache.prefetch.prefetcher import Prefetcher
 from fusecache.store.attestation import AttestationPolicy
 from fusecache.store.disk.format import AttestationState
 from fusecache.store.store import Store
@@ -24,7 +28,7 @@ from fusecache.types import ObjectVersion
 from tests.support.content import check, content
 from tests.support.scripted import WAIT, ScriptedOrigin, Step, version
 from tests.support.servers import wait_until
-from tests.unit.test_fetch_service import BLOCK, RecordingCatalog
+from tests.unit.test_fetch_service import BLOCK, RecordingCatalog, fetching
 
 FILE = version("a.bin", 9 * BLOCK + 5)
 
@@ -47,10 +51,19 @@ class Bench:
         )
         self.library = RecordingCatalog(list(origin.versions.values()))
         self.asked: list[str] = []
-        self.inspector = ManifestInspector(ExpectedDigests(lambda _about, _key: None, self._read, self._ask))
-        self.loader = FetchService(self.store, {"": origin}, self.library, settings, inspector=self.inspector)
+        queue = AttestationQueue()
+        self.loader = FetchService(
+            self.store,
+            OriginBlockSource({"": origin}),
+            settings,
+            events=self.library.events,
+            attestation_queue=queue,
+        )
+        Prefetcher(self.loader, self.library, PrefetchSettings(is_enabled=settings.prefetch))
+        digests = ExpectedDigests(lambda _about, _key: None, self._read, self._ask)
+        self.inspector = ManifestInspector(digests, self.loader, queue)
         self.loader.start()
-        self.inspector.start(self.loader)
+        self.inspector.start()
 
     def _read(self, found: ObjectVersion, source: str) -> bytes:
         raise AssertionError("there are no manifests here")
@@ -180,7 +193,7 @@ def test_wrong_bytes_are_given_to_nobody_and_not_fetched_again(
     with pytest.raises(AttestationError, match="quarantine"):
         bench.loader.request_bytes(again, 0, 1, lambda _waiter: None, by_reader=False)
     bench.loader.fetch_whole_file(again)
-    bench.loader.prefetch_files([(FILE, "")])
+    bench.loader.dispatcher.plan_files([(FILE, "")])
     bench.loader.release_fetch(again)
     assert len(bench.origin.reads) == reads
     lines = [record.message for record in caplog.records if "is not what" in record.message]
@@ -262,7 +275,7 @@ def test_bytes_from_before_manifests_were_asked_for_are_looked_at_without_a_fetc
     origin.digests[FILE.id] = sha256(FILE)
     with Store(tmp_path / "cache", limit=1 << 30, free_floor=0, block_size=BLOCK) as store:
         catalog_view = RecordingCatalog([FILE])
-        with FetchService(store, {"": origin}, catalog_view, FetchSettings(concurrency=2)) as fetch_service:
+        with fetching(store, origin, catalog_view, FetchSettings(concurrency=2)) as fetch_service:
             object_fetch = fetch_service.open_object(FILE, "")
             fetch_service.fetch_whole_file(object_fetch)
             catalog_view.wait("a.bin")
@@ -368,11 +381,12 @@ def test_the_time_of_who_waits_at_the_gate_goes_on_while_anything_moves(make: Ma
     waiter = bench.loader.await_attestation(object_fetch, lambda _waiter: None)
     assert waiter is not None
     gate = bench.loader.attestation_gate
-    assert not gate.is_expired_locked(waiter, waiter.deadline - 1)
-    assert gate.is_expired_locked(waiter, waiter.deadline)
-    gate.last_progress_at = waiter.deadline - 5
-    assert not gate.is_expired_locked(waiter, waiter.deadline)
-    assert gate.is_expired_locked(waiter, waiter.deadline + 25)
+    with bench.loader.lock:
+        assert not gate.is_expired_locked(waiter, waiter.deadline - 1)
+        assert gate.is_expired_locked(waiter, waiter.deadline)
+        gate.note_progress_locked(waiter.deadline - 5)
+        assert not gate.is_expired_locked(waiter, waiter.deadline)
+        assert gate.is_expired_locked(waiter, waiter.deadline + 25)
     bench.loader.cancel_waiter(waiter)
     step.open()
     bench.loader.release_fetch(object_fetch)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import xxhash
 
 from fusecache.errors import UnavailableError
+from fusecache.events import EventHub
 from fusecache.fetch.block_source import BlockSink, Route, write_chunks
-from fusecache.fetch.interface import FetchSettings
 from fusecache.fetch.service import FetchService
+from fusecache.fetch.settings import FetchSettings
 from fusecache.store.store import Store
 from fusecache.types import ObjectVersion
 
@@ -22,17 +23,6 @@ SIZE = BLOCKS * BLOCK - 100
 DATA = bytes(range(256)) * (BLOCKS * BLOCK // 256)
 VERSION = ObjectVersion("o", "model.bin", "e", SIZE, 1)
 WAIT = 20.0
-
-
-class CatalogView:
-    def siblings(self, version: ObjectVersion) -> Sequence[ObjectVersion]:
-        return [version]
-
-    def version_completed(self, version: ObjectVersion) -> None:
-        pass
-
-    def version_gone(self, version: ObjectVersion) -> None:
-        pass
 
 
 class Script:
@@ -93,7 +83,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[Script], FetchService]]:
 
     def build(script: Script) -> FetchService:
         settings = FetchSettings(concurrency=4, range_bytes=8 * BLOCK, deadline=15.0)
-        fetch_service = FetchService(store, {}, CatalogView(), settings, script)
+        fetch_service = FetchService(store, script, settings, events=EventHub())
         fetch_service.start()
         opened.append(fetch_service)
         return fetch_service
@@ -119,7 +109,7 @@ def test_remote_stripes_are_fetched_by_their_own_crew_one_stripe_at_a_time(
     assert read(start(script)) == DATA[:SIZE]
     for worker_pool, blocks in script.asked:
         assert blocks.start // 2 == (blocks.stop - 1) // 2
-        assert worker_pool == ("peers" if blocks.start // 2 % 2 else "loader")
+        assert worker_pool == ("peers" if blocks.start // 2 % 2 else "fetch")
 
 
 @pytest.mark.parametrize("mischief", ["break", "lie"])

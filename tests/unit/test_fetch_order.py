@@ -5,14 +5,13 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from fusecache.fetch.interface import FetchSettings
-from fusecache.fetch.service import FetchService
+from fusecache.fetch.settings import FetchSettings
 from fusecache.store.store import Store
 from fusecache.throughput import Throughput
 from fusecache.types import ObjectVersion
 from tests.support.content import check
 from tests.support.scripted import WAIT, ScriptedOrigin, Step, version
-from tests.unit.test_fetch_service import BLOCK, RecordingCatalog
+from tests.unit.test_fetch_service import BLOCK, RecordingCatalog, fetching
 
 
 def test_files_that_are_waited_for_are_made_whole_one_after_the_other(tmp_path: Path) -> None:
@@ -23,7 +22,7 @@ def test_files_that_are_waited_for_are_made_whole_one_after_the_other(tmp_path: 
     settings = FetchSettings(concurrency=2, range_bytes=2 * BLOCK)
     with (
         Store(tmp_path / "c", limit=1 << 30, free_floor=0, block_size=BLOCK) as store,
-        FetchService(store, {"": origin}, catalog_view, settings) as fetch_service,
+        fetching(store, origin, catalog_view, settings) as fetch_service,
     ):
         loads = [fetch_service.open_object(file, "") for file in files]
         for object_fetch in loads:
@@ -55,7 +54,7 @@ def test_files_that_are_read_take_turns(tmp_path: Path) -> None:
     settings = FetchSettings(concurrency=1, range_bytes=2 * BLOCK)
     with (
         Store(tmp_path / "c", limit=1 << 30, free_floor=0, block_size=BLOCK) as store,
-        FetchService(store, {"": origin}, catalog_view, settings) as fetch_service,
+        fetching(store, origin, catalog_view, settings) as fetch_service,
     ):
         loads = [fetch_service.open_object(file, "") for file in files]
         for object_fetch in loads:
@@ -88,7 +87,7 @@ def test_a_small_file_is_fetched_by_all_of_the_crew_unless_there_are_others(tmp_
     settings = FetchSettings(concurrency=16, range_bytes=16 * block)
     with (
         Store(tmp_path / "c", limit=1 << 30, free_floor=0, block_size=block) as store,
-        FetchService(store, {"": origin}, catalog_view, settings) as fetch_service,
+        fetching(store, origin, catalog_view, settings) as fetch_service,
     ):
         alone = fetch_service.open_object(files[0], "")
         fetch_service.fetch_whole_file(alone)

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from fusecache.fetch.block_source import Route
 from fusecache.fetch.object_fetch import FlightPlan, ObjectFetch
+from fusecache.fetch.prefetch_queues import PlannedFile
 from fusecache.fetch.scheduler import FetchScheduler
 from fusecache.fetch.waiter import Waiter
 from fusecache.store.object import StoredObject
@@ -48,7 +49,7 @@ def wait_for(object_fetch: ObjectFetch, block: int, *, urgent: bool) -> None:
         pass
 
     waiter = Waiter(
-        object_fetch,
+        object_fetch.version.key,
         block * BLOCK,
         1,
         missing_blocks=[block],
@@ -61,18 +62,17 @@ def wait_for(object_fetch: ObjectFetch, block: int, *, urgent: bool) -> None:
 
 
 def board_of(*loads: ObjectFetch) -> FetchScheduler:
-    scheduler = FetchScheduler(4, lambda version, source: None)
+    scheduler = FetchScheduler(4)
     for object_fetch in loads:
-        scheduler.add_whole_file(object_fetch)
+        scheduler.prefetches.add_whole_file(object_fetch)
     return scheduler
 
 
 def test_what_one_slow_owner_has_of_every_file_does_not_stop_the_rest() -> None:
-    begun: list[str] = []
-    scheduler = FetchScheduler(4, lambda version, source: begun.append(version.key))
+    scheduler = FetchScheduler(4)
     for name in "wxyz":
-        scheduler.add_whole_file(make_load(name, lanes=("a", "b") * 2))
-    scheduler.planned_files.append((ObjectVersion("o", "next", "e", 1, 1), ""))
+        scheduler.prefetches.add_whole_file(make_load(name, lanes=("a", "b") * 2))
+    scheduler.prefetches.plan_files([(ObjectVersion("o", "next", "e", 1, 1), "")])
     jobs = [take(scheduler, remote=True) for _ in range(4)]
     assert scheduler.next_work(False, 0.0, True) is None, "all owners have enough to do"
     for _ in range(7):
@@ -84,21 +84,20 @@ def test_what_one_slow_owner_has_of_every_file_does_not_stop_the_rest() -> None:
             break
         jobs.append(found)
     assert found is not None, "of b nothing is left in these files, and it has room"
-    assert not isinstance(found, FlightPlan)
-    found()
-    assert begun == ["next"]
+    assert isinstance(found, PlannedFile)
+    assert found.version.key == "next"
 
 
 def test_no_more_is_fetched_ahead_from_nodes_than_the_link_can_take() -> None:
     object_fetch, most = make_load("x", window=9), 2
-    scheduler = FetchScheduler(4, lambda version, source: None, max_prefetch_flights=lambda: most)
-    scheduler.add_whole_file(object_fetch)
+    scheduler = FetchScheduler(4, max_prefetch_flights=lambda: most)
+    scheduler.prefetches.add_whole_file(object_fetch)
     jobs = [take(scheduler, remote=True) for _ in range(2)]
     assert scheduler.next_work(False, 0.0, True) is None
     assert take(scheduler, remote=False).owner is None
     free = next(block for block in range(12) if object_fetch.idle[block] and object_fetch.is_remote(block))
     wait_for(object_fetch, free, urgent=False)
-    scheduler.queue_demand(object_fetch, [free])
+    scheduler.demand.queue_blocks(object_fetch, [free])
     assert free in take(scheduler, remote=True).blocks, "another node waits for it"
     scheduler.flight_ended(jobs[0])
     jobs.append(take(scheduler, remote=True))
@@ -143,7 +142,7 @@ def test_a_reader_does_not_wait_for_the_window() -> None:
     for _ in range(2):
         take(scheduler, remote=True)
     wait_for(object_fetch, 5, urgent=True)
-    scheduler.queue_demand(object_fetch, [5])
+    scheduler.demand.queue_blocks(object_fetch, [5])
     job = take(scheduler, remote=True)
     assert (job.blocks, job.urgent, job.owner) == (range(5, 6), True, None)
 
@@ -153,7 +152,7 @@ def test_readers_go_before_the_prefetch_of_other_nodes_and_that_before_our_own()
     scheduler = board_of(object_fetch)
     wait_for(object_fetch, 3, urgent=False)
     wait_for(object_fetch, 6, urgent=True)
-    scheduler.queue_demand(object_fetch, [3, 6])
+    scheduler.demand.queue_blocks(object_fetch, [3, 6])
     jobs = [take(scheduler, remote=False) for _ in range(3)]
     assert [(job.blocks.start, job.urgent) for job in jobs] == [(6, True), (3, False), (0, False)]
 
@@ -162,10 +161,10 @@ def test_the_threads_kept_for_readers_leave_the_prefetch_of_others_alone() -> No
     object_fetch = make_load("x")
     scheduler = board_of(object_fetch)
     wait_for(object_fetch, 3, urgent=False)
-    scheduler.queue_demand(object_fetch, [3])
+    scheduler.demand.queue_blocks(object_fetch, [3])
     assert scheduler.next_work(True, 0.0, False) is None
     wait_for(object_fetch, 0, urgent=True)
-    scheduler.queue_demand(object_fetch, [0])
+    scheduler.demand.queue_blocks(object_fetch, [0])
     assert take(scheduler, remote=False, demand_only=True).blocks == range(1)
     assert take(scheduler, remote=False).blocks == range(3, 4)
 
@@ -174,9 +173,9 @@ def test_a_plan_goes_before_the_prefetch_of_other_nodes() -> None:
     object_fetch = make_load("x")
     scheduler = board_of(object_fetch)
     ran: list[Any] = []
-    scheduler.tasks.append(lambda: ran.append(1))
+    scheduler.timed.tasks.append(lambda: ran.append(1))
     wait_for(object_fetch, 3, urgent=False)
-    scheduler.queue_demand(object_fetch, [3])
+    scheduler.demand.queue_blocks(object_fetch, [3])
     task = scheduler.next_work(False, 0.0, False)
     assert callable(task)
     task()
@@ -187,22 +186,20 @@ def test_a_plan_goes_before_the_prefetch_of_other_nodes() -> None:
 def test_the_next_file_begins_while_the_owners_of_this_one_are_asked() -> None:
     object_fetch = make_load("x", lanes=("a",) * 6)
     scheduler = board_of(object_fetch)
-    begun: list[str] = []
-    scheduler = FetchScheduler(4, lambda version, source: begun.append(version.key))
-    scheduler.add_whole_file(object_fetch)
-    scheduler.planned_files.append((ObjectVersion("o", "y", "e", 1, 1), ""))
+    scheduler = FetchScheduler(4)
+    scheduler.prefetches.add_whole_file(object_fetch)
+    scheduler.prefetches.plan_files([(ObjectVersion("o", "y", "e", 1, 1), "")])
     for _ in range(2):
         take(scheduler, remote=True)
     begin = scheduler.next_work(False, 0.0, True)
-    assert callable(begin)
-    begin()
-    assert begun == ["y"]
+    assert isinstance(begin, PlannedFile)
+    assert begin.version.key == "y"
 
 
 def test_in_a_large_cluster_our_own_stripes_wait_for_their_turn() -> None:
     object_fetch, behind = make_load("x", in_order=True), make_load("y", in_order=True)
     scheduler = board_of(object_fetch, behind)
-    scheduler.planned_files.append((behind.version, ""))
+    scheduler.prefetches.planned_files.append(PlannedFile(behind.version, ""))
     assert take(scheduler, remote=False).blocks == range(1)
     assert scheduler.next_work(False, 0.0, False) is None
     assert take(scheduler, remote=True).blocks == range(1, 2)
@@ -211,7 +208,7 @@ def test_in_a_large_cluster_our_own_stripes_wait_for_their_turn() -> None:
     assert take(scheduler, remote=False).blocks == range(3, 4)
     # somebody who waits for one does not wait for its turn
     wait_for(object_fetch, 9, urgent=False)
-    scheduler.queue_demand(object_fetch, [9])
+    scheduler.demand.queue_blocks(object_fetch, [9])
     assert take(scheduler, remote=False).blocks == range(9, 10)
     assert scheduler.next_work(False, 0.0, False) is None
 

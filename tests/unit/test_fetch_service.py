@@ -17,10 +17,14 @@ from fusecache.errors import (
     UnavailableError,
     VersionChangedError,
 )
-from fusecache.fetch.interface import FetchSettings
+from fusecache.events import EventHub
+from fusecache.fetch.block_source import OriginBlockSource
 from fusecache.fetch.object_fetch import ObjectFetch
 from fusecache.fetch.service import FetchService
+from fusecache.fetch.settings import FetchSettings
 from fusecache.fetch.waiter import Waiter
+from fusecache.prefetch.interface import PrefetchSettings
+from fusecache.prefetch.prefetcher import Prefetcher
 from fusecache.store.store import Store
 from fusecache.types import ObjectVersion
 from tests.support.content import check, content
@@ -30,12 +34,15 @@ BLOCK = 64 << 10
 
 
 class RecordingCatalog:
-    """The library of a loader: what it was asked and told."""
+    """A catalog, and a node's events: what was completed, and what was lost."""
 
     def __init__(self, versions: Sequence[ObjectVersion]) -> None:
         self.versions = list(versions)
         self.complete: dict[str, threading.Event] = {found.key: threading.Event() for found in versions}
         self.lost: list[str] = []
+        self.events = EventHub()
+        self.events.object_completed.subscribe(self.version_completed)
+        self.events.object_gone.subscribe(self.version_gone)
 
     def siblings(self, version: ObjectVersion) -> Sequence[ObjectVersion]:
         return self.versions
@@ -50,8 +57,21 @@ class RecordingCatalog:
         assert self.complete[key].wait(WAIT), f"{key} never became complete"
 
 
+def fetching(
+    store: Store,
+    origin: ScriptedOrigin,
+    catalog: RecordingCatalog,
+    settings: FetchSettings,
+    prefetch_settings: PrefetchSettings | None = None,
+) -> FetchService:
+    """A service that fetches from one origin, with a prefetcher that keeps no profiles."""
+    fetch_service = FetchService(store, OriginBlockSource({"": origin}), settings, events=catalog.events)
+    Prefetcher(fetch_service, catalog, prefetch_settings or PrefetchSettings(is_enabled=settings.prefetch))
+    return fetch_service
+
+
 class Bench:
-    """A loader with everything around it."""
+    """A service with everything around it."""
 
     def __init__(
         self,
@@ -60,11 +80,13 @@ class Bench:
         *,
         limit: int = 1 << 30,
         settings: FetchSettings,
+        prefetch_budget: int = 1 << 62,
     ) -> None:
         self.origin = ScriptedOrigin(versions, chunk=BLOCK // 2)
         self.store = Store(directory, limit=limit, free_floor=0, block_size=BLOCK)
         self.library = RecordingCatalog(versions)
-        self.loader = FetchService(self.store, {"": self.origin}, self.library, settings)
+        prefetch_settings = PrefetchSettings(is_enabled=settings.prefetch, budget=prefetch_budget)
+        self.loader = fetching(self.store, self.origin, self.library, settings, prefetch_settings)
         before = set(threading.enumerate())
         self.loader.start()
         self.threads = set(threading.enumerate()) - before
@@ -82,9 +104,20 @@ Make = Callable[..., Bench]
 def make(tmp_path: Path) -> Iterator[Make]:
     benches: list[Bench] = []
 
-    def build(*versions: ObjectVersion, limit: int = 1 << 30, **settings: object) -> Bench:
+    def build(
+        *versions: ObjectVersion,
+        limit: int = 1 << 30,
+        prefetch_budget: int = 1 << 62,
+        **settings: object,
+    ) -> Bench:
         values = {"concurrency": 8, "range_bytes": 4 * BLOCK, "deadline": 30.0, **settings}
-        bench = Bench(tmp_path / "cache", versions, limit=limit, settings=FetchSettings(**values))  # type: ignore[arg-type]
+        bench = Bench(
+            tmp_path / "cache",
+            versions,
+            limit=limit,
+            settings=FetchSettings(**values),  # type: ignore[arg-type]
+            prefetch_budget=prefetch_budget,
+        )
         benches.append(bench)
         return bench
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from fusecache.fetch.object_fetch import FlightPlan
-from fusecache.fetch.worker_pool import WorkerPool
+from fusecache.fetch.worker_pool import Wakeups, WorkerPool
+from fusecache.locking import OwnedLock
 
 HANG = 10.0
 
@@ -19,20 +19,17 @@ class Work:
     """Tasks of one kind; `demand`: somebody waits for them."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = OwnedLock()
+        self.wakeups = Wakeups(self.lock)
         self.tasks: deque[Callable[[], None]] = deque()
         self.demand: deque[Callable[[], None]] = deque()
 
-    def next_work_locked(self, demand_only: bool, remote: bool) -> FlightPlan | Callable[[], None] | None:
+    def next_work_locked(self, demand_only: bool, remote: bool) -> Callable[[], None] | None:
         if not remote:
             return None
         if self.demand:
             return self.demand.popleft()
         return self.tasks.popleft() if self.tasks and not demand_only else None
-
-    def run_work(self, work: FlightPlan | Callable[[], None]) -> None:
-        assert not isinstance(work, FlightPlan)
-        work()
 
 
 @pytest.fixture
@@ -42,7 +39,7 @@ def work() -> Work:
 
 @pytest.fixture
 def crew(work: Work) -> Iterator[WorkerPool]:
-    crew = WorkerPool(work.lock, work)
+    crew = WorkerPool(work.lock, work.wakeups, work.next_work_locked)
     crew.start_threads(4, 4)  # of the latter, one takes demand only
     yield crew
     with work.lock:
@@ -50,16 +47,18 @@ def crew(work: Work) -> Iterator[WorkerPool]:
     crew.join_threads(time.monotonic() + HANG)
 
 
-def test_no_call_is_lost_on_who_only_takes_demand(crew: WorkerPool, work: Work) -> None:
+@pytest.mark.usefixtures("crew")
+def test_no_call_is_lost_on_who_only_takes_demand(work: Work) -> None:
     for _ in range(20):
         done = threading.Event()
         with work.lock:
             work.tasks.append(done.set)
-            crew.wake_for_demand_locked()
+            work.wakeups.wake_for_demand_locked()
         assert done.wait(HANG)
 
 
-def test_demand_is_met_while_all_others_are_busy(crew: WorkerPool, work: Work) -> None:
+@pytest.mark.usefixtures("crew")
+def test_demand_is_met_while_all_others_are_busy(work: Work) -> None:
     go, met = threading.Event(), threading.Event()
     busy = threading.Barrier(4)
 
@@ -70,11 +69,11 @@ def test_demand_is_met_while_all_others_are_busy(crew: WorkerPool, work: Work) -
     try:
         with work.lock:
             work.tasks.extend([hold] * 3)
-            crew.wake_for_prefetch_locked()
+            work.wakeups.wake_for_prefetch_locked()
         busy.wait(HANG)
         with work.lock:
             work.demand.append(met.set)
-            crew.wake_for_kind_locked(remote=True)
+            work.wakeups.wake_for_kind_locked(remote=True)
         assert met.wait(HANG)
     finally:
         go.set()

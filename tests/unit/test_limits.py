@@ -14,15 +14,10 @@ MAX_PARAMETERS = 10
 MAX_PUBLIC_CLASSES = 3
 
 KNOWN_METHODS = {
-    "fusecache.fetch.object_fetch.ObjectFetch": 22,
-    "fusecache.fetch.scheduler.FetchScheduler": 24,
-    "fusecache.fetch.service.FetchService": 44,
     "fusecache.peers.exchange.block_source.PeerBlockSource": 32,
-    "fusecache.prefetch.sessions.SessionTracker": 25,
 }
 KNOWN_PARAMETERS: dict[str, int] = {}
 KNOWN_CLASSES = {
-    "fusecache.fetch.interface": 4,
     "fusecache.peers.transport.client": 4,
 }
 KNOWN_ASSIGNED = {
@@ -31,23 +26,16 @@ KNOWN_ASSIGNED = {
     "fusecache.fetch.attestation_gate -> flight_count",
     "fusecache.fetch.attestation_gate -> gone_error",
     "fusecache.fetch.attestation_gate -> is_being_inspected",
+    "fusecache.fetch.dispatcher -> backoff_until",
+    "fusecache.fetch.flight_runner -> backoff_until",
+    "fusecache.fetch.flight_runner -> failure_count",
+    "fusecache.fetch.flight_runner -> gone_error",
     "fusecache.fetch.scheduler -> flight_count",
-    "fusecache.fetch.service -> backoff_until",
-    "fusecache.fetch.service -> failure_count",
     "fusecache.fetch.service -> fetch_whole",
-    "fusecache.fetch.service -> gone_error",
     "fusecache.fetch.service -> has_reader",
-    "fusecache.fetch.service -> last_progress_at",
     "fusecache.fetch.service -> read_position",
     "fusecache.peers.exchange.block_source -> received_bytes",
     "fusecache.peers.transport.client -> buffer",
-    "fusecache.prefetch.backfill -> prefetch_mask",
-    "fusecache.prefetch.sessions -> backoff_until",
-    "fusecache.prefetch.sessions -> file_number",
-    "fusecache.prefetch.sessions -> last_request_at",
-    "fusecache.prefetch.sessions -> model",
-    "fusecache.prefetch.sessions -> prefetch_mask",
-    "fusecache.prefetch.sessions -> stray_count",
     "fusecache.store.object -> buffer",
 }
 

@@ -55,13 +55,13 @@ class Told:
 
     def __init__(self) -> None:
         self.heard: list[str] = []
-        self.session_tracker = self
+        self.observers = self
 
     def file_opened(self, version: ObjectVersion, *, is_passthrough: bool) -> bool:
         self.heard.append(f"entered {'whole' if is_passthrough else 'in part'}")
         return True
 
-    def file_read(self, version: ObjectVersion, source: str) -> None:
+    def whole_file_wanted(self, version: ObjectVersion, source: str) -> None:
         self.heard.append("follow")
 
     def file_closed(self, version: ObjectVersion) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from fusecache.fetch.interface import FetchSettings
 from fusecache.fetch.service import FetchService
+from fusecache.fetch.settings import FetchSettings
 from fusecache.prefetch.browse_detector import BrowseDetector
 from fusecache.store.store import Store
 from fusecache.types import ObjectVersion
 from tests.support.scripted import WAIT, ScriptedOrigin, Step, version
 from tests.support.servers import wait_until
-from tests.unit.test_fetch_service import BLOCK, RecordingCatalog
+from tests.unit.test_fetch_service import BLOCK, RecordingCatalog, fetching
 
 Start = Callable[..., tuple[FetchService, ScriptedOrigin, RecordingCatalog]]
 
@@ -38,7 +38,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
             store = stack.enter_context(Store(tmp_path / "c", limit=1 << 30, free_floor=0, block_size=BLOCK))
             origin, catalog_view = ScriptedOrigin(files), Folders(files)
             values = FetchSettings(concurrency=4, range_bytes=2 * BLOCK, **settings)  # type: ignore[arg-type]
-            fetch_service = stack.enter_context(FetchService(store, {"": origin}, catalog_view, values))
+            fetch_service = stack.enter_context(fetching(store, origin, catalog_view, values))
             return fetch_service, origin, catalog_view
 
         yield build

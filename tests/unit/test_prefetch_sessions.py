@@ -11,14 +11,17 @@ from typing import cast
 import pytest
 import xxhash
 
-from fusecache.fetch import scheduler
-from fusecache.fetch.interface import FetchSettings
+from fusecache.fetch import prefetch_queues
+from fusecache.fetch.block_source import OriginBlockSource
 from fusecache.fetch.object_fetch import ObjectFetch
 from fusecache.fetch.service import FetchService
-from fusecache.prefetch import backfill, sessions
-from fusecache.prefetch.models import shards
+from fusecache.fetch.settings import FetchSettings
+from fusecache.prefetch import backfill, model_registry, model_shards, session_tracker
+from fusecache.prefetch.interface import PrefetchSettings
 from fusecache.prefetch.models.shard_order import shard_group, shards_of_model
+from fusecache.prefetch.prefetcher import Prefetcher
 from fusecache.prefetch.profiles.access_profile import AccessProfile, ProfileRun, id_of_model, pack_profile
+from fusecache.prefetch.profiles.profile_store import ProfileStore
 from fusecache.store.object import StoredObject
 from fusecache.store.store import Store
 from fusecache.types import ObjectVersion
@@ -32,7 +35,7 @@ FILES = [version(f"m-{number}-of-3.safetensors", BLOCKS * BLOCK) for number in (
 
 
 class Kept:
-    """A shelf, and other nodes, in memory."""
+    """A profile store, and other nodes, in memory."""
 
     def __init__(self) -> None:
         self.here: dict[str, bytes] = {}
@@ -66,14 +69,17 @@ class Bench:
         self.kept = kept
         self.origin = ScriptedOrigin(FILES, chunk=BLOCK)
         self.store = Store(directory, limit=limit, free_floor=0, block_size=BLOCK)
-        settings = FetchSettings(concurrency=2, range_bytes=2 * BLOCK, deadline=WAIT, read_ahead=BLOCK)
+        settings = FetchSettings(concurrency=2, range_bytes=2 * BLOCK, deadline=WAIT)
+        self.catalog = RecordingCatalog(FILES)
         self.loader = FetchService(
-            self.store,
-            {"": self.origin},
-            RecordingCatalog(FILES),
-            settings,
-            None,
-            kept,
+            self.store, OriginBlockSource({"": self.origin}), settings, events=self.catalog.events
+        )
+        self.observer = self.loader.observers
+        self.prefetcher = Prefetcher(
+            self.loader,
+            self.catalog,
+            PrefetchSettings(read_ahead=BLOCK),
+            cast(ProfileStore, kept),
             kept if others else None,
         )
         self.loader.start()
@@ -107,10 +113,10 @@ def bench(tmp_path: Path, kept: Kept) -> Iterator[Bench]:
 def read(bench: Bench, file: int, block: int) -> None:
     """As the kernel does it for a reader, who opens and closes the file."""
     object_fetch = bench.loader.open_object(FILES[file], "")
-    bench.loader.session_tracker.file_opened(FILES[file], is_passthrough=False)
-    object_fetch.record_read(block * BLOCK, BLOCK, 7)
+    bench.observer.file_opened(FILES[file], is_passthrough=False)
+    bench.observer.read(object_fetch, block * BLOCK, BLOCK, 7)
     check(bench.loader.read_bytes(object_fetch, block * BLOCK, BLOCK), FILES[file].key, "1", block * BLOCK)
-    bench.loader.session_tracker.file_closed(FILES[file])
+    bench.observer.file_closed(FILES[file])
     bench.loader.release_fetch(object_fetch)
 
 
@@ -140,7 +146,7 @@ def test_a_recording_is_followed_and_nothing_else_is_fetched(bench: Bench, kept:
     assert set(asked) == set(wanted) | {(1, 0), (2, 0)}
     in_order = [entry for entry in asked if entry in wanted and entry not in ((0, 0), (0, 1))]
     assert in_order == [entry for entry in wanted if entry not in ((0, 0), (0, 1))]
-    assert bench.loader.session_tracker.stats.replayed == 1
+    assert bench.prefetcher.stats.replayed == 1
 
 
 def test_a_reader_who_strays_gets_all_of_it_fetched(bench: Bench, kept: Kept) -> None:
@@ -148,7 +154,7 @@ def test_a_reader_who_strays_gets_all_of_it_fetched(bench: Bench, kept: Kept) ->
     for block in (39, 24, 28, 32, 36, 20):
         read(bench, 0, block)
     wait_until(lambda: len(set(bench.blocks())) == 3 * BLOCKS, "everything", 20)
-    assert bench.loader.session_tracker.stats.wrong == 1
+    assert bench.prefetcher.stats.wrong == 1
 
 
 def test_a_recording_of_another_version_is_not_followed(bench: Bench, kept: Kept) -> None:
@@ -156,7 +162,7 @@ def test_a_recording_of_another_version_is_not_followed(bench: Bench, kept: Kept
     kept.here[id_of_model(FILES)] = recorded(*SPARSE, files=other)
     read(bench, 0, 0)
     wait_until(lambda: len(set(bench.blocks())) == 3 * BLOCKS, "everything", 20)
-    assert bench.loader.session_tracker.stats.replayed == 0
+    assert bench.prefetcher.stats.replayed == 0
 
 
 def test_a_load_is_recorded_and_offered_when_it_is_over(tmp_path: Path, kept: Kept) -> None:
@@ -219,10 +225,11 @@ def test_which_files_make_up_a_model() -> None:
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """All waits are short."""
     monkeypatch.setattr(backfill, "QUIET_SECONDS", 0.4)
-    monkeypatch.setattr(scheduler, "QUIET_SECONDS", 0.4)
-    monkeypatch.setattr(shards, "CLOSED_SECONDS", 0.2)
-    monkeypatch.setattr(shards, "SILENT_SECONDS", 1.0)
-    monkeypatch.setattr(sessions, "_SESSION_CHECK_SECONDS", 0.1)
+    monkeypatch.setattr(prefetch_queues, "QUIET_SECONDS", 0.4)
+    monkeypatch.setattr(model_shards, "CLOSED_SECONDS", 0.2)
+    monkeypatch.setattr(model_shards, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(session_tracker, "_SESSION_CHECK_SECONDS", 0.1)
+    monkeypatch.setattr(model_registry, "_WHOLE_CHECK_SECONDS", 0.1)
 
 
 @pytest.mark.usefixtures("hurried")
@@ -231,7 +238,7 @@ def test_what_a_recording_left_out_comes_when_all_is_quiet(bench: Bench, kept: K
     read(bench, 0, 0)
     wait_until(lambda: len(set(bench.blocks())) == 3 * BLOCKS, "everything", 20)
     assert len(bench.blocks()) == 3 * BLOCKS
-    assert bench.loader.session_tracker.stats.wrong == 0
+    assert bench.prefetcher.stats.wrong == 0
 
 
 @pytest.mark.usefixtures("hurried")
@@ -241,7 +248,7 @@ def test_nothing_is_evicted_for_what_a_recording_left_out(tmp_path: Path, kept: 
     try:
         read(bench, 0, 0)
         wait_until(lambda: len({file for file, _ in bench.blocks()}) == 3, "the headers", 20)
-        wait_until(lambda: not bench.loader.session_tracker.backfill, "all was looked at", 20)
+        wait_until(lambda: not bench.prefetcher.backfill, "all was looked at", 20)
         kept_blocks = sum(info.present_bytes for info in bench.store.objects()) // BLOCK
         assert kept_blocks < 2 * BLOCKS
         assert bench.store.usage().evictions == 0
@@ -252,21 +259,21 @@ def test_nothing_is_evicted_for_what_a_recording_left_out(tmp_path: Path, kept: 
 @pytest.mark.usefixtures("hurried")
 def test_a_load_is_over_when_nobody_reads_though_files_are_open(bench: Bench, kept: Kept) -> None:
     object_fetch = bench.loader.open_object(FILES[0], "")
-    bench.loader.session_tracker.file_opened(FILES[0], is_passthrough=False)
+    bench.observer.file_opened(FILES[0], is_passthrough=False)
     for block in range(12):
-        object_fetch.record_read(block * BLOCK, BLOCK, 7)
+        bench.observer.read(object_fetch, block * BLOCK, BLOCK, 7)
         bench.loader.read_bytes(object_fetch, block * BLOCK, BLOCK)
     assert kept.here == {}
     wait_until(lambda: kept.here, "a recording", 20)
     assert set(kept.here) == {id_of_model(FILES)}
-    bench.loader.session_tracker.file_closed(FILES[0])
+    bench.observer.file_closed(FILES[0])
     bench.loader.release_fetch(object_fetch)
 
 
 @pytest.mark.usefixtures("hurried")
 def test_a_load_of_a_model_that_is_whole_has_no_session(bench: Bench) -> None:
     config = version("config.json", 100)
-    cast(RecordingCatalog, bench.loader._catalog).versions = [*FILES, config]
+    bench.catalog.versions = [*FILES, config]
     for file in FILES:
         object_fetch = bench.loader.open_object(
             file, ""
@@ -274,18 +281,18 @@ def test_a_load_of_a_model_that_is_whole_has_no_session(bench: Bench) -> None:
         fill(object_fetch.stored)
         bench.loader.release_fetch(object_fetch)
     opened: list[str] = []
-    obtain = bench.loader.acquire_fetch
+    obtain = bench.loader.fetches.acquire
 
     def watched(file: ObjectVersion, source: str) -> ObjectFetch:
         opened.append(file.key)
         return obtain(file, source)
 
-    bench.loader.acquire_fetch = watched  # type: ignore[method-assign]
+    bench.loader.fetches.acquire = watched  # type: ignore[method-assign]
     for file in (config, *FILES):
-        assert not bench.loader.session_tracker.file_opened(file, is_passthrough=True)
-        bench.loader.file_read(file, "")
+        assert not bench.observer.file_opened(file, is_passthrough=True)
+        bench.observer.whole_file_wanted(file, "")
     done = threading.Event()
-    bench.loader.queue_task(done.set)
+    bench.loader.dispatcher.run_soon(done.set)
     assert done.wait(WAIT)
     bench.loader.close()
     assert opened == []
@@ -298,13 +305,13 @@ def test_what_is_evicted_of_a_model_is_fetched_when_another_file_of_it_is_opened
         object_fetch = bench.loader.open_object(file, "")
         fill(object_fetch.stored)
         bench.loader.release_fetch(object_fetch)
-    assert not bench.loader.session_tracker.file_opened(FILES[0], is_passthrough=True)
+    assert not bench.observer.file_opened(FILES[0], is_passthrough=True)
     bench.store.evict(FILES[2].id)
     wait_until(
-        lambda: bench.loader.session_tracker.file_opened(FILES[0], is_passthrough=True),
+        lambda: bench.observer.file_opened(FILES[0], is_passthrough=True),
         "a look at the disk",
         20,
     )
-    bench.loader.file_read(FILES[0], "")
+    bench.observer.whole_file_wanted(FILES[0], "")
     wait_until(lambda: set(bench.blocks()) == {(2, block) for block in range(BLOCKS)}, "the third file", 20)
-    bench.loader.session_tracker.file_closed(FILES[0])
+    bench.observer.file_closed(FILES[0])

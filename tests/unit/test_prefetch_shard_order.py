@@ -172,10 +172,6 @@ class Folders:
         folder = found.key.rpartition("/")[0]
         return [version(f"{folder}/adapter_config.json", 1), version(f"{folder}/adapter_model.bin", 1)]
 
-    def version_completed(self, found: ObjectVersion) -> None: ...
-
-    def version_gone(self, found: ObjectVersion) -> None: ...
-
 
 def test_who_reads_the_configurations_of_all_adapters_loads_none() -> None:
     begun: list[str] = []

@@ -15,7 +15,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL_CONFIG = "config.json"
-"""Announces a whole model: that is plan.py's."""
+"""The file that an engine reads first of a model: not a companion follows, but the whole model (shard_order.py)."""
 _ADAPTER_STEMS = ("adapter_model", "new_embeddings")
 MAX_ADAPTER_BYTES = 1 << 30
 """Bytes of weights that are fetched along with an adapter's configuration: the largest have some hundred MiB."""
@@ -43,8 +43,8 @@ def shard_family(name: str) -> str | None:
 
 
 def companions_of(name: str, sizes: Mapping[str, int]) -> list[str]:
-    """What a program that reads `name` will read next of its folder, whose files are `sizes` (bytes), the first of
-    them first: the rest of an adapter, or the only weights if they are small."""
+    """The files that a program which reads `name` will read next of its folder, whose files are `sizes` (bytes), in
+    that order: the rest of an adapter, or the only weights if they are small."""
     weights = [other for other in sizes if other.lower().endswith(WEIGHT_SUFFIXES)]
     if ADAPTER_CONFIG in sizes:
         found = [ADAPTER_CONFIG, *(_preferred_weights(part, weights) for part in _ADAPTER_STEMS)]

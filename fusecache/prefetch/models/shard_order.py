@@ -1,9 +1,9 @@
 """Which files an engine will read next. Pure.
 
 A model is what `model.safetensors.index.json` names (PyTorch's index, too), in its order, or else the files whose
-names say that they are shards of one (companions.family), in that of the names. After the shard that is being read
-come those behind it, then, round about, those before it, which another rank may want. Who reads the folder's
-config.json is about to load all of it.
+names say that they are shards of one (companions.shard_family), in that of the names. After the shard that is being
+read come those behind it, then, round about, those before it, which another rank may want. A program that reads the
+folder's config.json is about to load all of it.
 """
 
 from __future__ import annotations
@@ -12,19 +12,15 @@ import json
 import re
 from collections.abc import Sequence
 
-from fusecache.prefetch.models.companions import WEIGHT_SUFFIXES, shard_family
+from fusecache.prefetch.models.companions import MODEL_CONFIG, WEIGHT_SUFFIXES, shard_family
 from fusecache.types import ObjectVersion
 
-SHARD_SUFFIXES = WEIGHT_SUFFIXES
 INDEX_SUFFIX = ".index.json"
 MAX_INDEX_BYTES = 64 << 20
 """Bytes; the largest real index (a model of a few hundred thousand tensors) has some 40 MiB."""
 
-MODEL_CONFIG = "config.json"
-"""What an engine reads of a model first."""
-
 _DIGITS = re.compile(r"(\d+)")
-_NUMBERED = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
+_COUNTED_SHARD = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
 
 
 def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
@@ -35,17 +31,22 @@ def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
 
 def is_shard(name: str) -> bool:
     """Whether a file of this name holds weights."""
-    return name.lower().endswith(SHARD_SUFFIXES)
+    return name.lower().endswith(WEIGHT_SUFFIXES)
 
 
 def is_config(name: str) -> bool:
-    """Whether whoever reads this file is about to load the model beside it."""
+    """Whether a program that reads a file of this name is about to load the model beside it."""
     return name == MODEL_CONFIG or name.endswith("/" + MODEL_CONFIG)
+
+
+def folder_of(version: ObjectVersion) -> str:
+    """The folder of an object, the same for two objects only if they have one origin."""
+    return f"{version.origin}/{version.key.rpartition('/')[0]}"
 
 
 def shard_suffix(name: str) -> str:
     """The kind of shard a name belongs to, '' for none."""
-    return next((suffix for suffix in SHARD_SUFFIXES if name.lower().endswith(suffix)), "")
+    return next((suffix for suffix in WEIGHT_SUFFIXES if name.lower().endswith(suffix)), "")
 
 
 def find_index(name: str, siblings: Sequence[str]) -> str | None:
@@ -84,12 +85,12 @@ def shard_group(name: str) -> str:
 
 def shards_of_model(name: str, siblings: Sequence[str]) -> list[str]:
     """The shards that make up one model with this one, sorted; after its index or config: those that an engine will
-    take, the first kind of SHARD_SUFFIXES that is there."""
+    take, the first kind of WEIGHT_SUFFIXES that is there."""
     shards = [other for other in siblings if is_shard(other)]
     if is_shard(name):
         group = shard_group(name)
         return sorted(other for other in shards if shard_group(other) == group)
-    for suffix in SHARD_SUFFIXES:
+    for suffix in WEIGHT_SUFFIXES:
         named = f"{suffix}{INDEX_SUFFIX}"
         found = [other for other in shards if shard_suffix(other) == suffix]
         if found and (is_config(name) or name.endswith(named)):
@@ -129,7 +130,7 @@ def _preferred_suffix(siblings: Sequence[str]) -> str:
 def _shards_by_usual_names(siblings: Sequence[str], *suffixes: str) -> list[str]:
     """The shards of a folder's model by their usual names: files of other names may be another variant of it."""
     for suffix in suffixes or (".safetensors", ".bin"):
-        numbered = [name for name in siblings if name.endswith(suffix) and _NUMBERED.search(name)]
+        numbered = [name for name in siblings if name.endswith(suffix) and _COUNTED_SHARD.search(name)]
         whole = [name for name in (f"model{suffix}", f"pytorch_model{suffix}") if name in siblings]
         if numbered or whole:
             return whole or sorted(numbered, key=natural_key)

@@ -64,7 +64,7 @@ class AccessProfile:
         return list(dict.fromkeys(run.file for run in self.runs))
 
     def ranges_of_file(self, file: int) -> list[range]:
-        """What was read of one file, in order."""
+        """The blocks of one file that were read, in order."""
         return [range(run.start, run.stop) for run in self.runs if run.file == file]
 
     def matches_model(self, model_id: str, block_size: int, block_counts: Sequence[int]) -> bool:

@@ -1,10 +1,10 @@
-"""Recordings of the order in which models are read, in the cache directory: small, few, and not subject to eviction.
+"""Access profiles of models in the cache directory: small, few, and not subject to eviction.
 
     <cache>/orders/<model id>.order
 
-What is in a file is the loader's business (loader/recording.py). Files are replaced whole; the ones that were not used
-for the longest time go when there are too many. A directory that can't be read or written is done without: nobody
-needs a recording.
+A file holds a packed profile (access_profile.py), which is only bytes here. Files are replaced whole; the ones that
+were not used for the longest time are removed when there are too many. A directory that can't be read or written is
+done without: no read depends on a profile.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ _NAME = re.compile(r"[0-9a-f]{32}")
 
 
 class ProfileStore:
-    """See loader.Shelf. Thread-safe; several processes may share the directory. Blocking: for worker threads."""
+    """Keeps profiles by the ids of models. Thread-safe; several processes may share the directory. All methods block on
+    the disk, and raise nothing."""
 
     def __init__(self, cache_dir: Path) -> None:
         self._directory = cache_dir / "orders"
         self._has_warned = False
 
     def load_profile(self, name: str) -> bytes | None:
-        """What was saved under this name; None: nothing."""
+        """The bytes that were saved under this name; None: none were, or they can't be read."""
         path = self._path(name)
         if path is None:
             return None
@@ -48,7 +49,7 @@ class ProfileStore:
         return data if len(data) <= MAX_BYTES else None
 
     def save_profile(self, name: str, data: bytes) -> None:
-        """Keep it, instead of what was there."""
+        """Keep these bytes under this name, instead of those that were there; too many bytes are not kept."""
         path = self._path(name)
         if path is None or len(data) > MAX_BYTES:
             return
@@ -61,7 +62,7 @@ class ProfileStore:
             self._warn_once(error)
 
     def profile_count(self) -> int:
-        """How many there are."""
+        """How many profiles there are."""
         try:
             return sum(_NAME.fullmatch(Path(name).stem) is not None for name in os.listdir(self._directory))
         except OSError:
@@ -84,4 +85,4 @@ class ProfileStore:
     def _warn_once(self, error: OSError) -> None:
         if not self._has_warned:
             self._has_warned = True
-            _log.warning("recordings are not kept in %s: %s", self._directory, error.strerror or error)
+            _log.warning("access profiles are not kept in %s: %s", self._directory, error.strerror or error)

@@ -32,6 +32,11 @@ _MAX_GROWING_RUNS = 4
 """Readers of one file at the same time, as far as they are told apart."""
 
 
+def readahead_slack(readahead_bytes: int, block_size: int) -> int:
+    """Blocks by which the kernel, which reads so many bytes ahead, may ask for more than a reader is after."""
+    return -(-2 * readahead_bytes // block_size) + 1
+
+
 class _RecordedFile:
     """What was asked for of one file. `run` is, per block, the number of its run, 0: none."""
 
@@ -64,7 +69,7 @@ class ProfileRecorder:
         self._model_id = model_id
         self._block_size = block_size
         self._block_counts = tuple(block_counts)
-        self._readahead_slack = -(-2 * readahead_bytes // block_size) + 1
+        self._readahead_slack = readahead_slack(readahead_bytes, block_size)
         self._files: dict[int, _RecordedFile] = {}
         self._runs: list[tuple[int, int]] = []
         """(file, rank) of each run, in order."""

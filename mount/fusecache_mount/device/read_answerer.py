@@ -71,8 +71,9 @@ class ReadAnswerer:
         """Answer a READ now, or have it answered later. Does not block on fetches; may on the disk."""
         try:
             object_fetch = self._open_files.get_object_fetch(nodeid)
-            if object_fetch.model is not None:
-                object_fetch.record_read(offset, size, self._process_lookup.process_id_of(tid))
+            observers = self._fetch_service.observers
+            if observers.observes_reads(object_fetch):
+                observers.read(object_fetch, offset, size, self._process_lookup.process_id_of(tid))
             length = min(size, object_fetch.version.size - offset)
             if length <= 0:
                 self._writer.answer_done(descriptor, unique)
@@ -146,7 +147,7 @@ class ReadAnswerer:
         elif unique in self._waiting_reads:
             # answer_settled may have run in between, and then this entry would stay: only replace the placeholder
             self._waiting_reads[unique] = (descriptor, waiter)
-            if not self._fetch_service.is_waiting(waiter):
+            if not self._fetch_service.waiters.is_waiting(waiter):
                 self._waiting_reads.pop(unique, None)
 
     def _answer_from_store(

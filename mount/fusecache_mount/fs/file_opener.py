@@ -127,7 +127,7 @@ class FileOpener:
             if is_new:
                 self._fetch_service.release_fetch(object_fetch)
             raise
-        self._set_read_ahead_limited(object_fetch.needs_exact_reads())
+        self._set_read_ahead_limited(self._fetch_service.observers.needs_exact_reads(object_fetch))
         if self._table.count_daemon_open(file):
             self._reporter.report_daemon_open(file)
         self._table.record_open(file)

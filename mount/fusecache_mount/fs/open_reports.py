@@ -25,19 +25,15 @@ class OpenReporter:
 
     def report_daemon_open(self, file: OpenFile) -> None:
         """A base was opened for the first time: the daemon sees its reads."""
-        file.is_open_reported = self._fetch_service.session_tracker.file_opened(
-            file.version, is_passthrough=False
-        )
+        file.is_open_reported = self._fetch_service.observers.file_opened(file.version, is_passthrough=False)
 
     def report_passthrough_open(self, file: OpenFile) -> None:
         """The kernel reads this file now. A second call, and one after the last close, do nothing."""
         if file.is_follow_up_done:
             return
         file.is_follow_up_done = True
-        file.is_open_reported = self._fetch_service.session_tracker.file_opened(
-            file.version, is_passthrough=True
-        )
-        self._fetch_service.file_read(file.version, file.source)
+        file.is_open_reported = self._fetch_service.observers.file_opened(file.version, is_passthrough=True)
+        self._fetch_service.observers.whole_file_wanted(file.version, file.source)
 
     def report_last_close(self, last: LastRelease) -> None:
         """Nobody has this file open any more."""
@@ -48,7 +44,7 @@ class OpenReporter:
             return
         file.is_follow_up_done = True
         if file.is_open_reported:
-            self._fetch_service.session_tracker.file_closed(file.version)
+            self._fetch_service.observers.file_closed(file.version)
         self.release_resources(file)
 
     def release_fetch(self, object_fetch: ObjectFetch) -> None:

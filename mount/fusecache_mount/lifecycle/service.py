@@ -119,7 +119,7 @@ class FetchOperations:
         missing = [
             (version, source) for version, source in files if present.get(version.id, 0) < version.size
         ]
-        self._fetch_service.prefetch_files(file for file in missing if file[0].id not in quarantined)
+        self._fetch_service.dispatcher.plan_files(file for file in missing if file[0].id not in quarantined)
         if missing and all(version.id in quarantined for version, _ in missing):
             raise AttestationError(
                 f"{missing[0][0].key} is in quarantine: it is not what its manifest says, see the log"
@@ -135,7 +135,7 @@ class FetchOperations:
 
     async def _answer_drain(self, request: dict[str, Any]) -> object:
         """Stop fetching ahead, and wait for the reads under way."""
-        self._fetch_service.pause_prefetch()
+        self._fetch_service.dispatcher.pause_prefetch()
         with trio.move_on_after(_DRAIN_TIMEOUT):
             while self._count_waiting_reads():  # noqa: ASYNC110  the readers are answered by threads
                 await trio.sleep(0.02)

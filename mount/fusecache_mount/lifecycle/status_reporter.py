@@ -77,7 +77,7 @@ class StatusReporter:
             "orders": {
                 "stored": node.profile_store.profile_count(),
                 "replaying": progress["replaying"],
-                **vars(node.fetch_service.session_tracker.stats),
+                **vars(node.profile_stats),
             },
             **({"manifest": vars(node.inspector.stats)} if node.inspector is not None else {}),
             **({"peers": node.peer_node.counters()} if node.peer_node is not None else {}),

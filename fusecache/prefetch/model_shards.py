@@ -1,11 +1,12 @@
-"""What the loader knows of a model: its files, where their tensors lie, in which order they were read. Plain data.
+"""A model as far as it is known: its files, where their tensors lie, in which order they were read. Plain data.
 
-All of it is guarded by the loader's lock, but for the recorder, which guards itself.
+The scheduling lock guards all of it, but for the recorder, which guards itself.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from fusecache.blocks import block_count
 from fusecache.fetch.ordered_runs import OrderedRuns
 from fusecache.prefetch.models.tensor_formats import TensorLayout
 from fusecache.prefetch.profiles.access_profile import MAX_FILES, AccessProfile, id_of_model
-from fusecache.prefetch.profiles.recorder import ProfileRecorder
+from fusecache.prefetch.profiles.recorder import ProfileRecorder, readahead_slack
 from fusecache.types import ObjectId, ObjectVersion
 
 MIN_MODEL_BLOCKS = 64
@@ -26,7 +27,7 @@ SILENT_SECONDS = 60.0
 
 @dataclass
 class LoadSession:
-    """One load of a model, from the first open of a file to when nobody reads any more."""
+    """One load of a model, from the first open of a file until no program reads any more."""
 
     recorder: ProfileRecorder | None
     last_activity_at: float
@@ -38,17 +39,18 @@ class LoadSession:
     is_cold: bool = False
     """A file was opened that was not whole."""
     is_planned: bool = False
-    """Its task is under way; `studied`: and told what it found out."""
+    """The task that studies it is queued, or was."""
     is_studied: bool = False
+    """It is known what the profile says, or that there is none."""
     has_asked_peers: bool = False
     plan_after: tuple[ObjectVersion, str] | None = None
-    """The file, and its source, behind which the others are fetched if there is no recording."""
+    """The file, and its source, behind which the others are fetched if there is no profile."""
     is_profile_wrong: bool = False
-    """The recording that was followed does not fit this load."""
+    """The profile that was followed does not fit this load."""
     ordered_runs: OrderedRuns | None = None
 
     def is_over(self, now: float) -> bool:
-        """Whether it ended, if nobody waits for a block."""
+        """Whether it ended, if no reader waits for a block."""
         return now - self.last_activity_at > (
             SILENT_SECONDS if self.open_files or not self.has_opened_file else CLOSED_SECONDS
         )
@@ -56,8 +58,8 @@ class LoadSession:
 
 @dataclass
 class ModelShards:
-    """The shards of one model in one folder; `versions` are in the order of their keys. `ahead` is how far the kernel
-    reads ahead of who reads them, in bytes."""
+    """The shards of one model in one folder; `versions` are in the order of their keys. The kernel reads
+    `readahead_bytes` ahead of their readers."""
 
     source: str
     versions: tuple[ObjectVersion, ...]
@@ -67,15 +69,20 @@ class ModelShards:
     id: str = ""
     block_counts: tuple[int, ...] = ()
     profile: AccessProfile | None = None
-    """What an earlier load did; `marks` are the blocks of each file that it names, if it leaves out any."""
+    """The reads of an earlier load."""
     needed_blocks: tuple[bytearray, ...] | None = None
+    """Per file a 1 for each block that the profile names; None: it leaves out none."""
+    stray_counts: Counter[int] = field(default_factory=Counter)
+    """Per file, the blocks that were read in this session though they are far from all that the profile names."""
     headers_fetched_at: float = -math.inf
-    """When the headers were last asked for; `here_at`: when all files were last found whole in the store."""
+    """When the headers were last asked for."""
     found_whole_at: float = -math.inf
+    """When all files were last found complete in the store."""
     session: LoadSession | None = None
     recorder: ProfileRecorder | None = None
-    """That of the session, for who has no lock; so is `heard`: when a reader asked for something."""
+    """That of the session, for readers, which take no lock."""
     last_read_at: float = 0.0
+    """When a reader asked for something; written without the lock."""
     layouts: dict[int, TensorLayout] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,33 +93,33 @@ class ModelShards:
     @property
     def readahead_slack(self) -> int:
         """Blocks by which the kernel may ask for more than a reader is after."""
-        return -(-2 * self.readahead_bytes // self.block_size) + 1
+        return readahead_slack(self.readahead_bytes, self.block_size)
 
     @property
     def is_learning(self) -> bool:
-        """Whether there is nothing to follow yet, and readers are listened to."""
+        """Whether there is no profile yet, and reads are recorded to make one."""
         return self.learns_order and self.profile is None
 
     def number_of(self, object_id: ObjectId) -> int:
-        """Of this file in a recording. Raises KeyError."""
+        """The number of this file in a profile. Raises KeyError."""
         return self._numbers[object_id]
 
     def prefetch_mask_of(self, file: int) -> bytearray | None:
-        """The blocks of a file that the recording names; None: all of it, or it is not followed."""
+        """The blocks of a file that the profile names; None: it names all, or is not followed in this session."""
         if self.needed_blocks is None or (self.session is not None and self.session.is_profile_wrong):
             return None
         found = self.needed_blocks[file]
         return None if 0 not in found else bytearray(found)
 
     def adopt_profile(self, profile: AccessProfile) -> bool:
-        """Follow this one from now on, if it is one of this model."""
+        """Follow this profile from now on; returns False, and does nothing, if it is not one of this model."""
         if not profile.matches_model(self.id, self.block_size, self.block_counts):
             return False
         marks = tuple(bytearray(count) for count in self.block_counts)
         for run in profile.runs:
             marks[run.file][run.start : run.stop] = b"\1" * (run.stop - run.start)
         # a file that is not in it at all was not opened, which says nothing of the next load, unless in those that
-        # were blocks were left out: then all were opened (see RecordingCatalog.make_profile)
+        # were blocks were left out: then all were opened (ProfileRecorder.make_profile sees to that)
         self.profile = profile
         self.needed_blocks = marks if any(0 in mark and 1 in mark for mark in marks) else None
         return True
