@@ -37,7 +37,7 @@ class FilesHolder:
     """
 
     def __init__(
-        self, version: ObjectVersion, context: StoreContext, blocks: BlockMap, lock: OwnedLock
+        self, version: ObjectVersion, context: StoreContext, *, blocks: BlockMap, lock: OwnedLock
     ) -> None:
         self.lock = lock
         self.files: ObjectFiles | None = None
@@ -72,6 +72,7 @@ class FilesHolder:
         return self.files is not None
 
     def _adopt_locked(self, files: ObjectFiles) -> None:
+        self.lock.assert_held()
         context, state = self._context, files.state
         known = context.verified_blocks.entries.pop(self._version.id, None)
         marked = bytes(map(bool, files.checksums))
@@ -85,6 +86,7 @@ class FilesHolder:
 
     def open_or_create_locked(self) -> bool:
         """Open the files, or make them, for which room is made; False: the disk does not take them."""
+        self.lock.assert_held()
         if self.open_locked():
             return True
         context = self._context
@@ -211,6 +213,7 @@ class FilesHolder:
             files.close()
 
     def _mark_clean_locked(self, files: ObjectFiles) -> None:
+        self.lock.assert_held()
         boot_id, state = self._context.boot_id, files.state
         if self._is_unclean:
             self._context.ledger.flush_slot()

@@ -47,6 +47,7 @@ class FolderScan:
 
     def __init__(
         self,
+        *,
         cache_directory: CacheDirectory,
         health: DiskHealth,
         object_table: ObjectTable,

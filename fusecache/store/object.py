@@ -47,8 +47,8 @@ class StoredObject:
         lock = OwnedLock()
         self.blocks = BlockMap(version.size, context.block_size, lock)
         self.block_count = self.blocks.block_count
-        self.files = FilesHolder(version, context, self.blocks, lock)
-        self.attestation = ObjectAttestation(version, context, self.blocks, self.files)
+        self.files = FilesHolder(version, context, blocks=self.blocks, lock=lock)
+        self.attestation = ObjectAttestation(version, context, blocks=self.blocks, holder=self.files)
         self.writer = ObjectWriter(
             version, context, blocks=self.blocks, holder=self.files, attestation=self.attestation
         )

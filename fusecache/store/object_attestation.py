@@ -25,7 +25,7 @@ class ObjectAttestation:
     """
 
     def __init__(
-        self, version: ObjectVersion, context: StoreContext, blocks: BlockMap, holder: FilesHolder
+        self, version: ObjectVersion, context: StoreContext, *, blocks: BlockMap, holder: FilesHolder
     ) -> None:
         self._version = version
         self._context = context

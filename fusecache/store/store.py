@@ -78,7 +78,11 @@ class Store:
         self._open_objects = OpenObjects(self.directory)
         self._progress = ScanProgress()
         self._folder_scan = FolderScan(
-            self._cache_directory, self._health, self._object_table, self._open_objects, self._progress
+            cache_directory=self._cache_directory,
+            health=self._health,
+            object_table=self._object_table,
+            open_objects=self._open_objects,
+            progress=self._progress,
         )
         self._evictor = Evictor(
             cache_directory=self._cache_directory,

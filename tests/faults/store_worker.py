@@ -49,7 +49,7 @@ def content(v: ObjectVersion, block: int, block_size: int = BLOCK) -> bytes:
 
 
 def fetch(stored: StoredObject, blocks: range) -> bool:
-    """Fill what is missing of `blocks` as the loader does; False: no room."""
+    """Fill what is missing of `blocks` as a flight does; False: no room."""
     size = stored.block_size
     with stored.claim_blocks(blocks) as mine:
         for block in mine:

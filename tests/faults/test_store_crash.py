@@ -122,12 +122,12 @@ def test_after_a_reboot_that_lost_data_nothing_wrong_is_served(
         stored = store.open(version("a", 9))
         assert fetch(stored, range(9))
         stored.close()
-    layout = CacheDirectory(tmp_path)
-    with layout.data_path(stored.version.id).open("r+b") as file:
+    cache_directory = CacheDirectory(tmp_path)
+    with cache_directory.data_path(stored.version.id).open("r+b") as file:
         for block in (0, 4, 8):
             file.seek(block * BLOCK)
             file.write(bytes(BLOCK // 2))
-    layout.close()
+    cache_directory.close()
     monkeypatch.setattr("fusecache.store.store.read_boot_id", lambda: b"another boot id!")
     with Store(tmp_path, limit=100 * BLOCK, free_floor=0, block_size=BLOCK, verify=verify) as store:  # type: ignore[arg-type]
         again = store.open(version("a", 9))

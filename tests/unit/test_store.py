@@ -1,4 +1,4 @@
-"""The store as the loader uses it: one process, a healthy disk."""
+"""The store as the fetch service uses it: one process, a healthy disk."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_what_is_whole_is_known_without_opening_it(make: Any) -> None:
     assert not store.has_whole(whole)
 
 
-def test_of_a_sealed_object_that_is_closed_nothing_is_known(make: Any) -> None:
+def test_of_an_unattested_object_that_is_closed_nothing_is_known(make: Any) -> None:
     store = make(attestation_policy=AttestationPolicy(bytes(16), lambda _version: False))
     stored = store.open(version())
     fill(stored)
@@ -526,18 +526,18 @@ def test_start_opens_no_object_and_waits_for_nothing(make: Any, monkeypatch: pyt
     first = make(limit=1 << 50)
     first.close()
     versions = [version(f"shard{i}", blocks=1000) for i in range(1000)]
-    layout = CacheDirectory(first.directory)
+    cache_directory = CacheDirectory(first.directory)
     boot = bytes(16)
     for v in versions:
-        path = layout.data_path(v.id)
+        path = cache_directory.data_path(v.id)
         path.parent.mkdir(exist_ok=True)
         with path.open("wb") as file:
             file.truncate(v.size)
         header = format.BlocksFileHeader(BLOCK, v.size, 1, format.pack_identity(v))
         packed = bytearray(format.pack_blocks_file(header, format.BlocksFileState(boot)))
         packed[format.HEADER_SIZE : format.checksum_offset(1000)] = format.pack_checksum(7) * 1000
-        layout.blocks_path(v.id).write_bytes(packed)
-    layout.close()
+        cache_directory.blocks_path(v.id).write_bytes(packed)
+    cache_directory.close()
 
     opened: list[tuple[str, bool]] = []
     real_open, gate, main = os.open, threading.Event(), threading.current_thread()
@@ -573,21 +573,21 @@ def test_the_scan_drops_what_has_no_file_and_removes_what_is_half(make: Any) -> 
         fill(stored)
         stored.close()
     first.close()
-    layout = CacheDirectory(first.directory)
-    for path in (layout.data_path, layout.blocks_path):
+    cache_directory = CacheDirectory(first.directory)
+    for path in (cache_directory.data_path, cache_directory.blocks_path):
         path(version("gone").id).unlink()
-    layout.blocks_path(version("half").id).unlink()
-    os.truncate(layout.blocks_path(version("torn").id), 50)
-    layout.blocks_path(version("kept").id).with_suffix(".new").write_bytes(b"x")
+    cache_directory.blocks_path(version("half").id).unlink()
+    os.truncate(cache_directory.blocks_path(version("torn").id), 50)
+    cache_directory.blocks_path(version("kept").id).with_suffix(".new").write_bytes(b"x")
     second = make()
     assert second.wait_for_scan(30)
     assert [i.version.key for i in second.objects()] == ["kept"]
-    assert {path.name for path in layout.data_root.rglob("*") if path.is_file()} == {
+    assert {path.name for path in cache_directory.data_root.rglob("*") if path.is_file()} == {
         f"{version('kept').id}.data",
         f"{version('kept').id}.blocks",
     }
     assert second.usage().used == 4 * BLOCK + OVERHEAD
-    layout.close()
+    cache_directory.close()
 
 
 def test_a_lost_ledger_is_recounted_before_anything_is_stored(make: Any) -> None:
@@ -611,9 +611,9 @@ def test_a_data_file_of_a_wrong_size_is_replaced(make: Any) -> None:
     fill(stored)
     stored.close()
     first.close()
-    layout = CacheDirectory(first.directory)
-    os.truncate(layout.data_path(stored.version.id), 5)
-    layout.close()
+    cache_directory = CacheDirectory(first.directory)
+    os.truncate(cache_directory.data_path(stored.version.id), 5)
+    cache_directory.close()
     again = make().open(version())
     assert not again.is_unverified(0)
     fill(again)
@@ -641,13 +641,13 @@ def test_an_object_that_was_unlinked_between_open_and_lock_is_not_attached_to(
     stored = store.open(version())
     fill(stored)
     stored.close()
-    layout = CacheDirectory(store.directory)
+    cache_directory = CacheDirectory(store.directory)
     real = fs.locks.try_flock
 
     def evicted_first(fd: int, *, exclusive: bool) -> bool:
         monkeypatch.setattr(fs.locks, "try_flock", real)
-        with layout.exclusive_lock():
-            fs.unlink_object(layout, stored.version.id)
+        with cache_directory.exclusive_lock():
+            fs.unlink_object(cache_directory, stored.version.id)
         return real(fd, exclusive=exclusive)
 
     monkeypatch.setattr(fs.locks, "try_flock", evicted_first)
@@ -657,7 +657,7 @@ def test_an_object_that_was_unlinked_between_open_and_lock_is_not_attached_to(
     assert CacheDirectory(store.directory).data_path(stored.version.id).exists()
     assert os.fstat(again.fileno()).st_nlink == 1
     again.close()
-    layout.close()
+    cache_directory.close()
 
 
 def test_misuse_is_told_in_one_line(make: Any, tmp_path: Path) -> None:
@@ -738,7 +738,9 @@ def test_a_look_at_a_changed_directory_reads_only_what_is_not_known_to_be_comple
     assert store.wait_for_scan(30)
     read: list[str] = []
     real = fs.read_summary
-    monkeypatch.setattr(fs, "read_summary", lambda layout, name: (read.append(name), real(layout, name))[1])
+    monkeypatch.setattr(
+        fs, "read_summary", lambda cache_directory, name: (read.append(name), real(cache_directory, name))[1]
+    )
     store._folder_scan._folder_mtimes.clear()
     store._folder_scan.scan_folders()
     assert half.id in read

@@ -1,4 +1,4 @@
-"""Sealed objects: filled and verified like any other, given to nobody before somebody vouches for the whole."""
+"""Unattested objects: filled and verified like any other, given to nobody before they are attested."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from fusecache.store.object import StoredObject
 from fusecache.store.store import Store
 from tests.unit.test_store import BLOCK, LIMIT, OVERHEAD, content, data_of, fill, flip, version
 
-SEALS = AttestationPolicy(b"unsigned", lambda found: found.key == "exempt")
+POLICY = AttestationPolicy(b"unsigned", lambda found: found.key == "exempt")
 
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Any]:
     stores: list[Store] = []
 
-    def build(seals: AttestationPolicy | None = SEALS) -> Store:
+    def build(policy: AttestationPolicy | None = POLICY) -> Store:
         store = Store(
-            tmp_path / "cache", limit=LIMIT, free_floor=0, block_size=BLOCK, attestation_policy=seals
+            tmp_path / "cache", limit=LIMIT, free_floor=0, block_size=BLOCK, attestation_policy=policy
         )
         stores.append(store)
         return store
@@ -47,11 +47,11 @@ def attested(store: Store) -> StoredObject:
     return stored
 
 
-def marks(store: Store) -> dict[str, AttestationState]:
+def states(store: Store) -> dict[str, AttestationState]:
     return {info.version.key: info.attestation_state for info in store.objects()}
 
 
-def test_a_sealed_object_covers_nothing_until_it_is_attested(make: Any) -> None:
+def test_nothing_of_an_unattested_object_is_servable(make: Any) -> None:
     store = make()
     stored = store.open(version())
     fill(stored, range(3))
@@ -64,11 +64,11 @@ def test_a_sealed_object_covers_nothing_until_it_is_attested(make: Any) -> None:
     stored.attestation.mark_attested(sha256(stored))
     assert stored.is_servable
     assert stored.is_range_servable(0, stored.version.size)
-    assert marks(store) == {"k": AttestationState.ATTESTED}
+    assert states(store) == {"k": AttestationState.ATTESTED}
     stored.close()
 
 
-def test_without_seals_and_for_what_is_exempt_nothing_is_sealed(make: Any) -> None:
+def test_without_a_policy_and_for_exempt_versions_nothing_is_unattested(make: Any) -> None:
     exempt = make().open(version("exempt"))
     plain = make(None).open(version())
     for stored in (exempt, plain):
@@ -77,7 +77,7 @@ def test_without_seals_and_for_what_is_exempt_nothing_is_sealed(make: Any) -> No
         stored.close()
 
 
-def test_the_mark_outlives_a_restart_and_holds_for_its_anchor_only(make: Any) -> None:
+def test_an_attestation_outlives_a_restart_and_holds_for_its_anchor_only(make: Any) -> None:
     store = make()
     attested(store).close()
     store.close()
@@ -88,15 +88,15 @@ def test_the_mark_outlives_a_restart_and_holds_for_its_anchor_only(make: Any) ->
     for block in range(4):
         assert stored.verify_block(block)
     assert stored.is_servable
-    assert marks(again) == {"k": AttestationState.ATTESTED}
+    assert states(again) == {"k": AttestationState.ATTESTED}
     stored.close()
     again.close()
-    other = make(AttestationPolicy(b"somekey.", SEALS.is_exempt)).open(version())
+    other = make(AttestationPolicy(b"somekey.", POLICY.is_exempt)).open(version())
     assert other.is_unattested
     other.close()
 
 
-def test_a_bad_block_voids_the_mark(make: Any, tmp_path: Path) -> None:
+def test_a_bad_block_voids_the_attestation(make: Any, tmp_path: Path) -> None:
     store = make()
     attested(store).close()
     store.close()
@@ -115,7 +115,7 @@ def test_a_bad_block_voids_the_mark(make: Any, tmp_path: Path) -> None:
     last.close()
 
 
-def test_quarantine_drops_the_bytes_and_keeps_the_mark(make: Any) -> None:
+def test_quarantine_drops_the_bytes_and_keeps_the_record(make: Any) -> None:
     store = make()
     stored = store.open(version())
     fill(stored)
@@ -127,14 +127,14 @@ def test_quarantine_drops_the_bytes_and_keeps_the_mark(make: Any) -> None:
     assert store.usage().used == used - 4 * BLOCK
     assert (store.usage().objects_quarantined, store.usage().objects_partial) == (1, 0)
     stored.close()
-    assert marks(store) == {"k": AttestationState.QUARANTINED}
+    assert states(store) == {"k": AttestationState.QUARANTINED}
     again = store.open(version())
     assert again.attestation.quarantine_sha256 == b"q" * 32
     assert again.cached_bytes() == 0
     again.close()
     store.close()
     restarted = make()
-    assert marks(restarted) == {"k": AttestationState.QUARANTINED}
+    assert states(restarted) == {"k": AttestationState.QUARANTINED}
     found = restarted.open(version())
     assert found.attestation.quarantine_sha256 == b"q" * 32
     assert restarted.open(version(etag="new")).attestation.quarantine_sha256 is None
@@ -157,7 +157,7 @@ def test_a_lifted_quarantine_is_an_object_like_any_other(make: Any) -> None:
     again.attestation.mark_attested(sha256(again))
     assert again.is_servable
     again.close()
-    assert marks(store) == {"k": AttestationState.ATTESTED}
+    assert states(store) == {"k": AttestationState.ATTESTED}
 
 
 def test_a_quarantine_leaves_the_file_of_who_still_serves_it_alone(make: Any) -> None:
@@ -178,16 +178,16 @@ def test_a_quarantine_does_not_replace_what_another_process_made_since(make: Any
     store = make()
     stored = store.open(version())
     fill(stored)
-    layout = CacheDirectory(tmp_path / "cache")
-    with layout.exclusive_lock():
-        fs.unlink_object(layout, version().id)
+    cache_directory = CacheDirectory(tmp_path / "cache")
+    with cache_directory.exclusive_lock():
+        fs.unlink_object(cache_directory, version().id)
     fresh = make().open(version())
     fill(fresh, range(1))
     stored.attestation.enter_quarantine(b"q" * 32)
-    summary = fs.read_summary(layout, version().id)
+    summary = fs.read_summary(cache_directory, version().id)
     assert summary is not None
     assert summary.state.attestation.state is AttestationState.NONE
     assert summary.present_bytes == BLOCK
-    layout.close()
+    cache_directory.close()
     stored.close()
     fresh.close()

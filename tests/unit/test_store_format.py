@@ -13,12 +13,14 @@ from fusecache.types import ObjectVersion
 VERSION = ObjectVersion("s3://b/p", "a/ü.bin", '"e"', 10_000, 5)
 IDENTITY = b'["s3://b/p","a/\\u00fc.bin","\\"e\\"",10000,5]'
 BOOT = bytes(range(16))
-SEAL = format.AttestationRecord(format.AttestationState.QUARANTINED, bytes(range(100, 132)), b"unsigned")
+QUARANTINED = format.AttestationRecord(
+    format.AttestationState.QUARANTINED, bytes(range(100, 132)), b"unsigned"
+)
 
 
 def blocks_file() -> bytes:
     header = format.BlocksFileHeader(4096, 10_000, 0x1122334455667788, format.pack_identity(VERSION))
-    return format.pack_blocks_file(header, format.BlocksFileState(BOOT, 9, 2, True, True, 3, SEAL))
+    return format.pack_blocks_file(header, format.BlocksFileState(BOOT, 9, 2, True, True, 3, QUARANTINED))
 
 
 def test_blocks_file_bytes_are_pinned() -> None:
@@ -44,7 +46,7 @@ def test_blocks_file_is_read_back() -> None:
     assert header is not None
     assert (header.block_size, header.object_size, header.block_count) == (4096, 10_000, 3)
     assert format.parse_identity(header.identity) == VERSION
-    assert format.parse_state(blocks_file()) == format.BlocksFileState(BOOT, 9, 2, True, True, 3, SEAL)
+    assert format.parse_state(blocks_file()) == format.BlocksFileState(BOOT, 9, 2, True, True, 3, QUARANTINED)
     assert format.file_overhead(header) == 4096 + (12_288 - 10_000)
 
 

@@ -61,7 +61,7 @@ class CacheDirectory:
         finally:
             self._mutex.release()
 
-    def assert_locked(self) -> None:
+    def assert_lock_held(self) -> None:
         """With checks (FUSECACHE_DEBUG_LOCKS): AssertionError unless this thread is inside `exclusive_lock`."""
         self._mutex.assert_held()
 
@@ -109,7 +109,7 @@ def prepare_directory(directory: Path, block_size: int) -> CacheDirectory:
 
 
 def _check_format(cache_directory: CacheDirectory, block_size: int) -> None:
-    cache_directory.assert_locked()
+    cache_directory.assert_lock_held()
     directory = cache_directory.path
     try:
         found = format.parse_format(cache_directory.format_path.read_bytes())

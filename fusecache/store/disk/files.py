@@ -212,7 +212,7 @@ def create_object_files(
 ) -> ObjectFiles:
     """Make an object's files, replacing broken ones. The caller holds the directory's lock, and has found under it that
     there are none to open. Raises OSError, and leaves no file behind then."""
-    cache_directory.assert_locked()
+    cache_directory.assert_lock_held()
     path, blocks_path = cache_directory.data_path(version.id), cache_directory.blocks_path(version.id)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     for leftover in (blocks_path, path):
@@ -248,7 +248,7 @@ def unlink_object_if_unused(cache_directory: CacheDirectory, object_id: str) -> 
 
     The caller holds the directory's lock. False: in use. Raises OSError.
     """
-    cache_directory.assert_locked()
+    cache_directory.assert_lock_held()
     try:
         fd = os.open(cache_directory.data_path(object_id), os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -265,7 +265,7 @@ def unlink_object_if_unused(cache_directory: CacheDirectory, object_id: str) -> 
 
 def unlink_object(cache_directory: CacheDirectory, object_id: str) -> None:
     """Unlink an object's files, open or not. The caller holds the directory's lock. Raises OSError."""
-    cache_directory.assert_locked()
+    cache_directory.assert_lock_held()
     cache_directory.blocks_path(object_id).unlink(missing_ok=True)
     cache_directory.data_path(object_id).unlink(missing_ok=True)
 
