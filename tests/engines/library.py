@@ -41,7 +41,7 @@ class Library:
         return self.shown(name)
 
     def shown(self, name: str) -> Path:
-        """What was uploaded, on the mount."""
+        """The uploaded folder, on the mount."""
         asked(self.mount, "refresh")
         path = self.mount.path / name
         assert path.exists()
@@ -54,7 +54,7 @@ class Library:
         return Figures(found["bytes"]["origin"], opens["passthrough"], opens["daemon"])
 
     def cold_and_warm(self, folder: Path, load: Callable[[str], Any]) -> tuple[Any, Any]:
-        """What `load` returns the first time and the second time.
+        """The results of `load` the first time and the second time.
 
         The first time every byte that is wanted comes from the origin, once; the second time none does, and where
         the kernel can read files by itself, it reads all of them.

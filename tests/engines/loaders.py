@@ -101,7 +101,7 @@ def _opened(folder: str, **how: str) -> Iterator[tuple[str, np.ndarray]]:
 def sglang(
     folder: str, rank: int = 0, ranks: int = 1, stagger: int = 0, how: str = "mmap", drop: bool = False
 ) -> Digests:
-    """What SGLang's DefaultModelLoader does to the files; its wheels need CUDA, so this is a replay and not SGLang.
+    """The file accesses of SGLang's DefaultModelLoader; its wheels need CUDA, so this is a replay and not SGLang.
 
     After buffered_multi_thread_safetensors_weights_iterator (the default) of its model_loader/weight_utils.py:
     8 workers open shards, parse the header and make a tensor of each entry, for a window of 9 shards. With mmap, the

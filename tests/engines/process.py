@@ -40,7 +40,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 
 
 class EngineError(Exception):
-    """What a call raised: `kind` is the name of the exception's type, `text` its message."""
+    """The error that a call raised: `kind` is the name of the exception's type, `text` its message."""
 
     def __init__(self, kind: str, text: str, trace: str) -> None:
         super().__init__(f"{kind}: {text}\n{trace}")
@@ -77,7 +77,7 @@ class Engine:
         return answer["result"]
 
     def output(self) -> str:
-        """What the process wrote to stdout and stderr so far."""
+        """The text that the process wrote to stdout and stderr so far."""
         return self._log.read_text("utf-8", "replace") if self._log.exists() else ""
 
     def close(self) -> None:
@@ -123,7 +123,7 @@ def _line(pipe: IO[bytes], until: float) -> bytes | None:
 
 
 def answer(functions: Mapping[str, Callable[..., Any]]) -> None:
-    """The other end: calls what it is told, until its stdin ends. What libraries print goes to stderr."""
+    """The other end: calls what it is told, until its stdin ends. The output of libraries goes to stderr."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     for line in sys.stdin:

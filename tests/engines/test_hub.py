@@ -1,6 +1,6 @@
 """Cache folders of huggingface_hub in a bucket. An object store has no symbolic links, and they are made of them.
 
-In the cache each file of a snapshot is a link to a blob. What becomes of a link is the uploader's choice: most follow
+In the cache each file of a snapshot is a link to a blob. The fate of a link is the uploader's choice: most follow
 it and store a copy; some store a small object that holds the target; some leave it out. The mount shows what is
 there: copies work everywhere, the others are what they are, as on a local disk with the same files.
 """
@@ -31,7 +31,7 @@ _SNAPSHOT = f"models--acme--tiny/snapshots/{_REVISION}"
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a download of the repository leaves on a disk."""
+    """The folder that a download of the repository leaves on a disk."""
     root = tmp_path_factory.mktemp("hub")
     made = models.llama(root / "model", layers=1)
     repository = root / "cache" / "models--acme--tiny"
@@ -47,7 +47,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def found(loaders: Engine, cache: Path) -> dict[str, object]:
-    """What huggingface_hub finds in a cache, the path of the cache left out."""
+    """The repositories that huggingface_hub finds in a cache, the path of the cache left out."""
     result = loaders.call("hub", cache=str(cache), repository=_REPOSITORY)
     return result | {"folder": str(Path(result["folder"]).relative_to(cache))}
 

@@ -52,7 +52,7 @@ def vllm(home: Path) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def wanted(vllm: Engine, llama: Path) -> list[dict[str, Any]]:
-    """What it says with the local copy."""
+    """The text that vLLM generates from the local copy."""
     found = vllm.call("generate", folder=str(llama), deadline=_START)
     assert len({tuple(each["tokens"]) for each in found}) == len(models.PROMPTS)
     return found

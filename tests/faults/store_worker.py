@@ -1,4 +1,4 @@
-"""What the tests of the store run in other processes: a workload, killed at a chosen call or at any time.
+"""The programs that the tests of the store run in other processes: a workload, killed at a chosen call or at any time.
 
     python -m tests.faults.store_worker crash DIRECTORY VERIFY FIRST STEP LAST
     python -m tests.faults.store_worker churn DIRECTORY LIMIT FLOOR SEED ROUNDS
@@ -138,7 +138,7 @@ def in_child(action: Callable[[], None]) -> int:
 
 
 def check(directory: Path, verify: Any) -> None:
-    """What has to hold whatever happened: right bytes, exact accounting, and a store that goes on."""
+    """After any crash: right bytes, exact accounting, and a store that goes on."""
     damaged = Store(directory, limit=LIMIT, free_floor=0, block_size=BLOCK, verify=verify)
     with damaged as store:
         assert store.wait_for_scan(30)
@@ -223,7 +223,7 @@ def hold(directory: Path, key: str) -> None:
 
 
 def main(args: list[str]) -> None:
-    """See the module's docstring."""
+    """Run the mode that the arguments name; returns the exit status."""
     directory = Path(args[1])
     if args[0] == "crash":
         crash(directory, args[2], *map(int, args[3:6]))

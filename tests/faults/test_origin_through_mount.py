@@ -352,7 +352,7 @@ def test_an_outage_is_invisible_for_what_is_cached(
 
 
 def refused(source: str, work: Path, env: dict[str, str], *secrets: str) -> str:
-    """What `fusecache mount` says; nothing of it, nor of the log, is a traceback or a secret."""
+    """The message of `fusecache mount`; nothing of it, nor of the log, is a traceback or a secret."""
     (work / "mnt").mkdir()
     options = f"cache_dir={work}/cache,runtime_dir={work}/run,deadline=2,stall_timeout=1,connect_timeout=1"
     done = in_time(

@@ -81,7 +81,7 @@ def items(mount: RealMount) -> dict[str, dict[str, Any]]:
 
 
 def waiting_reads(mount: RealMount) -> int:
-    """Who waits for the loader; none while there is no daemon."""
+    """How many reads wait for blocks; none while there is no daemon."""
     try:
         return int(asked(mount, "status")["loader"]["waiting_reads"])
     except DaemonUnreachableError:

@@ -1,1 +1,1 @@
-"""What the tests share: real servers, made-up content, a server that misbehaves."""
+"""Tools that the tests share: real servers, made-up content, a server that misbehaves."""

@@ -50,7 +50,7 @@ class Request:
 
     @property
     def kind(self) -> str:
-        """What the counters count."""
+        """The name under which the counters count the request."""
         query = urllib.parse.parse_qs(self.query, keep_blank_values=True)
         if self.method != "GET":
             return self.method
@@ -81,7 +81,7 @@ def everything(request: Request) -> bool:
 
 @dataclass
 class Fault:
-    """What goes wrong, with the next `times` requests that `match`."""
+    """One kind of misbehaviour, for the next `times` requests that `match`."""
 
     kind: Kind
     times: float
@@ -109,7 +109,7 @@ class _Answer:
 
 
 class FaultyServer:
-    """See the module. `url` is where it listens; `seen` lists the requests so far; use it in a with block."""
+    """The server, to be used in a with block. `url` is where it listens; `seen` lists the requests so far."""
 
     def __init__(
         self,

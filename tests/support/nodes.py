@@ -98,6 +98,7 @@ class Nodes:
         argv = [sys.executable, "-m", "fusecache.cli.main", "serve", self.source]
         argv += ["-o", ",".join(f"{key}={value}" for key, value in given.items())]
         WATCH.watch(work, log.name)
+        WATCH.expect("^fusecache: serving as node ")
         process = self._stack.enter_context(running(argv, log, self.env))
 
         def serving() -> bool:

@@ -45,19 +45,19 @@ class ScriptedOrigin:
         self._lock = threading.Lock()
 
     def list_objects(self) -> Iterator[ObjectVersion]:
-        """See Origin."""
+        """The versions of the script."""
         self.stats.add(requests=1, lists=1)
         yield from list(self.versions.values())
 
     def stat_object(self, key: str) -> ObjectVersion:
-        """See Origin."""
+        """The version that stands in the script, or the error."""
         self.stats.add(requests=1)
         if key not in self.versions:
             raise NotFoundError(f"{key}: no such object")
         return self.versions[key]
 
     def read_metadata_sha256(self, version: ObjectVersion) -> bytes | None:
-        """See Origin."""
+        """As the script has it."""
         self.stats.add(requests=1)
         return self.digests.get(version.id)
 
@@ -70,7 +70,7 @@ class ScriptedOrigin:
         deadline: float | None = None,
         cancelled: Callable[[], bool] = never_cancelled,
     ) -> Iterator[Buffer]:
-        """See Origin."""
+        """As the script has it."""
         with self._lock:
             self.reads.append((version.key, offset, length))
             self.open_reads += 1
@@ -93,7 +93,7 @@ class ScriptedOrigin:
                 self.open_reads -= 1
 
     def close(self) -> None:
-        """See Origin."""
+        """Nothing to close."""
 
 
 class Step:

@@ -44,7 +44,7 @@ def key_pair() -> tuple[ec.EllipticCurvePrivateKey, bytes]:
 
 
 def statement(digests: Mapping[str, bytes]) -> dict[str, Any]:
-    """What model-signing says of files with these digests."""
+    """The statement of model-signing about files with these digests."""
     resources = [
         {"name": name, "algorithm": "sha256", "digest": digest.hex()} for name, digest in digests.items()
     ]

@@ -59,7 +59,7 @@ PURE = (
 """Modules, and packages with all that is in them, that neither they nor anything they import does I/O by a library:
 one can read and test them without an event loop, an object store or a kernel."""
 PURE_LIBRARIES = {"cryptography", "pydantic", "pydantic_core", "typing_extensions", "xxhash"}
-"""What pure modules import from other people: computations only."""
+"""Libraries that pure modules may import: they compute, and do no I/O."""
 IMPURE_STANDARD = {"asyncio", "http", "selectors", "socket", "socketserver", "ssl", "subprocess"}
 STORAGE_LIBRARIES = {"aiobotocore", "botocore", "fsspec", "gcsfs", "obstore", "s3fs"}
 

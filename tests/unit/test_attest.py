@@ -1,4 +1,4 @@
-"""What manifests say, and hostile ones don't get to say; whose word counts for a file."""
+"""The statements of manifests, and those that hostile ones don't get through; whose word counts for a file."""
 
 from __future__ import annotations
 

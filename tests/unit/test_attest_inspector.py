@@ -73,7 +73,7 @@ class Bench:
         return self.origin.read_metadata_sha256(found)
 
     def open(self, found: ObjectVersion = FILE) -> ObjectFetch:
-        """What opening a file through a mount does."""
+        """Open a file as a mount does."""
         object_fetch = self.inspector.open_attestable(found, "")
         done = threading.Event()
         try:

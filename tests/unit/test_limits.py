@@ -134,7 +134,7 @@ def assigned_from_outside(module: Module) -> Iterator[str]:
 
 
 def targets(node: ast.AST) -> list[ast.expr]:
-    """What a statement assigns to, tuples taken apart."""
+    """The targets of an assignment, tuples taken apart."""
     if isinstance(node, ast.Assign):
         found = node.targets
     elif isinstance(node, ast.AugAssign | ast.AnnAssign):

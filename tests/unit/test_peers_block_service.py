@@ -152,7 +152,7 @@ async def test_a_stand_in_that_waits_for_others_itself_is_not_waited_for_for_lon
 async def test_a_stand_in_does_not_wait_for_who_asks_it(
     nodes: list[Node], step: Step, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who gets a stripe from the owner finds it slow, and asks the next in order, which gets it from who asks."""
+    """A node that gets a stripe from the owner finds it slow, and asks the next, which gets it from this node."""
     monkeypatch.setattr(transfer_monitor, "_HEDGE_EVERY", SILENCE / 2)
     monkeypatch.setattr(transfer_monitor, "_SUBSTITUTE_AFTER", SILENCE)
     owner, next_in_order, last = _in_order(nodes)

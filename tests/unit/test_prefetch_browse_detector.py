@@ -1,4 +1,4 @@
-"""Who reads a model's config.json is about to load it; who reads many is not."""
+"""A program that reads one model's config.json is about to load it; one that reads many is not."""
 
 from __future__ import annotations
 

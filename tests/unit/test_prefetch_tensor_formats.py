@@ -18,7 +18,7 @@ from fusecache.prefetch.models.tensor_formats import MAX_HEADER_BYTES, FormatErr
 
 
 def layout(name: str, data: bytes, size: int | None = None) -> TensorLayout:
-    """What is found, looking only at what is asked for; a file of `size` bytes has zeros at its end."""
+    """The layout that is found, looking only at what is asked for; a file of `size` bytes has zeros at its end."""
     size = len(data) if size is None else size
     questions = tensor_formats.parse_layout(name, size)
     asked = 0
