@@ -1,7 +1,7 @@
 """The demo: an S3 server, a model in it, `fusecache mount`, and a loader that reads it cold and warm.
 
 All of it runs on this machine below one temporary folder, which is gone at the end however the run ends.
-What a killed run left behind is removed by the next one.
+The next run removes the folder that a killed one left behind.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def bytes_by_source(before: Mapping[str, Any], after: Mapping[str, Any], read: i
 
 @dataclass(frozen=True)
 class Result:
-    """What the demo found: a line per load, and the mode of the mount with its reason."""
+    """The findings of the demo: a line per load, and the mode of the mount with its reason."""
 
     loads: Sequence[Load]
     mode: str

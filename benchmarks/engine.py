@@ -28,14 +28,14 @@ BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class Taken:
-    """What a load took: seconds on the clock, and CPU seconds without the process's start."""
+    """The cost of a load: seconds on the clock, and CPU seconds without the process's start."""
 
     seconds: float
     cpu: float
 
 
 def timed_engine(bucket: Bucket, engine: str, concurrency: int, range_mib: int, target: Path | None) -> Taken:
-    """What a fresh process takes for all objects; with `target`, written and hashed there."""
+    """The cost of all objects for a fresh process; with `target`, written and hashed there."""
     folder = "" if target is None else str(target)
     arguments = (bucket.url, bucket.endpoint, engine, str(concurrency), str(range_mib), folder)
     printed = json.loads(run(python_module(__name__, *arguments), timeout=900, env=bucket.environment))

@@ -65,7 +65,7 @@ def drop_page_cache(files: Iterable[Path]) -> str:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process has used up to now: CPU seconds, and its peak of resident memory in bytes."""
+    """The use of a process up to now: CPU seconds, and its peak of resident memory in bytes."""
 
     cpu_seconds: float
     rss_peak: int

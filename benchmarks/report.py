@@ -1,4 +1,4 @@
-"""What a run found: rows with targets and verdicts, as a table, as JSON and as a plot."""
+"""The findings of a run: rows with targets and verdicts, as a table, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ LABELS = {
 
 
 def machine_facts(work: Path) -> dict[str, Any]:
-    """What the figures depend on; nothing that names the machine."""
+    """The facts that the figures depend on; nothing that names the machine."""
     cpu = _first(Path("/proc/cpuinfo").read_text().splitlines(), "model name")
     memory = _first(Path("/proc/meminfo").read_text().splitlines(), "MemTotal")
     return {

@@ -31,7 +31,7 @@ DAEMON = "fusecache-daemon"
 
 @dataclass(frozen=True)
 class Setting:
-    """What all stages share; `tick` is told what is going on."""
+    """Settings that all stages share; `tick` gets a line for each step."""
 
     bucket: Bucket
     model: Model

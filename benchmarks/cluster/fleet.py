@@ -1,4 +1,4 @@
-"""What runs in the lab: an S3 server behind a limited link, nodes that mount it, and readers that start together."""
+"""Processes in the lab: an S3 server behind a limited link, nodes that mount it, and readers that start together."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ def wait_joined(nodes: Sequence[Node]) -> None:
 
 @dataclass
 class Reading:
-    """What the readers of one run did: seconds from the common start to each one's end, None for those killed."""
+    """The outcome of one run: seconds from the common start to each one's end, None for those killed."""
 
     seconds: dict[str, float | None]
     origin_bytes: int

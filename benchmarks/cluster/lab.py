@@ -160,7 +160,7 @@ def _free_network() -> ipaddress.IPv4Network:
 
 
 def _remove_stale() -> None:
-    """What a lab of a process that is no more left behind."""
+    """Remove the namespaces and links that the lab of a process which is no more left behind."""
     links = json.loads(run(["ip", "-j", "link"], timeout=_TIMEOUT))
     spaces = [path.name for path in Path("/run/netns").glob("fc*")] if Path("/run/netns").is_dir() else []
     for name, kind in [(name, "netns") for name in spaces] + [(link["ifname"], "link") for link in links]:

@@ -23,7 +23,8 @@ CONTENDERS = ("fusecache", "plain", "rclone", "juicefs")
 
 @dataclass
 class Plan:
-    """What is run. `rate` in bytes per second of each link and the origin; `stripe` and `block` in bytes: of a model
+    """The parameters of a run. `rate` in bytes per second of each link and the origin; `stripe` and
+    `block` in bytes: of a model
     that is small, so that each node has as many stripes of it as it would have of a large one."""
 
     rate: float

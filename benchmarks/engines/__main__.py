@@ -115,7 +115,7 @@ def main(
 
     found = Results(versions={"s5cmd": S5cmd().version(), "seaweedfs": server_version()})
     try:
-        # What a broken file would spoil is told before anything is measured.
+        # A broken file of results is told of before anything is measured.
         document = read(results / "engines.json") if results is not None else Results()
         check_space(work, _COPIES * max(shards * size, engine_size) * MIB)
         with tempfile.TemporaryDirectory(prefix="fce.", dir=work, ignore_cleanup_errors=True) as folder:

@@ -62,7 +62,7 @@ TOOLS: dict[str, Callable[[], Tool]] = {"rclone": Rclone, "s3fs": S3fs}
 
 @dataclass(frozen=True)
 class Plan:
-    """What is made and loaded. `picked` has, per number of workers, the names to load, in their order."""
+    """The adapters that are made and loaded. `picked` has, per number of workers, the names to load, in their order."""
 
     names: Sequence[str]
     sizes: dict[str, int]

@@ -60,7 +60,7 @@ def start(python: str, folder: Path, work: Path, began: float) -> Start:
 
 
 def line_of(log: Path) -> dict[str, Any] | None:
-    """What the program told in its log, None: nothing yet."""
+    """The outcome that the program wrote into its log, None: nothing yet."""
     for line in log.read_text(errors="replace").splitlines(keepends=True):
         before, mark, rest = line.partition(MARK)
         if mark and rest.endswith("\n") and not before.strip():
@@ -69,7 +69,8 @@ def line_of(log: Path) -> dict[str, Any] | None:
 
 
 def environment(work: Path) -> dict[str, str]:
-    """What vLLM is told: a small KV cache, no network but the loopback, nothing of an earlier start."""
+    """The arguments and environment of vLLM: a small KV cache, no network but the loopback, nothing of an
+    earlier start."""
     home = work / "vllm"
     home.mkdir(exist_ok=True)
     return {

@@ -1,4 +1,4 @@
-"""What was measured, piece by piece: invocations add to one JSON file, and the table is made of what it holds.
+"""Measurements, piece by piece: invocations add to one JSON file, and the table is made of what it holds.
 
 A measurement has its settings, and a list of seconds per contestant, one per round. Later rounds are added to those of
 the same settings; otherwise the new ones replace the old.
@@ -120,7 +120,7 @@ class Results:
 
 
 def read(path: Path) -> Results:
-    """What `write` wrote; empty results where there is no file. Raises BenchmarkError."""
+    """The results that `write` wrote; empty results where there is no file. Raises BenchmarkError."""
     if not path.exists():
         return Results()
     try:

@@ -1,4 +1,5 @@
-"""What is measured. Each stage notes its rounds in the results; who fails is named there and left out from then on."""
+"""The stages of the measurement. Each stage notes its rounds in the results; a contestant that fails is
+named there and left out from then on."""
 
 from __future__ import annotations
 
@@ -45,12 +46,12 @@ class Upload:
     tools: Mapping[str, Tool]
     """The other tools, made ready for it."""
     tokens: tuple[int, ...] = ()
-    """What vLLM says first with it, read from the local disk."""
+    """The first text of vLLM with the model on the local disk."""
 
 
 @dataclass
 class Setting:
-    """What all stages share; `tick` is told what is going on. Sizes in MiB, `rate` in bytes per second."""
+    """Settings that all stages share; `tick` gets a line for each step. Sizes in MiB, `rate` in bytes per second."""
 
     site: Site
     results: Results
@@ -67,7 +68,7 @@ class Setting:
     uploads: dict[str, Upload] = field(default_factory=dict)
 
     def settings(self, upload: Upload, **more: Any) -> dict[str, Any]:
-        """What rounds must have in common to be compared."""
+        """The settings that rounds must have in common to be compared."""
         return {"bytes": upload.bytes, "shards": len(upload.shards), **more}
 
     def upload(self, kind: str, *, tools: bool = False) -> Upload:

@@ -43,13 +43,13 @@ class Tool(Protocol):
     name: str
 
     def version(self) -> str:
-        """What the tool says its version is, one line."""
+        """The version that the tool names, one line."""
 
     def settings(self) -> Sequence[str]:
         """The options that matter to speed, for the report."""
 
     def prepare(self, bucket: Bucket, model: Path, work: Path) -> None:
-        """What has to be done once before the first mount (a tool with a format of its own: the upload)."""
+        """Do what is needed once before the first mount (a tool with a format of its own: the upload)."""
 
     def mounted(self, bucket: Bucket, work: Path) -> AbstractContextManager[Path]:
         """Mount for the length of the block, with the cache below `work` (empty: cold): the folder."""

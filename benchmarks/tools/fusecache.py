@@ -34,7 +34,7 @@ class Fusecache:
 
     @contextlib.contextmanager
     def mounted(self, bucket: Bucket, work: Path) -> Iterator[Path]:
-        """See Tool."""
+        """Mount with the command `fusecache mount`; gives the mountpoint, unmounts at the end."""
         mountpoint = work / "mnt"
         mountpoint.mkdir(parents=True, exist_ok=True)
         options = ",".join((*self._options, f"endpoint_url={bucket.endpoint}", f"cache_dir={work / 'cache'}"))
@@ -53,7 +53,7 @@ class Fusecache:
 
 
 def status(mountpoint: Path) -> dict[str, Any]:
-    """What `fusecache status --json` says about this mount."""
+    """The answer of `fusecache status --json` for this mount."""
     found = json.loads(run([program("fusecache"), "status", str(mountpoint), "--json"], timeout=30))
     if isinstance(found, list):
         found = found[0]

@@ -74,7 +74,7 @@ class JuiceFS:
 
     @contextlib.contextmanager
     def mounted(self, bucket: Bucket, work: Path) -> Iterator[Path]:
-        """See Tool."""
+        """Mount JuiceFS, with its metadata in a local database; gives the mountpoint, unmounts at the end."""
         mountpoint = work / "mnt"
         options = (*self._options, "--no-bgjob", "--backup-meta=0")
         with mounting(self._command(mountpoint, work / "cache", options), mountpoint, work / "juicefs.log"):

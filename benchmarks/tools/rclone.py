@@ -46,7 +46,7 @@ class Rclone:
 
     @contextlib.contextmanager
     def mounted(self, bucket: Bucket, work: Path) -> Iterator[Path]:
-        """See Tool."""
+        """Run `rclone mount` with its cache of files; gives the mountpoint, unmounts at the end."""
         mountpoint = work / "mnt"
         config = work / "rclone.conf"
         config.touch()

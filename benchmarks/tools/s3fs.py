@@ -33,7 +33,7 @@ class S3fs:
 
     @contextlib.contextmanager
     def mounted(self, bucket: Bucket, work: Path) -> Iterator[Path]:
-        """See Tool."""
+        """Mount with s3fs and its cache of files; gives the mountpoint, unmounts at the end."""
         mountpoint = work / "mnt"
         cache = work / "cache"
         cache.mkdir(parents=True, exist_ok=True)

@@ -145,6 +145,7 @@ def test_an_object_that_is_deleted_at_the_origin_is_estale_and_then_absent(
             os.close(held)
 
 
+@pytest.mark.expected_log("tried until the deadline")
 def test_a_mount_made_during_an_outage_has_names_and_cached_bytes(
     s3_bucket: S3Bucket, faulty_s3: FaultyServer, tmp_path: Path
 ) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
+
+import pytest
 
 from tests.support.imports import Module, find_modules
 from tests.support.known import assert_counts_known, assert_only_known
@@ -199,3 +202,28 @@ def test_nothing_is_assigned_from_outside() -> None:
             if attr == "setattr" or (attr in others and attr not in own[name] | values):
                 found.add(f"{name} -> {attr}")
     assert_only_known(found, KNOWN_ASSIGNED, "attributes that another object assigns")
+
+
+TWINS = {
+    r"\.intdigest\(\) or ": "fusecache.checksum",
+    r"/proc/self/mountinfo": "fusecache.control.mountinfo",
+    r"memfd_create\(": "fusecache.control.memfd",
+    r"^class LineReader": "fusecache.control.client",
+    r"popitem\(last=False\)": "fusecache.bounded",
+    r"^EXIT_UPGRADE = ": "fusecache_mount.lifecycle.keeper_protocol",
+    r"^class Opcode": "fusecache_mount.kernel.protocol",
+    r"Tgid": "fusecache_mount.kernel.processes",
+    r"pidfd_open\(": "fusecache_mount.kernel.syscalls",
+}
+"""Things that were written twice: what they look like, and the one module that may hold them."""
+
+
+@pytest.mark.parametrize(("pattern", "home"), TWINS.items())
+def test_what_was_written_twice_stands_once(pattern: str, home: str) -> None:
+    assert home in MODULES
+    found = {
+        name
+        for name, module in MODULES.items()
+        if re.search(pattern, module.file.read_text("utf-8"), re.MULTILINE)
+    }
+    assert found <= {home}
