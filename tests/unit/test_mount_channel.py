@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import pytest
 
+from fusecache.fetch.read_observer import ReadObserver
 from fusecache_mount.device.channel import build_channel
 from fusecache_mount.device.trace_switch import TraceSwitch
 from fusecache_mount.kernel import protocol
@@ -61,6 +62,7 @@ class Bench:
             limits=protocol.InitLimits(12),
             requests_passthrough=True,
             trace_switch=self.trace_switch,
+            read_observer=ReadObserver(),
             on_init=lambda _request, _reply: None,
             on_end=lambda: None,
         )

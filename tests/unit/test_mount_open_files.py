@@ -28,7 +28,7 @@ from fusecache_mount.kernel.nodeids import passthrough_nodeid
 from tests.unit.test_store import BLOCK, LIMIT, fill, version
 
 NODEID = NodeId(4711)
-TWIN = passthrough_nodeid(NODEID)
+PASSTHROUGH = passthrough_nodeid(NODEID)
 
 
 class Kernel:
@@ -51,21 +51,20 @@ class Kernel:
 
 
 class Told:
-    """The parts of a loader that hear of opens."""
+    """An observer of reads that remembers which opens it was told of."""
 
     def __init__(self) -> None:
         self.heard: list[str] = []
-        self.observers = self
 
     def file_opened(self, version: ObjectVersion, *, is_passthrough: bool) -> bool:
-        self.heard.append(f"entered {'whole' if is_passthrough else 'in part'}")
+        self.heard.append(f"opened {'with passthrough' if is_passthrough else 'through the daemon'}")
         return True
 
     def whole_file_wanted(self, version: ObjectVersion, source: str) -> None:
-        self.heard.append("follow")
+        self.heard.append("wanted whole")
 
     def file_closed(self, version: ObjectVersion) -> None:
-        self.heard.append("left")
+        self.heard.append("closed")
 
 
 class Bench:
@@ -87,9 +86,9 @@ class Bench:
         )
         self.jobs = BackgroundJobs()
         self.is_started = False
-        self.handles = build_mounted_files(
+        self.files = build_mounted_files(
             cast(Any, catalog),
-            cast(Any, self.told),
+            cast(Any, SimpleNamespace()),
             self.store,
             self.journal,
             events=EventHub(),
@@ -97,6 +96,7 @@ class Bench:
             backings=cast(Any, self.kernel),
             passthrough_state=PassthroughState(True, ""),
             trace_switch=TraceSwitch(),
+            read_observer=cast(Any, self.told),
             open_wait_seconds=0.0,
             waits_for=lambda _key: False,
             set_read_ahead_limited=lambda _is_limited: None,
@@ -117,7 +117,7 @@ class Bench:
     def close(self) -> None:
         if self.is_started:
             self.jobs.close()
-            self.handles.close()
+            self.files.close()
         self.journal.close(remove=True)
         self.store.close()
 
@@ -131,54 +131,54 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 def test_a_whole_file_has_one_backing_until_its_last_release(bench: Bench) -> None:
     bench.start()
-    backing = bench.handles.open_passthrough(TWIN)
+    backing = bench.files.open_passthrough(PASSTHROUGH)
     assert bench.kernel.open_backings == {backing}
-    assert bench.handles.open_passthrough(TWIN) == backing
-    assert (bench.handles.stats.passthrough_opens, bench.handles.count_open_nodeids()) == (2, (1, 0))
+    assert bench.files.open_passthrough(PASSTHROUGH) == backing
+    assert (bench.files.stats.passthrough_opens, bench.files.count_open_nodeids()) == (2, (1, 0))
     with pytest.raises(StoreError, match="in use"):
         bench.store.evict(bench.version.id)
-    bench.handles.release(TWIN)
+    bench.files.release(PASSTHROUGH)
     bench.settle()
     assert bench.kernel.open_backings == {backing}
-    bench.handles.release(TWIN)
+    bench.files.release(PASSTHROUGH)
     bench.settle()
     assert bench.kernel.open_backings == set()
     assert bench.store.evict(bench.version.id) > 0
 
 
 def test_the_journal_knows_of_an_open_before_it_is_answered(bench: Bench, tmp_path: Path) -> None:
-    backing = bench.handles.open_passthrough(TWIN)
+    backing = bench.files.open_passthrough(PASSTHROUGH)
     found = OpenFileJournal(tmp_path / "open", discard_existing=False)
     assert {nodeid: (each.backing_id, each.open_count) for nodeid, each in found.inherited_opens.items()} == {
-        TWIN: (backing, 1)
+        PASSTHROUGH: (backing, 1)
     }
     found.close(remove=False)
 
 
-def test_the_loader_hears_of_an_open_after_the_reply_and_once(bench: Bench) -> None:
+def test_the_observer_hears_of_an_open_after_the_reply_and_once(bench: Bench) -> None:
     bench.start()
     for _ in range(2):
-        bench.handles.open_passthrough(TWIN)
+        bench.files.open_passthrough(PASSTHROUGH)
     bench.settle()
     assert bench.told.heard == []
     for _ in range(2):
-        bench.handles.open_answered(TWIN)
+        bench.files.open_answered(PASSTHROUGH)
     bench.settle()
-    assert bench.told.heard == ["entered whole", "follow"]
+    assert bench.told.heard == ["opened with passthrough", "wanted whole"]
     for _ in range(2):
-        bench.handles.release(TWIN)
+        bench.files.release(PASSTHROUGH)
     bench.settle()
-    assert bench.told.heard == ["entered whole", "follow", "left"]
+    assert bench.told.heard == ["opened with passthrough", "wanted whole", "closed"]
 
 
-def test_who_left_before_the_loader_heard_of_it_is_not_counted_as_a_reader(bench: Bench) -> None:
+def test_who_left_before_the_observer_heard_of_it_is_not_counted_as_a_reader(bench: Bench) -> None:
     """The reply is out before `opened` is called, so that another thread may have the RELEASE already."""
-    bench.handles.open_passthrough(TWIN)
-    file = bench.handles._table.get(TWIN)
+    bench.files.open_passthrough(PASSTHROUGH)
+    file = bench.files._table.get(PASSTHROUGH)
     assert file is not None
-    bench.handles.release(TWIN)
-    bench.handles.open_answered(TWIN)
-    bench.jobs.run_in_background(lambda: bench.handles._reporter.report_passthrough_open(file))
+    bench.files.release(PASSTHROUGH)
+    bench.files.open_answered(PASSTHROUGH)
+    bench.jobs.run_in_background(lambda: bench.files._reporter.report_passthrough_open(file))
     bench.start()
     bench.settle()
     assert bench.told.heard == []
@@ -186,10 +186,10 @@ def test_who_left_before_the_loader_heard_of_it_is_not_counted_as_a_reader(bench
 
 
 def test_an_open_after_the_last_release_has_a_backing_of_its_own(bench: Bench) -> None:
-    """The one before is closed by a chore that may still be waiting."""
-    first = bench.handles.open_passthrough(TWIN)
-    bench.handles.release(TWIN)
-    second = bench.handles.open_passthrough(TWIN)
+    """The one before is closed by a background job that may still be waiting."""
+    first = bench.files.open_passthrough(PASSTHROUGH)
+    bench.files.release(PASSTHROUGH)
+    second = bench.files.open_passthrough(PASSTHROUGH)
     bench.start()
     bench.settle()
     assert second != first
@@ -199,42 +199,42 @@ def test_an_open_after_the_last_release_has_a_backing_of_its_own(bench: Bench) -
 def test_what_is_not_whole_is_left_to_others(tmp_path: Path) -> None:
     bench = Bench(tmp_path, blocks=3)
     try:
-        assert bench.handles.open_passthrough(TWIN) == 0
-        assert bench.handles.stats.passthrough_opens == 0
-        assert bench.handles.count_open_nodeids() == (0, 0)
+        assert bench.files.open_passthrough(PASSTHROUGH) == 0
+        assert bench.files.stats.passthrough_opens == 0
+        assert bench.files.count_open_nodeids() == (0, 0)
     finally:
         bench.close()
 
 
 def test_what_the_kernel_refused_is_left_to_others_and_not_tried_again(bench: Bench) -> None:
     bench.kernel.error = OSError(errno.EINVAL, "Invalid argument")
-    assert bench.handles.open_passthrough(TWIN) == 0
+    assert bench.files.open_passthrough(PASSTHROUGH) == 0
     bench.kernel.error = None
-    assert bench.handles.open_passthrough(TWIN) == 0
+    assert bench.files.open_passthrough(PASSTHROUGH) == 0
     assert bench.kernel.opened == 1
 
 
 def test_an_old_version_is_left_to_others_also_while_it_is_open(bench: Bench) -> None:
-    assert bench.handles.open_passthrough(TWIN)
+    assert bench.files.open_passthrough(PASSTHROUGH)
     bench.current = False
-    assert bench.handles.open_passthrough(TWIN) == 0
-    assert bench.handles.stats.passthrough_opens == 1
+    assert bench.files.open_passthrough(PASSTHROUGH) == 0
+    assert bench.files.stats.passthrough_opens == 1
 
 
 def test_what_an_inspector_has_to_pass_is_left_to_others(tmp_path: Path) -> None:
     bench = Bench(tmp_path, inspector=object())
     try:
-        assert bench.handles.open_passthrough(TWIN) == 0
+        assert bench.files.open_passthrough(PASSTHROUGH) == 0
     finally:
         bench.close()
 
 
 def test_what_an_earlier_daemon_opened_is_left_to_others(bench: Bench, tmp_path: Path) -> None:
-    bench.handles.open_passthrough(TWIN)
+    bench.files.open_passthrough(PASSTHROUGH)
     journal = OpenFileJournal(tmp_path / "open", discard_existing=False)
     later = build_mounted_files(
         cast(Any, SimpleNamespace(index=SimpleNamespace(is_current=lambda _nodeid: True))),
-        cast(Any, bench.told),
+        cast(Any, SimpleNamespace()),
         bench.store,
         journal,
         events=EventHub(),
@@ -242,12 +242,13 @@ def test_what_an_earlier_daemon_opened_is_left_to_others(bench: Bench, tmp_path:
         backings=cast(Any, bench.kernel),
         passthrough_state=PassthroughState(True, ""),
         trace_switch=TraceSwitch(),
+        read_observer=cast(Any, bench.told),
         open_wait_seconds=0.0,
         waits_for=lambda _key: False,
         set_read_ahead_limited=lambda _is_limited: None,
         inspector=None,
     )
-    assert later.open_passthrough(TWIN) == 0
+    assert later.open_passthrough(PASSTHROUGH) == 0
     assert later.count_open_nodeids() == (1, 0)
     journal.close(remove=False)
 
@@ -256,15 +257,15 @@ def test_what_was_prepared_and_never_opened_is_given_back(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The VFS comes back to a prepared nodeid within STALE_RETRY_SECONDS, or never."""
-    opener = bench.handles._opener
+    opener = bench.files._opener
     with opener._opening_lock:
-        assert bench.handles._passthrough._prepare_locked(TWIN, bench.version, "")
+        assert bench.files._passthrough._prepare_locked(PASSTHROUGH, bench.version, "")
     opener._drop_unopened()
-    assert bench.handles._table.get(TWIN) is not None
+    assert bench.files._table.get(PASSTHROUGH) is not None
     later = time.monotonic() + STALE_RETRY_SECONDS
     monkeypatch.setattr(open_files, "time", SimpleNamespace(monotonic=lambda: later))
     opener._drop_unopened()
-    assert bench.handles._table.get(TWIN) is None
+    assert bench.files._table.get(PASSTHROUGH) is None
     bench.start()
     bench.settle()
     assert bench.kernel.open_backings == set()

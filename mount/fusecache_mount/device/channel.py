@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from fusecache.fetch.read_observer import ReadObserver
 from fusecache.fetch.service import FetchService
 from fusecache_mount.device.init_exchange import InitExchange
 from fusecache_mount.device.kernel_notifier import KernelNotifier
@@ -212,6 +213,7 @@ def build_channel(
     limits: protocol.InitLimits,
     requests_passthrough: bool,
     trace_switch: TraceSwitch,
+    read_observer: ReadObserver,
     verify_always: bool = False,
     on_init: Callable[[bytes, bytes], None],
     on_end: Callable[[], None],
@@ -230,6 +232,7 @@ def build_channel(
             fetch_service,
             open_files,
             writer,
+            read_observer=read_observer,
             splicers=splicers,
             stats=stats,
             verify_always=verify_always,

@@ -22,6 +22,7 @@ import os
 
 from fusecache.errors import FusecacheError
 from fusecache.fetch.object_fetch import ObjectFetch
+from fusecache.fetch.read_observer import ReadObserver
 from fusecache.fetch.service import FetchService
 from fusecache.fetch.waiter import Waiter
 from fusecache_mount.device.open_files import OpenFiles
@@ -46,6 +47,7 @@ class ReadAnswerer:
         open_files: OpenFiles,
         writer: ReplyWriter,
         *,
+        read_observer: ReadObserver,
         splicers: ThreadSplicers,
         stats: ThreadReadStats,
         verify_always: bool,
@@ -53,6 +55,7 @@ class ReadAnswerer:
         self._fetch_service = fetch_service
         self._open_files = open_files
         self._writer = writer
+        self._read_observer = read_observer
         self._splicers = splicers
         self._stats = stats
         self._verify_always = verify_always
@@ -71,9 +74,9 @@ class ReadAnswerer:
         """Answer a READ now, or have it answered later. Does not block on fetches; may on the disk."""
         try:
             object_fetch = self._open_files.get_object_fetch(nodeid)
-            observers = self._fetch_service.observers
-            if observers.observes_reads(object_fetch):
-                observers.read(object_fetch, offset, size, self._process_lookup.process_id_of(tid))
+            if self._read_observer.observes_reads(object_fetch):
+                process_id = self._process_lookup.process_id_of(tid)
+                self._read_observer.read(object_fetch, offset, size, process_id)
             length = min(size, object_fetch.version.size - offset)
             if length <= 0:
                 self._writer.answer_done(descriptor, unique)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fusecache.catalog.catalog import Catalog
 from fusecache.errors import FusecacheError
 from fusecache.fetch.object_fetch import ObjectFetch
+from fusecache.fetch.read_observer import ReadObserver
 from fusecache.fetch.service import FetchService
 from fusecache.locking import OwnedLock
 from fusecache.store.interface import BlockStore
@@ -35,6 +36,7 @@ class FileOpener:
         passthrough: PassthroughOpener,
         reporter: OpenReporter,
         jobs: BackgroundJobs,
+        read_observer: ReadObserver,
         set_read_ahead_limited: Callable[[bool], None],
     ) -> None:
         self._catalog = catalog
@@ -45,6 +47,7 @@ class FileOpener:
         self._passthrough = passthrough
         self._reporter = reporter
         self._jobs = jobs
+        self._read_observer = read_observer
         self._set_read_ahead_limited = set_read_ahead_limited
         """Told, before an open is answered, whether the kernel is to read little ahead of its reader."""
 
@@ -127,7 +130,7 @@ class FileOpener:
             if is_new:
                 self._fetch_service.release_fetch(object_fetch)
             raise
-        self._set_read_ahead_limited(self._fetch_service.observers.needs_exact_reads(object_fetch))
+        self._set_read_ahead_limited(self._read_observer.needs_exact_reads(object_fetch))
         if self._table.count_daemon_open(file):
             self._reporter.report_daemon_open(file)
         self._table.record_open(file)

@@ -27,6 +27,7 @@ from fusecache.catalog.entry import Entry
 from fusecache.errors import VersionChangedError
 from fusecache.events import EventHub
 from fusecache.fetch.object_fetch import ObjectFetch
+from fusecache.fetch.read_observer import ReadObserver
 from fusecache.fetch.service import FetchService
 from fusecache.locking import OwnedLock
 from fusecache.store.interface import BlockStore
@@ -219,6 +220,7 @@ def build_mounted_files(
     backings: Backings,
     passthrough_state: PassthroughState,
     trace_switch: TraceSwitch,
+    read_observer: ReadObserver,
     open_wait_seconds: float,
     waits_for: Callable[[str], bool],
     set_read_ahead_limited: Callable[[bool], None],
@@ -229,7 +231,7 @@ def build_mounted_files(
     opening_lock = OwnedLock()
     limiter = trio.CapacityLimiter(_MAX_OPENING_THREADS)
     table = OpenFileTable(journal)
-    reporter = OpenReporter(fetch_service, backings)
+    reporter = OpenReporter(fetch_service, read_observer, backings)
     passthrough = PassthroughOpener(
         catalog,
         store,
@@ -249,6 +251,7 @@ def build_mounted_files(
         passthrough=passthrough,
         reporter=reporter,
         jobs=jobs,
+        read_observer=read_observer,
         set_read_ahead_limited=set_read_ahead_limited,
     )
     attestation_wait = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fusecache.fetch.object_fetch import ObjectFetch
+from fusecache.fetch.read_observer import ReadObserver
 from fusecache.fetch.service import FetchService
 from fusecache_mount.device.backings import Backings
 from fusecache_mount.fs.open_files import LastRelease, OpenFile
@@ -19,21 +20,22 @@ class OpenReporter:
     | reported | `report_last_close` | not reported; a report that comes later is dropped |
     """
 
-    def __init__(self, fetch_service: FetchService, backings: Backings) -> None:
+    def __init__(self, fetch_service: FetchService, read_observer: ReadObserver, backings: Backings) -> None:
         self._fetch_service = fetch_service
+        self._read_observer = read_observer
         self._backings = backings
 
     def report_daemon_open(self, file: OpenFile) -> None:
         """A base was opened for the first time: the daemon sees its reads."""
-        file.is_open_reported = self._fetch_service.observers.file_opened(file.version, is_passthrough=False)
+        file.is_open_reported = self._read_observer.file_opened(file.version, is_passthrough=False)
 
     def report_passthrough_open(self, file: OpenFile) -> None:
         """The kernel reads this file now. A second call, and one after the last close, do nothing."""
         if file.is_follow_up_done:
             return
         file.is_follow_up_done = True
-        file.is_open_reported = self._fetch_service.observers.file_opened(file.version, is_passthrough=True)
-        self._fetch_service.observers.whole_file_wanted(file.version, file.source)
+        file.is_open_reported = self._read_observer.file_opened(file.version, is_passthrough=True)
+        self._read_observer.whole_file_wanted(file.version, file.source)
 
     def report_last_close(self, last: LastRelease) -> None:
         """Nobody has this file open any more."""
@@ -44,7 +46,7 @@ class OpenReporter:
             return
         file.is_follow_up_done = True
         if file.is_open_reported:
-            self._fetch_service.observers.file_closed(file.version)
+            self._read_observer.file_closed(file.version)
         self.release_resources(file)
 
     def release_fetch(self, object_fetch: ObjectFetch) -> None:
