@@ -10,6 +10,7 @@ and has to hear of an earlier one subscribes to the EventHub, which is built fir
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -96,7 +97,8 @@ async def build_node(
     `build_status` is called from then on, in threads, for GET /metrics. With `keep_contents` the store takes over what
     an earlier daemon of the same mount left in memory. `observed_read_ahead` is how many bytes the kernel reads ahead
     in files whose readers the prefetcher observes. For a mount this waits for the first listing of each source. Raises
-    ConfigError, OriginError and StoreError, in one line."""
+    ConfigError, OriginError and StoreError, in one line.
+    """
     with contextlib.ExitStack() as stack:
         events = EventHub()
         origins = stack.enter_context(_open_origins(config))
@@ -124,32 +126,32 @@ async def build_node(
             peer_profiles = _make_peer_profiles(directory, profile_store)
 
         attestation_queue = AttestationQueue() if config.verify == "manifest" else None
-        fetch_service = FetchService(
-            store,
-            OriginBlockSource(origins) if peer_source is None else peer_source,
-            _fetch_settings(config, role),
-            events=events,
-            attestation_queue=attestation_queue,
+        fetch_service = stack.enter_context(
+            FetchService(
+                store,
+                OriginBlockSource(origins) if peer_source is None else peer_source,
+                _fetch_settings(config, role),
+                events=events,
+                attestation_queue=attestation_queue,
+            )
         )
-        stack.enter_context(fetch_service)
         profile_stats = ProfileStats()
         if catalog is not None:
             settings = _prefetch_settings(config, observed_read_ahead)
             prefetcher = Prefetcher(fetch_service, catalog.index, settings, profile_store, peer_profiles)
             profile_stats = prefetcher.stats
-        inspector = None
+        inspector: ManifestInspector | None = None
         if attestation_queue is not None:
-
-            def read_object(version: ObjectVersion, source: str) -> bytes:
-                return read_whole_object(fetch_service, version, source)
-
-            find_object = _make_object_finder(origins, source_names, catalog)
-            digests = ExpectedDigests(find_object, read_object, _make_metadata_reader(origins), key)
+            digests = ExpectedDigests(
+                _make_object_finder(origins, source_names, catalog),
+                functools.partial(read_whole_object, fetch_service),
+                _make_metadata_reader(origins),
+                key,
+            )
             inspector = ManifestInspector(digests, fetch_service, attestation_queue)
-        if directory is not None:
-            stack.callback(directory.close)  # before the fetch service, whose flights wait for other nodes
         peer_node: PeerNode | None = None
         if directory is not None and peer_source is not None:
+            stack.callback(directory.close)  # before the fetch service, whose flights wait for other nodes
             collector = StatusCollector(build_status)
             peer_node = PeerNode(
                 config.peers,
@@ -159,7 +161,7 @@ async def build_node(
                 block_source=peer_source,
                 fetch_service=fetch_service,
                 peer_profiles=peer_profiles,
-                render_metrics=lambda: render_metrics(collector),
+                render_metrics=functools.partial(render_metrics, collector),
             )
         if inspector is not None:
             inspector.start()
