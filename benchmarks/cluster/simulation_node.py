@@ -172,7 +172,7 @@ class SimulatedNode:
             left = self.scheduler.prefetches.bytes_until_complete(object_fetch) / pace
         if self._open_wait.check_wait_over(now, left):
             self._opened_at = None
-            object_fetch.has_reader = True
+            object_fetch.reader_asked(0)
             self._read_on()
             self.assign_work()
         else:
@@ -184,7 +184,7 @@ class SimulatedNode:
         stored = object_fetch.stored
         while not stored.is_complete:
             stop = min(stored.block_count, self._read_position + max(1, READ_BYTES // stored.block_size))
-            object_fetch.read_position = stop
+            object_fetch.reader_asked(stop)
             missing = [block for block in range(self._read_position, stop) if not stored.is_present(block)]
             if missing:
                 now = self.world.clock.now
@@ -197,8 +197,7 @@ class SimulatedNode:
                     deadline=now + 60.0,
                     on_settled=self._waiter_settled,
                 )
-                for block in missing:
-                    object_fetch.waiters_by_block.setdefault(block, []).append(waiter)
+                object_fetch.waiters.add(waiter)
                 self.scheduler.demand.queue_blocks(object_fetch, missing)
                 return
             self._read_position = stop
@@ -247,7 +246,7 @@ class SimulatedNode:
 
     def _begin_fetch(self, version: ObjectVersion) -> None:
         object_fetch = self.fetch_of(self.world.file_number_by_id[version.id])
-        object_fetch.fetch_whole = True
+        object_fetch.want_whole()
         self.scheduler.prefetches.add_whole_file(object_fetch)
 
     # -- the crew
@@ -612,7 +611,7 @@ class SimulatedNode:
         self.view_number = view_number
         for object_fetch in self.fetch_by_file.values():
             self._set_route(object_fetch)
-            self.scheduler.demand.queue_blocks(object_fetch, list(object_fetch.waiters_by_block))
+            self.scheduler.demand.queue_blocks(object_fetch, list(object_fetch.waiters.by_block))
         for flight in list(self.steps_by_transfer):
             member = flight.member
             if member is not None and self.nodes[self.world.number_by_name[member.name]].is_dead:

@@ -280,7 +280,7 @@ class SimulatedServer:
             on_settled=lambda _waiter: None,
             urgent=is_urgent,
         )
-        object_fetch.waiters_by_block.setdefault(block, []).append(waiter)
+        object_fetch.waiters.add(waiter)
         self._node.scheduler.demand.queue_blocks(object_fetch, [block])
         self._node.assign_work()
 

@@ -1,1 +1,1 @@
-"""Manifests: what the sha256 of a file has to be, and that nobody gets a file before it is that."""
+"""Manifests: the sha256 that a file has to have, and that no reader gets a file before it has that."""

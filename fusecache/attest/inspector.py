@@ -1,7 +1,7 @@
 """Inspects unattested objects: hashes them as their blocks arrive, in order, and compares the whole with its manifest.
 
 Its threads read what arrived from the page cache and hash it with the GIL released (1.8 GB/s per thread with SHA-NI,
-0.4 without). An object is on one thread at a time (`ObjectFetch.is_being_inspected`), for some blocks, and then goes to
+0.4 without). An object is on one thread at a time (`Inspection.is_under_way`), for some blocks, and then goes to
 the end of the queue, so that a large one does not hold up the others.
 
 An object that is what its manifest says is attested, once per version and node: the store keeps that. One that is not
@@ -23,7 +23,7 @@ from fusecache.attest.digests import ExpectedDigest, ExpectedDigests, ManifestRe
 from fusecache.blocks import block_length
 from fusecache.errors import AttestationError, FusecacheError, StoreError, UnavailableError
 from fusecache.fetch.attestation_queue import AttestationQueue
-from fusecache.fetch.object_fetch import HashProgress, ObjectFetch
+from fusecache.fetch.object_fetch import ObjectFetch
 from fusecache.fetch.service import FetchService
 from fusecache.types import ObjectId, ObjectVersion
 
@@ -169,22 +169,21 @@ class ManifestInspector:
 
     def _hash_blocks(self, object_fetch: ObjectFetch, buffer: memoryview) -> bool:
         """Hash some of the blocks that are there; returns whether all of the object is hashed."""
-        stored, progress = object_fetch.stored, object_fetch.hash_progress
-        if progress.discards != stored.blocks.bad_block_count:
-            progress = object_fetch.hash_progress = HashProgress(stored.blocks.bad_block_count)
-        stop = min(progress.hashed_blocks + _BLOCKS_PER_TURN, stored.block_count)
-        while progress.hashed_blocks < stop and stored.is_present(progress.hashed_blocks):
+        stored, inspection = object_fetch.stored, object_fetch.inspection
+        if inspection.discards != stored.blocks.bad_block_count:
+            inspection.restart(stored.blocks.bad_block_count)
+        stop = min(inspection.hashed_blocks + _BLOCKS_PER_TURN, stored.block_count)
+        while inspection.hashed_blocks < stop and stored.is_present(inspection.hashed_blocks):
             with buffer[
-                : block_length(progress.hashed_blocks, object_fetch.version.size, stored.block_size)
+                : block_length(inspection.hashed_blocks, object_fetch.version.size, stored.block_size)
             ] as view:
-                if not _read_fully(stored.fileno(), view, progress.hashed_blocks * stored.block_size):
-                    self._fetch_service.recheck_block(object_fetch, progress.hashed_blocks)
+                if not _read_fully(stored.fileno(), view, inspection.hashed_blocks * stored.block_size):
+                    self._fetch_service.recheck_block(object_fetch, inspection.hashed_blocks)
                     return False
-                progress.sha256.update(view)
-            progress.hashed_blocks += 1
+                inspection.add_block(view)
         return (
-            progress.hashed_blocks == stored.block_count
-            and progress.discards == stored.blocks.bad_block_count
+            inspection.hashed_blocks == stored.block_count
+            and inspection.discards == stored.blocks.bad_block_count
             and stored.is_complete
         )
 
@@ -193,7 +192,7 @@ class ManifestInspector:
         Raises AttestationError, after the object went into quarantine if it is not what its manifest says, and what
         reading a manifest raises."""
         stored, version = object_fetch.stored, object_fetch.version
-        found = object_fetch.hash_progress.sha256.digest()
+        found = object_fetch.inspection.sha256.digest()
         try:
             expected = self._find_expected(version, object_fetch.source)
         except AttestationError as error:

@@ -63,8 +63,7 @@ class AttestationGate:
         """Have an inspector look at it, if there is more to look at than was, or a reader waits for the last look."""
         self._lock.assert_held()
         if self._queue is not None and _needs_inspection(object_fetch):
-            object_fetch.is_being_inspected = True
-            object_fetch.flight_count += 1
+            object_fetch.inspection.begin()
             self._queue.put(object_fetch)
 
     def request_inspection(self, object_fetch: ObjectFetch) -> None:
@@ -78,11 +77,10 @@ class AttestationGate:
         """An inspector has looked at the blocks that were there. `is_finished`: at all of them, and the object is
         attested, or it may not be given to any reader because of `error`."""
         with self._lock:
-            object_fetch.is_being_inspected = False
-            object_fetch.flight_count -= 1
+            object_fetch.inspection.end()
             self.note_progress_locked(time.monotonic())
             if object_fetch.stored.attestation.quarantine_sha256 is not None:
-                object_fetch.gone_error = error
+                object_fetch.give_up(error)
                 self._prefetches.drop_file(object_fetch)
             waiters = self._pop_waiters_locked(object_fetch) if is_finished else []
             self.request_inspection_locked(object_fetch)
@@ -97,7 +95,7 @@ class AttestationGate:
         """Its manifest says by now what was found: it may be fetched again."""
         object_fetch.stored.attestation.lift_quarantine()
         with self._lock:
-            object_fetch.gone_error = None
+            object_fetch.give_up(None)
 
     def fail_waiters_without_space(self, object_fetch: ObjectFetch) -> None:
         """Blocks that were fetched of it can't be stored, so that it will never be complete: its readers get
@@ -109,7 +107,7 @@ class AttestationGate:
 
     def _pop_waiters_locked(self, object_fetch: ObjectFetch) -> list[Waiter]:
         """All readers that wait for the attestation, which the caller settles."""
-        waiters, object_fetch.attestation_waiters = object_fetch.attestation_waiters, []
+        waiters = object_fetch.waiters.pop_attestation()
         self._waiters.remove_locked(waiters)
         return waiters
 
@@ -120,8 +118,8 @@ class AttestationGate:
         object_fetch = self._waiters.fetch_of_locked(waiter)
         if (
             object_fetch is not None
-            and waiter in object_fetch.attestation_waiters
-            and (object_fetch.is_being_inspected or object_fetch in self._prefetches.whole_files)
+            and waiter in object_fetch.waiters.of_attestation
+            and (object_fetch.inspection.is_under_way or object_fetch in self._prefetches.whole_files)
         ):
             return max(waiter.deadline, self._last_progress_at + self._stall_timeout) <= now
         return waiter.deadline <= now
@@ -129,10 +127,16 @@ class AttestationGate:
 
 def _needs_inspection(object_fetch: ObjectFetch) -> bool:
     """Whether more of an unattested object is there than was hashed, or a reader waits for the last look at it."""
-    stored, progress = object_fetch.stored, object_fetch.hash_progress
-    if not stored.is_unattested or object_fetch.is_being_inspected or object_fetch.gone_error is not None:
+    stored, inspection = object_fetch.stored, object_fetch.inspection
+    if (
+        not stored.is_unattested
+        or object_fetch.inspection.is_under_way
+        or object_fetch.gone_error is not None
+    ):
         return False
-    hashed = progress.hashed_blocks if progress.discards == stored.blocks.bad_block_count else 0
+    hashed = inspection.hashed_blocks if inspection.discards == stored.blocks.bad_block_count else 0
     return (
-        stored.is_present(hashed) if hashed < stored.block_count else bool(object_fetch.attestation_waiters)
+        stored.is_present(hashed)
+        if hashed < stored.block_count
+        else bool(object_fetch.waiters.of_attestation)
     )

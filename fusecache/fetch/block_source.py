@@ -40,7 +40,7 @@ class Route:
     """How many other nodes own stripes of this object."""
 
     def owner_of_stripe(self, stripe: int) -> str | None:
-        """The owner in whose window this stripe takes room; None: in nobody's."""
+        """The owner in whose window this stripe takes room; None: it takes room in no window."""
         return self.stripe_owners[stripe] if self.stripe_owners else None
 
 

@@ -46,7 +46,7 @@ class DemandQueues:
                     self._of_headers
                     if is_header
                     else self._of_readers
-                    if object_fetch.has_urgent_waiter(block)
+                    if object_fetch.waiters.has_urgent(block)
                     else self._of_peers
                 )
                 queues[object_fetch.is_remote(block)].append((object_fetch, block))
@@ -69,7 +69,7 @@ class DemandQueues:
         queue = queues[remote]
         while queue:
             object_fetch, block = queue.popleft()
-            if not (object_fetch.idle[block] and block in object_fetch.waiters_by_block):
+            if not (object_fetch.idle[block] and block in object_fetch.waiters.by_block):
                 continue
             if object_fetch.is_remote(block) is not remote:
                 queues[not remote].append((object_fetch, block))
@@ -80,7 +80,7 @@ class DemandQueues:
                 limit = next(
                     n
                     for n in range(1, limit + 1)
-                    if n == limit or block + n not in object_fetch.waiters_by_block
+                    if n == limit or block + n not in object_fetch.waiters.by_block
                 )
             return object_fetch.plan_flight(block, limit, urgent=queues is self._of_readers)
         return None

@@ -48,8 +48,8 @@ class WorkDispatcher:
             return
         seconds = self._observer.hold_back_locked(object_fetch)
         if seconds > 0.0:
-            object_fetch.backoff_until = time.monotonic() + seconds
-            self.recheck_at_locked(object_fetch.backoff_until, object_fetch, range(0))
+            object_fetch.backoff.hold(time.monotonic() + seconds)
+            self.recheck_at_locked(object_fetch.backoff.until, object_fetch, range(0))
         self.add_whole_file_locked(object_fetch)
 
     def add_whole_file_locked(self, object_fetch: ObjectFetch) -> None:

@@ -56,7 +56,7 @@ class FetchTable:
         fresh = ObjectFetch(version, source, stored)
         if stored.attestation.quarantine_sha256 is not None:
             text = f"{version.key} is in quarantine: it is not what its manifest says"
-            fresh.gone_error = AttestationError(text)
+            fresh.give_up(AttestationError(text))
         fresh.set_route(self._block_source.route_of(version, stored.block_size))
         self._observer.fetch_opened(fresh)
         with self._lock:

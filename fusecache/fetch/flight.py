@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 class FlightListener(Protocol):
-    """What a flight reports to the fetch service, and asks it. All methods take the service's lock."""
+    """The runner of flights, as one flight sees it, which reports to it. All methods take the scheduling lock."""
 
     def block_arrived(self, object_fetch: ObjectFetch, block: int, piece: bytes | None) -> None:
         """The block is in the store (`piece` is None), or its bytes are `piece` and are nowhere else."""
@@ -146,7 +146,7 @@ class _FlightSink:
     """The block sink of one flight: counts and hashes the bytes of the open block, and reports each block that arrived.
 
     State: `_block` is the block that is open or due, and grows when a block ends well; `_filled_bytes` of it were
-    written, and go back to 0 when it begins, ends or restarts. What becomes of the bytes is the subclass's.
+    written, and go back to 0 when it begins, ends or restarts. The subclass keeps the bytes.
     """
 
     def __init__(self, object_fetch: ObjectFetch, first_block: int, listener: FlightListener) -> None:

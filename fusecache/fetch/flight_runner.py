@@ -146,7 +146,7 @@ class FlightRunner:
         that wait for the whole object."""
         with self._lock:
             stop = max(
-                (block + 1 for block in blocks if block in object_fetch.waiters_by_block),
+                (block + 1 for block in blocks if block in object_fetch.waiters.by_block),
                 default=blocks.start,
             )
             if stop == blocks.start and object_fetch.belongs_in_store(blocks.start):
@@ -166,7 +166,7 @@ class FlightRunner:
         with self._lock:
             self._scheduler.flight_ended(plan)
             if error is None:
-                object_fetch.failure_count = 0
+                object_fetch.backoff.flight_succeeded()
                 self._dispatcher.queue_demand_locked(object_fetch, object_fetch.return_blocks(remaining))
                 if (
                     object_fetch.fetch_whole
@@ -205,9 +205,8 @@ class FlightRunner:
         )
         if isinstance(error, VersionChangedError):
             is_gone = object_fetch.gone_error is None
-            object_fetch.gone_error = error
-            victims = {waiter for waiters in object_fetch.waiters_by_block.values() for waiter in waiters}
-            victims.update(object_fetch.attestation_waiters)
+            object_fetch.give_up(error)
+            victims = object_fetch.waiters.all()
             self._waiters.drop_locked(victims)
             return list(victims), is_gone
         if isinstance(error, StoreError | CancelledReadError):
@@ -217,24 +216,22 @@ class FlightRunner:
         self._back_off_locked(object_fetch, error)
         denied = not isinstance(error, OriginError) or isinstance(error, AccessDeniedError)
         candidates = {
-            waiter for block in wanted for waiter in object_fetch.waiters_by_block.get(block, ())
-        }.union(object_fetch.attestation_waiters)
+            waiter for block in wanted for waiter in object_fetch.waiters.by_block.get(block, ())
+        }.union(object_fetch.waiters.of_attestation)
         victims = {
             waiter for waiter in candidates if denied or waiter.waiting_since <= started_at + _JOIN_SECONDS
         }
         self._waiters.drop_locked(victims)
         self._dispatcher.queue_demand_locked(
-            object_fetch, [block for block in wanted if block in object_fetch.waiters_by_block]
+            object_fetch, [block for block in wanted if block in object_fetch.waiters.by_block]
         )
         return list(victims), False
 
     def _back_off_locked(self, object_fetch: ObjectFetch, error: FusecacheError) -> None:
         """Fetch nothing of this file without a waiter for a while, and after some failures only while it is open."""
-        object_fetch.failure_count += 1
-        failures = object_fetch.failure_count
-        object_fetch.backoff_until = time.monotonic() + _BACKOFF_SECONDS * min(failures, _MAX_BACKOFF_STEPS)
+        failures = object_fetch.backoff.flight_failed(time.monotonic(), _BACKOFF_SECONDS, _MAX_BACKOFF_STEPS)
         if failures in (1, 10) or failures % 100 == 0:
             _log.warning("%s: %s", object_fetch.version.key, error)
         if failures >= _MAX_FAILURES and not object_fetch.open_count:
             self._scheduler.prefetches.drop_file(object_fetch)
-        self._dispatcher.recheck_at_locked(object_fetch.backoff_until, object_fetch, range(0))
+        self._dispatcher.recheck_at_locked(object_fetch.backoff.until, object_fetch, range(0))

@@ -14,13 +14,13 @@ from the others; the store knows the last one.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fusecache.blocks import block_length
 from fusecache.errors import FusecacheError
 from fusecache.fetch.block_source import Route
+from fusecache.fetch.fetch_state import Backoff, FetchWaiters, Inspection
 from fusecache.fetch.route_cursor import RouteCursor
 from fusecache.fetch.waiter import Waiter
 from fusecache.store.object import StoredObject
@@ -40,17 +40,6 @@ class FlightPlan:
     """The node in whose window of prefetches it takes room."""
 
 
-class HashProgress:
-    """How far the sha256 of the whole object has come: `hashed_blocks` blocks, which counts for nothing if the store
-    has found more bad blocks since than the `discards` at its beginning. Of the thread that inspects the object while
-    `ObjectFetch.is_being_inspected`."""
-
-    def __init__(self, discards: int) -> None:
-        self.sha256 = hashlib.sha256()
-        self.hashed_blocks = 0
-        self.discards = discards
-
-
 class ObjectFetch:
     """One object version that is read, or is going to be; shared by all its readers. Guarded by the scheduling lock."""
 
@@ -60,24 +49,17 @@ class ObjectFetch:
         self.stored = stored
         self.open_count = 0
         self.flight_count = 0
-        """Flights and inspections under way."""
+        """Flights under way."""
         self.fetch_whole = False
         """All of it is to be fetched: a reader opened or read it, or it was planned to be fetched ahead."""
         self.has_reader = False
         """A reader reads it through the daemon, piece by piece."""
         self.gone_error: FusecacheError | None = None
         """This version can't be had any more: blocks that are missing stay missing."""
-        self.failure_count = 0
-        self.backoff_until = 0.0
-        """Only flights with a waiter before this time.monotonic(): the last flights failed, or an observer of reads
-        had it held back."""
+        self.backoff = Backoff()
         self.idle = bytearray(int(not stored.is_present(block)) for block in range(stored.block_count))
-        self.waiters_by_block: dict[int, list[Waiter]] = {}
-        self.attestation_waiters: list[Waiter] = []
-        """Readers that wait until all of it is there and attested."""
-        self.hash_progress = HashProgress(0)
-        self.is_being_inspected = False
-        """It is queued for the inspector, or an inspector is at it; counts as a flight."""
+        self.waiters = FetchWaiters()
+        self.inspection = Inspection()
         self.read_position = 0
         """Block behind the last one that was asked for."""
         self.prefetch_mask: bytearray | None = None
@@ -138,7 +120,7 @@ class ObjectFetch:
                 (
                     at
                     for at in range(stop, end)
-                    if not (self.prefetch_mask[at] or at in self.waiters_by_block)
+                    if not (self.prefetch_mask[at] or at in self.waiters.by_block)
                 ),
                 end,
             )
@@ -147,10 +129,6 @@ class ObjectFetch:
         self.idle[block:stop] = bytes(stop - block)
         self.flight_count += 1
         return FlightPlan(self, range(block, stop), verify, urgent, owner)
-
-    def has_urgent_waiter(self, block: int) -> bool:
-        """Whether a reader waits for this block."""
-        return any(waiter.urgent for waiter in self.waiters_by_block.get(block, ()))
 
     def plan_prefetch_flight(
         self, limit: int, remote: bool, prefetches_by_owner: Mapping[str, int]
@@ -184,7 +162,7 @@ class ObjectFetch:
         for block in blocks:
             if not self.stored.is_present(block):
                 self._make_idle(block)
-            if block in self.waiters_by_block:
+            if block in self.waiters.by_block:
                 wanted.append(block)
         return wanted
 
@@ -197,47 +175,41 @@ class ObjectFetch:
         """A block is in the store, or only in `piece`: returns the waiters that have all of theirs now."""
         if piece is not None:
             self._make_idle(block)
-        complete = []
-        for waiter in self.waiters_by_block.pop(block, ()):
-            waiter.missing_blocks.discard(block)
-            if piece is not None:
-                waiter.pieces[block] = piece
-            if not waiter.missing_blocks:
-                complete.append(waiter)
-        return complete
+        return self.waiters.block_arrived(block, piece)
 
-    def add_waiter(self, waiter: Waiter) -> None:
-        """`waiter` waits here from now on, for its missing blocks or for the attestation."""
-        if waiter.awaits_attestation:
-            self.attestation_waiters.append(waiter)
-            self.backoff_until = 0.0
-        for block in waiter.missing_blocks:
-            self.waiters_by_block.setdefault(block, []).append(waiter)
+    def flight_ended(self) -> None:
+        """A flight that was planned is over."""
+        self.flight_count -= 1
 
-    def drop_waiter(self, waiter: Waiter) -> None:
-        """`waiter` does not wait here any more, if it did."""
-        if waiter in self.attestation_waiters:
-            self.attestation_waiters.remove(waiter)
-        for block in waiter.missing_blocks:
-            waiters = self.waiters_by_block.get(block)
-            if waiters is not None and waiter in waiters:
-                waiters.remove(waiter)
-                if not waiters:
-                    del self.waiters_by_block[block]
+    def want_whole(self) -> None:
+        """All of it is to be fetched."""
+        self.fetch_whole = True
+
+    def reader_asked(self, read_position: int) -> bool:
+        """A reader reads it through the daemon, and asks for blocks up to `read_position`; returns whether nothing had
+        wanted the whole file before."""
+        is_first = not self.fetch_whole
+        self.fetch_whole = self.has_reader = True
+        self.read_position = read_position
+        return is_first
+
+    def give_up(self, error: FusecacheError | None) -> None:
+        """This version can't be had any more, for this reason; None: it can."""
+        self.gone_error = error
 
     def stays_partial(self) -> bool:
         """Whether it is not to be expected that all of it will be in the store soon."""
         elsewhere = self.route is not None and not self.route.stores_remote and 1 in self.route.remote_stripes
         return (
             elsewhere
-            or bool(self.failure_count)
+            or bool(self.backoff.failure_count)
             or self.gone_error is not None
             or self.prefetch_mask is not None
         )
 
     def is_unused(self) -> bool:
         """Whether no reader has it open, nothing waits, and nothing is under way."""
-        return not (self.open_count or self.flight_count or self.waiters_by_block or self.attestation_waiters)
+        return not (self.open_count or self.flight_count or self.waiters or self.inspection.is_under_way)
 
 
 def _widened(mask: bytearray, slack: int) -> bytearray:

@@ -32,7 +32,7 @@ class OrderedRuns:
         at = self._positions[remote]
         while at < len(self._runs):
             object_fetch, blocks = self._runs[at]
-            if object_fetch.backoff_until > now:
+            if object_fetch.backoff.until > now:
                 break
             block = (
                 object_fetch.idle.find(1, blocks.start, blocks.stop)

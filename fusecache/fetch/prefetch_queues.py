@@ -93,7 +93,7 @@ class PrefetchQueues:
             return plan
         for is_being_read in (True, False):
             for object_fetch in self.whole_files:
-                if object_fetch.has_reader is not is_being_read or object_fetch.backoff_until > now:
+                if object_fetch.has_reader is not is_being_read or object_fetch.backoff.until > now:
                     continue
                 if (
                     not is_being_read
@@ -139,7 +139,7 @@ class PrefetchQueues:
         return None
 
     def _prefetch_flight(self, object_fetch: ObjectFetch, now: float, remote: bool) -> FlightPlan | None:
-        if object_fetch.backoff_until > now or (
+        if object_fetch.backoff.until > now or (
             remote and self._prefetch_count >= self._max_prefetch_flights()
         ):
             return None

@@ -1,6 +1,6 @@
 """The seam between readers and the part that decides what is fetched ahead: it is told of them, and asked.
 
-Fetching, the device channel and the open files tell it. None of them knows who listens: `fetch` imports no prefetch.
+Fetching, the device channel and the open files tell it. None of them knows its observers: `fetch` imports no prefetch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The order of all work. Guarded by the scheduling lock; does no I/O.
 
 Order: a block with a reader, and the idle blocks behind it; tasks; the same for a block that another node's prefetch
-waits for; headers; then what nobody waits for (prefetch_queues.py): in turn, the next run ahead of each reader and the
-next one of an order that is followed; the other files, one after the other, so that the first of them is whole soon
+waits for; headers; then blocks without a waiter (prefetch_queues.py): in turn, the next run ahead of each reader and
+the next one of an order that is followed; the other files, one after the other, so that the first of them is whole soon
 and can be read while the next one comes; a planned file; when no reader has asked for anything for a while, what
 prefetch masks left out.
 """
@@ -54,7 +54,7 @@ class FetchScheduler:
 
     def flight_ended(self, plan: FlightPlan) -> None:
         """This flight is over."""
-        plan.object_fetch.flight_count -= 1
+        plan.object_fetch.flight_ended()
         self.prefetches.flight_ended(plan)
 
     def pause_prefetch(self) -> None:

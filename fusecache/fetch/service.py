@@ -185,7 +185,7 @@ class FetchService:
         with self._lock:
             for object_fetch, route in routes:
                 object_fetch.set_route(route)
-                self.dispatcher.queue_demand_locked(object_fetch, list(object_fetch.waiters_by_block))
+                self.dispatcher.queue_demand_locked(object_fetch, list(object_fetch.waiters.by_block))
             self._wakeups.wake_for_prefetch_locked()
 
     # -- readers
@@ -208,10 +208,7 @@ class FetchService:
         stored = object_fetch.stored
         blocks = block_range(offset, length, object_fetch.version.size, stored.block_size)
         with self._lock:
-            is_first = by_reader and not object_fetch.fetch_whole
-            if by_reader:
-                object_fetch.fetch_whole = object_fetch.has_reader = True
-                object_fetch.read_position = blocks.stop
+            is_first = by_reader and object_fetch.reader_asked(blocks.stop)
             awaits_attestation = by_reader and stored.is_unattested
             missing = [block for block in blocks if not stored.is_present(block)]
             now = time.monotonic()
@@ -247,7 +244,7 @@ class FetchService:
         with self._lock:
             if not object_fetch.stored.is_unattested:
                 return None
-            object_fetch.fetch_whole = True
+            object_fetch.want_whole()
             now = time.monotonic()
             waiter = Waiter(
                 object_fetch.version.key,
@@ -317,14 +314,14 @@ class FetchService:
             with self._lock:
                 object_fetch.idle[block] = 1
                 self.dispatcher.queue_demand_locked(
-                    object_fetch, [block] if block in object_fetch.waiters_by_block else []
+                    object_fetch, [block] if block in object_fetch.waiters.by_block else []
                 )
 
     def fetch_whole_file(self, object_fetch: ObjectFetch) -> None:
         """A program is going to read all of this: fetch it, unless its last flights failed."""
         with self._lock:
-            object_fetch.fetch_whole = True
-            if object_fetch.failure_count:
+            object_fetch.want_whole()
+            if object_fetch.backoff.failure_count:
                 return
             self.dispatcher.want_whole_file_locked(object_fetch)
         self.observers.whole_file_wanted(object_fetch.version, object_fetch.source)

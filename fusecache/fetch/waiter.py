@@ -64,6 +64,12 @@ class Waiter:
         self.error: FusecacheError | None = None
         self.pieces: dict[int, bytes] = {}
 
+    def block_arrived(self, block: int, piece: bytes | None) -> None:
+        """This block is in the store, or only in `piece`."""
+        self.missing_blocks.discard(block)
+        if piece is not None:
+            self.pieces[block] = piece
+
 
 def settle_waiters(waiters: Iterable[Waiter], error: FusecacheError | None) -> None:
     """Tell these readers that their bytes are there, or why not. The caller holds no lock: the readers answer the

@@ -38,17 +38,20 @@ class WaiterTable:
         if object_fetch.gone_error is not None or self._is_closed:
             raise object_fetch.gone_error or CancelledReadError("the mount is going away")
         self._fetches[waiter] = object_fetch
-        object_fetch.add_waiter(waiter)
+        object_fetch.waiters.add(waiter)
+        if waiter.awaits_attestation:
+            object_fetch.backoff.end()
         if len(self._fetches) == 1:
             self._wakeups.wake_clock_locked()
 
     def drop_locked(self, waiters: Iterable[Waiter]) -> None:
-        """Neither this table nor their fetches know these any more; the caller settles them, or nobody does."""
+        """Neither this table nor their fetches know these any more; the caller settles them, unless they were
+        cancelled."""
         self._lock.assert_held()
         for waiter in waiters:
             object_fetch = self._fetches.pop(waiter, None)
             if object_fetch is not None:
-                object_fetch.drop_waiter(waiter)
+                object_fetch.waiters.drop(waiter)
 
     def remove_locked(self, waiters: Iterable[Waiter]) -> None:
         """Their fetches let go of these already, and the caller settles them."""

@@ -73,7 +73,7 @@ class WorkRunner:
             _log.warning("%s is not fetched ahead: %s", version.key, error)
             return
         with self._lock:
-            object_fetch.fetch_whole = True
+            object_fetch.want_whole()
             object_fetch.set_prefetch_mask(None)
             self._dispatcher.add_whole_file_locked(object_fetch)
             self._gate.request_inspection_locked(object_fetch)

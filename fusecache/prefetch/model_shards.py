@@ -115,13 +115,13 @@ class ModelShards:
         """Follow this profile from now on; returns False, and does nothing, if it is not one of this model."""
         if not profile.matches_model(self.id, self.block_size, self.block_counts):
             return False
-        marks = tuple(bytearray(count) for count in self.block_counts)
+        needed = tuple(bytearray(count) for count in self.block_counts)
         for run in profile.runs:
-            marks[run.file][run.start : run.stop] = b"\1" * (run.stop - run.start)
+            needed[run.file][run.start : run.stop] = b"\1" * (run.stop - run.start)
         # a file that is not in it at all was not opened, which says nothing of the next load, unless in those that
         # were blocks were left out: then all were opened (ProfileRecorder.make_profile sees to that)
         self.profile = profile
-        self.needed_blocks = marks if any(0 in mark and 1 in mark for mark in marks) else None
+        self.needed_blocks = needed if any(0 in mask and 1 in mask for mask in needed) else None
         return True
 
 

@@ -202,8 +202,8 @@ class ProfileFollower:
                 file = self._registry.find_file(version.id)
                 if object_fetch is None:
                     continue
-                if not object_fetch.failure_count:
-                    object_fetch.backoff_until = 0.0
+                if not object_fetch.backoff.failure_count:
+                    object_fetch.backoff.end()
                 if (
                     is_followed
                     and file is not None

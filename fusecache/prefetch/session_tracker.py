@@ -111,7 +111,7 @@ class SessionTracker:
                 return
             fetches = [self._fetch_service.fetches.find_locked(version.id) for version in model.versions]
             is_waited_for = any(
-                object_fetch is not None and object_fetch.waiters_by_block for object_fetch in fetches
+                object_fetch is not None and object_fetch.waiters.by_block for object_fetch in fetches
             )
             session.last_activity_at = (
                 now if is_waited_for else max(session.last_activity_at, model.last_read_at)

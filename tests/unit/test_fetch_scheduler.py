@@ -58,7 +58,7 @@ def wait_for(object_fetch: ObjectFetch, block: int, *, urgent: bool) -> None:
         on_settled=settled,
         urgent=urgent,
     )
-    object_fetch.waiters_by_block.setdefault(block, []).append(waiter)
+    object_fetch.waiters.add(waiter)
 
 
 def board_of(*loads: ObjectFetch) -> FetchScheduler:

@@ -18,8 +18,10 @@ from fusecache.fetch.service import FetchService
 from fusecache.fetch.settings import FetchSettings
 from fusecache.prefetch import backfill, model_registry, model_shards, session_tracker
 from fusecache.prefetch.interface import PrefetchSettings
+from fusecache.prefetch.model_shards import LoadSession, ModelShards
 from fusecache.prefetch.models.shard_order import shard_group, shards_of_model
 from fusecache.prefetch.prefetcher import Prefetcher
+from fusecache.prefetch.profile_follower import ProfileFollower
 from fusecache.prefetch.profiles.access_profile import AccessProfile, ProfileRun, id_of_model, pack_profile
 from fusecache.prefetch.profiles.profile_store import ProfileStore
 from fusecache.store.object import StoredObject
@@ -155,6 +157,53 @@ def test_a_reader_who_strays_gets_all_of_it_fetched(bench: Bench, kept: Kept) ->
         read(bench, 0, block)
     wait_until(lambda: len(set(bench.blocks())) == 3 * BLOCKS, "everything", 20)
     assert bench.prefetcher.stats.wrong == 1
+
+
+def test_readers_who_stray_before_the_study_is_over_get_all_of_it_fetched(
+    bench: Bench, kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept.here[id_of_model(FILES)] = recorded(*SPARSE)
+    may_study = threading.Event()
+    study = ProfileFollower._study_model
+
+    def study_late(self: ProfileFollower, model: ModelShards, session: LoadSession) -> None:
+        assert may_study.wait(WAIT)
+        study(self, model, session)
+
+    monkeypatch.setattr(ProfileFollower, "_study_model", study_late)
+    try:
+        for block in (
+            39,
+            24,
+            28,
+            32,
+            36,
+            20,
+        ):  # each read opens and closes the file, which nothing else has open
+            read(bench, 0, block)
+        assert bench.prefetcher.stats.wrong == 1
+    finally:
+        may_study.set()
+    wait_until(lambda: len(set(bench.blocks())) == 3 * BLOCKS, "everything", 20)
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_a_study_that_ends_late_masks_no_file_of_a_load_whose_readers_strayed(
+    bench: Bench, kept: Kept, is_over: bool
+) -> None:
+    kept.here[id_of_model(FILES)] = recorded(*SPARSE)
+    object_fetch = bench.loader.open_object(FILES[0], "")
+    assert object_fetch.prefetch_mask is not None
+    file = bench.prefetcher._registry.find_file(FILES[0].id)
+    assert file is not None
+    with bench.loader.lock:
+        session = bench.prefetcher._tracker.current_session_locked(file.model)
+        bench.prefetcher._follower._abandon_profile_locked(file.model, object_fetch)
+        if is_over:
+            file.model.session = file.model.recorder = None
+    bench.prefetcher._follower._study_ended(file.model, session)
+    assert object_fetch.prefetch_mask is None
+    bench.loader.release_fetch(object_fetch)
 
 
 def test_a_recording_of_another_version_is_not_followed(bench: Bench, kept: Kept) -> None:

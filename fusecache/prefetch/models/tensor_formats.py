@@ -1,9 +1,9 @@
 """Where the tensors lie in a file of weights: safetensors, GGUF, the zip archives of torch.save. Pure.
 
-`examine(name, size)` is a generator that asks for byte ranges of the file, is sent their bytes, and returns a Layout.
-It does no I/O, so that the caller decides when and from where the bytes come. A file is what somebody put into a
-bucket: every length and offset in it is checked before it is used, and no more than HEAD_LIMIT bytes of it are looked
-at. FormatError says in a few words why there is no layout; such a file is fetched in its own order.
+`parse_layout(name, size)` is a generator that asks for byte ranges of the file, is sent their bytes, and returns a
+TensorLayout. It does no I/O, so that the caller decides when and from where the bytes come. A file may hold anything:
+every length and offset in it is checked before it is used, and no more than MAX_HEADER_BYTES of it are looked at.
+FormatError says in a few words why there is no layout; such a file is fetched in its own order.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class FormatError(Exception):
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """`head` are the ranges [start, stop) that a reader needs before any tensor, `tensors` those of the tensors, in
-    ascending order and without overlaps; in bytes of the file."""
+    """`header_ranges` are the ranges [start, stop) that a reader needs before any tensor, `tensor_ranges` those of the
+    tensors, in ascending order and without overlaps; in bytes of the file."""
 
     header_ranges: tuple[tuple[int, int], ...]
     tensor_ranges: tuple[tuple[int, int], ...]

@@ -1,9 +1,11 @@
-"""A recording: in which order a load read the blocks of a model's files. Pure; the one place that knows its bytes.
+"""An access profile: in which order a load read the blocks of a model's files. Pure; the one place that knows its
+bytes.
 
 Format 1, little-endian: "FCORDER1", the model's id (16 bytes), the block size (4 bytes), the number of runs (4 bytes),
 the runs, xxh3_64 of all that (8 bytes). A run is four varints: the file, and the start behind the end of the run
 before it, both as zigzag differences, the number of blocks, the rank. The file is an index into the model's files,
-sorted by key. Recordings come from other machines, too: nothing in them is believed before `unpack` and `fits`.
+sorted by key. Profiles come from other machines, too: nothing in them is believed before
+`unpack_profile` and `matches_model`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ _MAX_BLOCK = 1 << 40
 
 
 class ProfileError(Exception):
-    """These bytes are not a recording of this format, or are damaged."""
+    """These bytes are not a profile of this format, or are damaged."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class ProfileRun:
 
 @dataclass(frozen=True)
 class AccessProfile:
-    """`model` is what `model_id` gives for the files. The blocks of a run may be in another one, too."""
+    """`model_id` is the `id_of_model` of the files. The blocks of a run may be in another one, too."""
 
     model_id: str
     block_size: int
@@ -75,13 +77,13 @@ class AccessProfile:
 
 
 def id_of_model(versions: Iterable[ObjectVersion]) -> str:
-    """32 hex digits that name this set of file versions, whatever their order: any other set has another one."""
+    """32 hex digits that name this set of file versions, in any order: another set has other digits."""
     ids = sorted(version.id for version in versions)
     return xxhash.xxh3_128_hexdigest("\0".join(ids).encode())
 
 
 def pack_profile(profile: AccessProfile) -> bytes:
-    """Its bytes, at most MAX_BYTES: the order within what is read at about the same time is given up first."""
+    """Its bytes, at most MAX_BYTES: the order of blocks that are read at about the same time is given up first."""
     runs: Sequence[ProfileRun] = profile.runs
     window = 2
     while True:

@@ -1,12 +1,13 @@
-"""Listens to a load and makes a recording of it: what the kernel asked for, in order of the first request. Pure.
+"""Records the reads of a load, and makes an access profile of them: the blocks that the kernel asked for, in the order
+of the first request. Pure.
 
-Theory of operation. A READ says which blocks somebody will look at, blurred: the kernel reads ahead of a sequential
+Theory of operation. A READ says, blurred, which blocks a reader will look at: the kernel reads ahead of a sequential
 reader, and around the page of a fault. So READs are taken down in runs, each a stretch of a file that grew in place,
-and at the end the tensors (formats.py) say what the reader was after: blocks at the edge of a tensor, no more than the
-kernel may have asked for on its own, are left out when the rest of that tensor was not read.
+and at the end the tensors (tensor_formats.py) say what the reader was after: blocks at either end of a tensor, no more
+than the kernel may have asked for on its own, are left out when the rest of that tensor was not read.
 
-Ranks read at the same time. A run that another process's READs come between is ended after RUN_LIMIT blocks, so that
-the recording alternates between the ranks as they did.
+Ranks read at the same time. A run that another process's READs come between is ended after MAX_RUN_BLOCKS blocks, so
+that the recording alternates between the ranks as they did.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def readahead_slack(readahead_bytes: int, block_size: int) -> int:
 
 
 class _RecordedFile:
-    """What was asked for of one file. `run` is, per block, the number of its run, 0: none."""
+    """The blocks of one file that were asked for: `run_numbers` has for each block the number of its run, 0: it was not
+    asked for."""
 
     def __init__(self, blocks: int) -> None:
         self.requested = bytearray(blocks)
@@ -58,10 +60,8 @@ class _GrowingRun:
 
 
 class ProfileRecorder:
-    """Takes down one load of the model `model`, whose files have `counts` blocks. Thread-safe; its lock is a leaf.
-
-    `ahead` is how much the kernel reads ahead, in bytes.
-    """
+    """Records one load of the model `model_id`, whose files have `block_counts` blocks; the kernel reads
+    `readahead_bytes` ahead. Thread-safe; its lock is a leaf."""
 
     def __init__(
         self, model_id: str, block_size: int, block_counts: Sequence[int], readahead_bytes: int
@@ -77,7 +77,7 @@ class ProfileRecorder:
         self._lock = threading.Lock()
 
     def file_opened(self, file: int, *, is_passthrough: bool = False) -> None:
-        """A file was opened; `whole`: its reads will not be heard of, the kernel answers them."""
+        """A file was opened; `is_passthrough`: the kernel answers its reads, so that it counts as read whole."""
         with self._lock:
             found = self._recorded_file(file)
             if is_passthrough and not found.is_passthrough:
@@ -86,7 +86,7 @@ class ProfileRecorder:
                     self._begin_run(found, file, 0, self._block_counts[file], 0)
 
     def record_read(self, file: int, start: int, stop: int, process: int) -> None:
-        """A READ of the blocks [start, stop) came from this process."""
+        """A READ of the blocks [start, stop) came from this process. Takes microseconds."""
         found = self._files.get(file)
         if found is not None and found.requested.find(0, start, stop) < 0:
             return  # without the lock: blocks that were asked for stay so
@@ -136,8 +136,9 @@ class ProfileRecorder:
         found.requested[start:stop] = b"\1" * (stop - start)
 
     def make_profile(self, layouts: Mapping[int, TensorLayout]) -> AccessProfile | None:
-        """What was heard so far; None: too little to be a load. Where not all files were opened, the load may have
-        been broken off, and those that were count as read whole."""
+        """The profile of the reads so far; None: they are too few for a load. Where not all files were opened, the load
+        may have been broken off, and the files that were opened count as read whole. `layouts` are those of the files
+        whose tensors are known."""
         with self._lock:
             complete = len(self._files) == len(self._block_counts)
             kept: dict[int, bytearray] = {}
@@ -180,8 +181,8 @@ class ProfileRecorder:
 def drop_readahead_blocks(
     needed_blocks: bytearray, layout: TensorLayout, block_size: int, readahead_slack: int
 ) -> None:
-    """Take away the blocks that were asked for only because they lie beside what a reader was after: at most `edge`
-    blocks at either end of a tensor that was not read, in blocks that hold no other one."""
+    """Take away the blocks that were asked for only because they lie beside what a reader was after: at most
+    `readahead_slack` blocks at either end of a tensor that was not read, in blocks that hold no other one."""
     needed = bytearray(len(needed_blocks))
     for start, stop in layout.header_ranges:
         _cover_bytes(needed, start, stop, block_size)
