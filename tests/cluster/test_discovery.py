@@ -43,6 +43,7 @@ def read_all(nodes: Nodes, keys: list[str], *names: str) -> None:
         reader.result(60)
 
 
+@pytest.mark.expected_log("peers.etcd=.* does not answer")
 def test_nodes_meet_in_etcd_and_leave_it(start_cluster: Start, server: EtcdServer, keys: list[str]) -> None:
     server.start()
     nodes = start_cluster("discovery", "a", "b", "c")
@@ -59,6 +60,7 @@ def test_nodes_meet_in_etcd_and_leave_it(start_cluster: Start, server: EtcdServe
         del nodes.mounts[name]
 
 
+@pytest.mark.expected_log("peers.etcd=.* does not answer")
 def test_etcd_may_come_late_and_go_away(start_cluster: Start, server: EtcdServer, keys: list[str]) -> None:
     nodes = start_cluster("discovery", "a", "b")
     for name in "ab":
@@ -86,6 +88,7 @@ def test_a_name_with_addresses(start_cluster: Start, keys: list[str]) -> None:
     assert nodes.origin_bytes() == 0
 
 
+@pytest.mark.expected_log("Name or service not known")
 def test_a_name_without_addresses_keeps_nobody_from_reading(start_cluster: Start, keys: list[str]) -> None:
     nodes = start_cluster("discovery", "a")
     dns = {"peers__discovery": "dns", "peers__dns": "no-such-name.invalid:7070", "peers__members": None}

@@ -108,9 +108,10 @@ class _HeaderParse:
                 if data is None:
                     break
         except StopIteration as stop:
+            layout: tensor_formats.TensorLayout = stop.value
             with self._fetch_service.lock:
-                self._layouts[self._file_number] = stop.value
-            for start, end in stop.value.head:
+                self._layouts[self._file_number] = layout
+            for start, end in layout.header_ranges:
                 _prefetch_bytes(self._fetch_service, self._object_fetch, start, end - start)
         except tensor_formats.FormatError as error:
             _log.info(
