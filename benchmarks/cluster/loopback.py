@@ -44,7 +44,8 @@ from benchmarks.processes import (
 from benchmarks.tools.fusecache import status
 from benchmarks.tools.seaweedfs import s3_server, upload
 from fusecache.peers.transport.auth import RequestSigner
-from fusecache.peers.transport.client import PeerClient, RequestTimeout
+from fusecache.peers.transport.client import PeerClient
+from fusecache.peers.transport.observer import RequestTimeout
 from fusecache.peers.transport.wire import BlockRequest
 from fusecache.types import ObjectId
 
@@ -171,6 +172,26 @@ def _iperf3(port: int, *more: str) -> float:
     return float(told["end"]["sum_received"]["bits_per_second"]) / 8
 
 
+class _HashedBlocks:
+    """Checks blocks as a node does, and keeps nothing of them."""
+
+    def __init__(self) -> None:
+        self.received_bytes = 0
+        self._checksum = 0
+        self._digest = xxhash.xxh3_64()
+
+    def begin_block(self, checksum: int) -> None:
+        self._checksum = checksum
+        self._digest.reset()
+
+    def write(self, view: memoryview) -> None:
+        self._digest.update(view)
+        self.received_bytes += len(view)
+
+    def end_block(self) -> bool:
+        return (self._digest.intdigest() or 1) == self._checksum
+
+
 def take(url: str, secret: str) -> None:
     """Entry point of the taking process: what the node has, again and again; prints bytes per second."""
     signer = RequestSigner(Path(secret).read_text().strip(), "client", "")
@@ -186,21 +207,10 @@ def take(url: str, secret: str) -> None:
     def one(work: tuple[ObjectId, int, range]) -> int:
         object_id, size, blocks = work
         request = BlockRequest(object_id, blocks, None, _BLOCK, stored_only=True, caller="client")
-        answer = client.request_blocks(url, request, size, RequestTimeout(url, 60.0))
-        digest, expected, total = xxhash.xxh3_64(), None, 0
-        with contextlib.closing(answer):
-            for piece in answer:
-                if isinstance(piece, int):
-                    if expected is not None and digest.intdigest() != expected:
-                        raise BenchmarkError("a checksum is wrong")
-                    expected = piece
-                    digest.reset()
-                    continue
-                digest.update(piece)
-                total += len(piece)
-        if digest.intdigest() != expected:
-            raise BenchmarkError("a checksum is wrong")
-        return total
+        receiver = _HashedBlocks()
+        with contextlib.closing(client.request_blocks(url, request, size, RequestTimeout(60.0))) as answer:
+            answer.receive_into(receiver)  # raises PeerError if a checksum is wrong
+        return receiver.received_bytes
 
     def stream(number: int) -> int:
         total = 0

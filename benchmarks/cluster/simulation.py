@@ -1,9 +1,10 @@
 """One simulated run: all nodes begin to read everything at the same moment, with empty caches.
 
-What runs is the project's own code wherever it does no I/O: placement, the rules of choice.py, breakers, Board and
-ObjectFetch. What is simulated is the rest: the network (simulation_network.py), what stands for threads
-(simulation_node.py) and for the server (simulation_server.py). Not simulated: the time that copying, hashing and
-writing bytes takes, lost packets, and the probes of the membership.
+What runs is the project's own code wherever it does no I/O: placement, the rules and timings of policy.py,
+StripeRequest, CircuitBreaker, Hedger, FetchScheduler and ObjectFetch. What is simulated is the rest: the network
+(simulation_network.py), threads and a reader (simulation_node.py), and what stands for sockets on the receiving
+(simulation_client.py) and the sending side (simulation_server.py, simulation_connections.py). Not simulated: the time
+that copying, hashing and writing bytes takes, lost packets, deadlines, and the probes of the membership.
 """
 
 from __future__ import annotations
@@ -13,13 +14,18 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.cluster.simulation_node import DEATH_NOTICED_AFTER, POLL_EVERY, SimulatedNode
+from benchmarks.cluster.simulation_node import SimulatedNode
+from benchmarks.cluster.simulation_peer import SimulatedPeer
+from benchmarks.cluster.simulation_server import SimulatedServer
 from benchmarks.cluster.simulation_world import SimulatedWorld, SimulationSetting
+from fusecache.peers.exchange import policy
 
 _START_WITHIN = 1e-3
 """Seconds within which all nodes begin."""
 _MAX_OVER_BOUND = 50.0
 """Times the bound, and as many seconds, after which a run is given up."""
+_SECOND_LOOK_TAKES = (0.5, 1.5)
+"""Seconds from a connection to a dead node that is not made until the membership has probed the node once more."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +73,14 @@ class SimulationOutcome:
 def run_simulation(setting: SimulationSetting) -> SimulationOutcome:
     """Run it; the same setting gives the same outcome."""
     world = SimulatedWorld(setting)
-    nodes: list[SimulatedNode] = []
-    nodes += [SimulatedNode(world, number, nodes) for number in range(setting.nodes)]
+    peers = [SimulatedPeer(world, number) for number in range(setting.nodes)]
+    servers: list[SimulatedServer] = []
+    nodes = [SimulatedNode(peer, peers, servers) for peer in peers]
+    servers += [node.server for node in nodes]
     clock, chance = world.clock, world.rng
     for node in nodes:
         clock.call_at(chance.uniform(0, _START_WITHIN), node.start_reading)
-        clock.call_at(POLL_EVERY * chance.uniform(1, 2), node.poll_transfers)
+        clock.call_at(policy.HEDGE_EVERY * chance.uniform(1, 2), node.poll_transfers)
     if world.dying_nodes:
         when = setting.bound / 2
         world.member_views.append(
@@ -81,7 +89,8 @@ def run_simulation(setting: SimulationSetting) -> SimulationOutcome:
         for at in sorted(world.dying_nodes):
             clock.call_at(when, nodes[at].lose_power)
         for node in nodes:
-            clock.call_at(when + chance.uniform(*DEATH_NOTICED_AFTER), node.notice_deaths, 1)
+            noticed = when + setting.timeout + chance.uniform(*_SECOND_LOOK_TAKES)
+            clock.call_at(noticed, node.notice_deaths, 1)
     collecting = gc.isenabled()
     gc.disable()  # there are millions of objects, and none of them is garbage for long
     try:
@@ -94,7 +103,8 @@ def run_simulation(setting: SimulationSetting) -> SimulationOutcome:
 
 def _summarize_run(world: SimulatedWorld, nodes: list[SimulatedNode]) -> SimulationOutcome:
     setting, counters, network = world.setting, world.counters, world.network
-    healthy = [node.done_at for node in nodes if node.number not in world.slow_nodes | world.dying_nodes]
+    other = world.slow_nodes | world.dying_nodes
+    healthy = [node.done_at for number, node in enumerate(nodes) if number not in other]
     slow = [nodes[at].done_at for at in world.slow_nodes]
     done = [at for at in healthy if at is not None]
     stripes = sum(world.stripes_of(file) for file in range(len(world.files)))

@@ -1,60 +1,46 @@
-"""The giving side of a simulated node: see Holdings and PeerServer."""
+"""The sending side of a simulated node: what PeerServer and BlockService do with connections, threads and streams."""
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Callable, Sequence
 
+from benchmarks.cluster.simulation_connections import SimulatedConnections
 from benchmarks.cluster.simulation_network import SimulatedStream
-from fusecache.fetch.object_fetch import ObjectFetch
-from fusecache.fetch.waiter import Waiter
+from benchmarks.cluster.simulation_peer import PeerEvent, SimulatedPeer, SimulatedRequest
 from fusecache.peers.exchange import policy
-
-if TYPE_CHECKING:
-    from benchmarks.cluster.simulation_node import SimulatedNode, SimulatedTransfer
-
-BACKLOG = 1024
-MAX_UNCERTAIN = 5.0
-MAX_QUEUED = 20.0
-"""As in server.py and holdings.py."""
-
-
-@dataclass(eq=False, slots=True)
-class SimulatedRequest:
-    """See BlockRequest."""
-
-    client_number: int
-    transfer: SimulatedTransfer
-    wait_number: int
-    blocks: range
-    stored_only: bool
-    is_urgent: bool
-    no_redirect: bool
-    hops: int
-    failed_nodes: tuple[str, ...]
-    unsent_bytes: int
-    receive_rate: int
+from fusecache.peers.member import Member
 
 
 class SimulatedServer:
-    """Of one node."""
+    """Answers the requests of other nodes.
 
-    def __init__(self, node: SimulatedNode) -> None:
-        self.transfer_by_stream: dict[SimulatedStream, SimulatedTransfer] = {}
-        """What comes to this node."""
-        self._node = node
-        self._world = node.world
-        self._busy_until = 0.0
-        self._relay_trees = policy.RelayTrees(node.name)
-        self._connection_count = 0
-        self._idle_since: OrderedDict[tuple[int, int], float] = OrderedDict()
-        """(client, a number) -> since when, of kept connections."""
-        self._idle_by_client: dict[int, list[int]] = {}
-        self._connections_kept = 0
-        self._backlog: deque[SimulatedRequest] = deque()
-        self._waiting_count = 0
+    | A request | Event | Next |
+    |---|---|---|
+    | reaches the node | a connection is free | waits for the node's thread |
+    | | none is, and the backlog has room | waits for a connection |
+    | | none is, and the backlog is full, or the node is dead | times out |
+    | has the node's thread | the node may not serve it, or another holder is to | is answered: MISSED, REDIRECTED |
+    | | a stream is free | is sent |
+    | | none is | waits for a stream, for policy.MAX_QUEUED at most: BUSY |
+    | is sent | all blocks have arrived, or its client abandons it | has ended |
+    | | a block is missing, and it is not certain that it comes | breaks off |
+    """
+
+    def __init__(
+        self, peer: SimulatedPeer, peers: Sequence[SimulatedPeer], on_demand: Callable[[int, int, bool], None]
+    ) -> None:
+        """`peers` are all nodes; `on_demand` gets a file's number, a block that a caller waits for and nobody fetches,
+        and whether a reader waits for it."""
         self.receiver_rates = policy.ReceiverRates()
+        self._peer = peer
+        self._peers = peers
+        self._on_demand = on_demand
+        self._world = peer.world
+        self._busy_until = 0.0
+        self._relay_trees = policy.RelayTrees(peer.name)
+        self._connections = SimulatedConnections(self._world, self._accept_request, self._time_out)
+        self._waiting_count = 0
         self._streams_used = 0
         self._promised_bytes = 0
         self._stream_queue: deque[SimulatedRequest] = deque()
@@ -63,7 +49,7 @@ class SimulatedServer:
         """Streams that wait for blocks of a stripe."""
 
     def occupy_thread(self, seconds: float) -> float:
-        """Have the node's one running thread do something that takes so long; returns when it is done."""
+        """Have the node's one running thread do something that takes so many seconds; returns when it will be done."""
         now = self._world.clock.now
         self._busy_until = max(now, self._busy_until) + seconds
         return self._busy_until
@@ -77,57 +63,28 @@ class SimulatedServer:
     # -- connections
 
     def connect_client(self, request: SimulatedRequest) -> None:
-        """A request reaches this node, over a kept connection if there is one."""
-        if self._node.is_dead:
-            self._fail_request(request, self._world.setting.timeout)
-            return
-        kept = self._idle_by_client.get(request.client_number)
-        if kept:
-            del self._idle_since[request.client_number, kept.pop()]
-            self._accept_request(request)
-            return
-        clock = self._world.clock
-        if self._connection_count >= self._world.setting.connections and self._idle_since:
-            self._close_connection(next(iter(self._idle_since)))
-        if self._connection_count < self._world.setting.connections:
-            self._connection_count += 1
-            self._world.counters.most_connections = max(
-                self._world.counters.most_connections, self._connection_count
-            )
-            # the round trip of the handshake
-            clock.call_at(clock.now + 2 * self._world.network.latency, self._accept_request, request)
-        elif len(self._backlog) < BACKLOG:
-            self._backlog.append(request)
+        """A request reaches this node."""
+        if self._peer.is_dead:
+            self._time_out(request)
         else:
-            self._world.counters.not_connected += 1
-            self._fail_request(request, self._world.setting.timeout)
+            self._connections.connect(request)
 
-    def _close_connection(self, key: tuple[int, int]) -> None:
-        del self._idle_since[key]
-        self._idle_by_client[key[0]].remove(key[1])
-        self._connection_count -= 1
-
-    def _release_connection(self, client: int) -> None:
-        """A request was answered: its connection is kept, or closed for who waits for one."""
-        if self._backlog:
-            self._accept_request(self._backlog.popleft())
-            return
-        self._connections_kept += 1
-        self._idle_since[client, self._connections_kept] = self._world.clock.now
-        self._idle_by_client.setdefault(client, []).append(self._connections_kept)
-
-    def _fail_request(self, request: SimulatedRequest, seconds: float) -> None:
-        clock = self._world.clock
-        client = self._node.nodes[request.client_number]
+    def _time_out(self, request: SimulatedRequest) -> None:
+        """No connection comes about."""
+        clock, event = self._world.clock, PeerEvent.CONNECT_TIMED_OUT
         clock.call_at(
-            clock.now + seconds, client.resume_transfer, request.transfer, request.wait_number, "error"
+            clock.now + self._world.setting.timeout,
+            request.client.deliver,
+            request.transfer,
+            request.wait_number,
+            event,
         )
 
     def _accept_request(self, request: SimulatedRequest) -> None:
         counters, clock = self._world.counters, self._world.clock
         waits = max(0.0, self._busy_until - clock.now)
         counters.waited_seconds += waits
-        number = self._node.number
+        number = self._peer.number
         counters.longest_waits[number] = max(counters.longest_waits[number], waits)
         self._waiting_count += 1
         counters.most_queued = max(counters.most_queued, self._waiting_count)
@@ -137,176 +94,173 @@ class SimulatedServer:
 
     # -- what becomes of a request
 
-    def _answer_request(self, request: SimulatedRequest, event: str, found: object = None) -> None:
+    def _answer_request(
+        self, request: SimulatedRequest, event: PeerEvent, target: Member | None = None
+    ) -> None:
         clock = self._world.clock
-        client = self._node.nodes[request.client_number]
-        self._release_connection(request.client_number)
+        self._connections.release(request.client.number)
         clock.call_at(
             clock.now + self._world.network.latency,
-            client.resume_transfer,
+            request.client.deliver,
             request.transfer,
             request.wait_number,
             event,
-            found,
+            target,
         )
 
-    def _is_withheld(self, request: SimulatedRequest) -> bool:
-        """See BlockService._prepare_response."""
-        node, flight = self._node, request.transfer
-        object_fetch = node.fetch_of(flight.file)
-        if object_fetch.stored.has(request.blocks):  # type: ignore[attr-defined]
-            return False
-        if request.stored_only:
+    def _may_serve(self, request: SimulatedRequest) -> bool:
+        """Whether this node sends these blocks: it has them, or gets them."""
+        peer, ask, transfer = self._peer, request.ask, request.transfer
+        if peer.stored_of(transfer.file).first_missing(request.blocks) is None:
             return True
-        if (
-            node.upstream_by_stripe.get((flight.file, flight.stripe))
-            == node.nodes[request.client_number].name
-        ):
-            return True
-        order = self._world.ranking_of(node.view_number, flight.file, flight.stripe)
-        members = len(self._world.member_views[node.view_number])
-        if policy.should_fetch(order, node.name, request.failed_nodes, request.hops, members):
-            return False
-        return object_fetch.idle.find(1, request.blocks.start, request.blocks.stop) >= 0
+        upstream = peer.dependencies.upstream_nodes(peer.stripe_id(transfer.file, transfer.stripe))
+        idle = peer.fetch_of(transfer.file).idle
+        return policy.may_serve(
+            peer.ranking_of(transfer.file, transfer.stripe),
+            peer.name,
+            len(peer.members),
+            failed_nodes=ask.failed_nodes,
+            hops=ask.hops,
+            stored_only=ask.stored_only,
+            comes_from_caller=request.client.name in upstream,
+            is_coming=lambda: idle.find(1, request.blocks.start, request.blocks.stop) < 0,
+        )
+
+    def _choose_sender(self, request: SimulatedRequest) -> str:
+        """The node that is to send these blocks: this one, or another holder."""
+        peer, ask = self._peer, request.ask
+        self.receiver_rates.record_rate(request.client.name, request.receive_rate)
+        return self._relay_trees.choose_sender(
+            peer.stripe_id(request.transfer.file, request.transfer.stripe),
+            request.client.name,
+            peer.live_names,
+            len(request.blocks) * self._world.setting.block,
+            failed_nodes=ask.failed_nodes,
+            caller_unsent=request.unsent_bytes,
+            own_unsent=self.unsent_bytes,
+            no_redirect=ask.no_redirect,
+            hops=ask.hops,
+        )
 
     def _handle_request(self, request: SimulatedRequest) -> None:
         self._waiting_count -= 1
-        node, flight = self._node, request.transfer
-        if node.is_dead:
-            self._fail_request(request, self._world.setting.timeout)
+        if self._peer.is_dead:
+            self._time_out(request)
             return
-        if flight.wait_number != request.wait_number:
-            self._release_connection(request.client_number)  # who asked has found another
+        if request.is_abandoned:
+            self._connections.release(request.client.number)  # the client has found another node
             return
-        if self._is_withheld(request):
-            self._answer_request(request, "miss")
+        if not self._may_serve(request):
+            self._answer_request(request, PeerEvent.MISSED)
             return
-        if not request.stored_only:
-            asking = node.nodes[request.client_number].name
-            stripe = (flight.object_fetch.version.id, flight.stripe)
-            self._relay_trees.record_unsent(asking, request.unsent_bytes)
-            self.receiver_rates.record_rate(asking, request.receive_rate)
-            self._relay_trees.record_unsent(node.name, self.unsent_bytes)
-            usable = policy.Excluding(
-                self._world.live_names(node.view_number), (asking, *request.failed_nodes)
-            )
-            direct = request.no_redirect or request.hops > 0
-            nbytes = len(request.blocks) * self._world.setting.block
-            found = self._relay_trees.assign_parent(stripe, asking, usable, nbytes, no_redirect=direct)
-            if found != node.name:
+        if not request.ask.stored_only:
+            sender = self._choose_sender(request)
+            if sender != self._peer.name:
                 self._world.counters.redirects += 1
-                self._answer_request(
-                    request, "elsewhere", self._world.member_views[0][self._world.number_by_name[found]]
-                )
+                number = self._world.number_by_name[sender]
+                self._answer_request(request, PeerEvent.REDIRECTED, self._world.member_views[0][number])
                 return
         if self._streams_used < self._world.setting.streams:
             self.start_sending(request)
         else:
             self._stream_queue.append(request)
             clock = self._world.clock
-            clock.call_at(clock.now + MAX_QUEUED, self._refuse_request, request)
+            clock.call_at(clock.now + policy.MAX_QUEUED, self._refuse_request, request)
 
     def _refuse_request(self, request: SimulatedRequest) -> None:
         if request in self._stream_queue:
             self._stream_queue.remove(request)
-            self._answer_request(request, "busy")
+            self._answer_request(request, PeerEvent.BUSY)
 
     def would_accept(self, request: SimulatedRequest) -> bool:
         """Whether it is not turned down at once."""
         return (
-            not self._node.is_dead
-            and not self._is_withheld(request)
+            not self._peer.is_dead
+            and self._may_serve(request)
             and self._streams_used < self._world.setting.streams
         )
 
     def start_sending(self, request: SimulatedRequest) -> None:
-        """Begin to send."""
-        if request.transfer.wait_number != request.wait_number:
-            self._release_connection(request.client_number)
+        """Begin to send, unless the client has abandoned the request."""
+        client, transfer = request.client, request.transfer
+        if request.is_abandoned:
+            self._connections.release(client.number)
             return
         self._streams_used += 1
         setting = self._world.setting
         self.occupy_thread(setting.answering_seconds - setting.redirecting_seconds)
-        node, client = self._node, self._node.nodes[request.client_number]
-        flight = request.transfer
-        object_fetch = node.fetch_of(flight.file)
-        stream = SimulatedStream(
-            node.number, request.client_number, len(request.blocks), client.blocks_arrived
-        )
+        stream = SimulatedStream(self._peer.number, client.number, len(request.blocks), client.blocks_arrived)
         self._promised_bytes += len(request.blocks) * setting.block
         self._request_by_stream[stream] = request
-        flight.stream = stream
-        flight.all_stored = object_fetch.stored.has(request.blocks)  # type: ignore[attr-defined]
-        client.server.transfer_by_stream[stream] = flight
-        self._refill_stream(stream, object_fetch)
+        stored = self._peer.stored_of(transfer.file)
+        client.stream_began(transfer, stream, all_stored=stored.first_missing(request.blocks) is None)
+        self._refill_stream(stream)
 
-    def _refill_stream(self, stream: SimulatedStream, object_fetch: ObjectFetch) -> None:
+    def _refill_stream(self, stream: SimulatedStream) -> None:
+        """Send what is there, and have the first block fetched that is not."""
         request = self._request_by_stream[stream]
-        there: bytearray = object_fetch.stored.there  # type: ignore[attr-defined]
-        stop = there.find(0, request.blocks.start + stream.ready_blocks, request.blocks.stop)
-        stream.ready_blocks = (stop if stop >= 0 else request.blocks.stop) - request.blocks.start
-        if stop >= 0:
-            key = request.transfer.file, request.transfer.stripe
-            self._starved_streams.setdefault(key, []).append(stream)
-            if object_fetch.idle[stop]:
-                self._request_block(object_fetch, stop, request.is_urgent)
+        blocks, transfer = request.blocks, request.transfer
+        stored = self._peer.stored_of(transfer.file)
+        missing = stored.first_missing(range(blocks.start + stream.ready_blocks, blocks.stop))
+        stream.ready_blocks = (blocks.stop if missing is None else missing) - blocks.start
+        if missing is not None:
+            self._starved_streams.setdefault((transfer.file, transfer.stripe), []).append(stream)
+            if self._peer.fetch_of(transfer.file).idle[missing]:
+                self._on_demand(transfer.file, missing, request.is_urgent)
             if self._world.has_faults:
-                clock = self._world.clock
-                clock.call_at(clock.now + MAX_UNCERTAIN, self._check_certainty, stream, stream.ready_blocks)
+                self._check_certainty_later(stream)
         self._world.network.queue_run(stream)
 
+    def _check_certainty_later(self, stream: SimulatedStream) -> None:
+        clock = self._world.clock
+        clock.call_at(clock.now + policy.MAX_UNCERTAIN, self._check_certainty, stream, stream.ready_blocks)
+
     def _check_certainty(self, stream: SimulatedStream, ready_blocks: int) -> None:
-        """See _StoredBlockResponse._certainty_age: we wait as long as it is certain that it comes."""
+        """Break off if no block has come since, and it is not certain that the next one does."""
         request = self._request_by_stream.get(stream)
         if request is None or stream.ready_blocks > ready_blocks:
             return
-        if self._node.is_arrival_certain(request.transfer.file, request.transfer.stripe):
-            clock = self._world.clock
-            clock.call_at(clock.now + MAX_UNCERTAIN, self._check_certainty, stream, ready_blocks)
-            return
-        self._node.nodes[request.client_number].lose_transfer(request.transfer)
+        if self._is_arrival_certain(request):
+            self._check_certainty_later(stream)
+        else:
+            request.client.lose_transfer(request.transfer)
 
-    def _request_block(self, object_fetch: ObjectFetch, block: int, is_urgent: bool) -> None:
-        """See FetchService.request_bytes."""
-        size = object_fetch.stored.block_size
-        now = self._world.clock.now
-        waiter = Waiter(
-            object_fetch.version.key,
-            block * size,
-            size,
-            missing_blocks=[block],
-            waiting_since=now,
-            deadline=now + 60.0,
-            on_settled=lambda _waiter: None,
-            urgent=is_urgent,
-        )
-        object_fetch.waiters.add(waiter)
-        self._node.scheduler.demand.queue_blocks(object_fetch, [block])
-        self._node.assign_work()
+    def _is_arrival_certain(self, request: SimulatedRequest) -> bool:
+        """Whether a stripe comes to this node from its owner, over nodes that are alive."""
+        peer = self._peer
+        stripe = peer.stripe_id(request.transfer.file, request.transfer.stripe)
+        for _ in range(2 * policy.MAX_RELAY_DEPTH):
+            upstream = peer.dependencies.upstream_nodes(stripe)
+            if not upstream:
+                return True
+            peer = self._peers[self._world.number_by_name[next(iter(upstream))]]
+            if peer.is_dead:
+                return False
+        return False
 
-    def pass_on_blocks(self, file: int, stripe: int, object_fetch: ObjectFetch) -> None:
-        """Blocks of this stripe have landed here."""
+    def pass_on_blocks(self, file: int, stripe: int) -> None:
+        """Blocks of this stripe have arrived here."""
         for stream in self._starved_streams.pop((file, stripe), ()):
             if not stream.is_ended:
-                self._refill_stream(stream, object_fetch)
+                self._refill_stream(stream)
 
     def stream_ended(self, stream: SimulatedStream) -> None:
-        """All of it is sent, or nobody wants it any more."""
+        """All of it has arrived, or its client abandons it."""
         request = self._request_by_stream.pop(stream, None)
         if request is None:
             return
         stream.is_ended = True
         self._promised_bytes -= len(request.blocks) * self._world.setting.block
         self._streams_used -= 1
-        self._release_connection(request.client_number)
+        self._connections.release(request.client.number)
         if self._stream_queue:
             self.start_sending(self._stream_queue.popleft())
 
     def lose_power(self) -> None:
-        """The power fails: who waits for us notices later, by itself."""
+        """The power fails: the clients notice that later, by themselves."""
         for stream in self._request_by_stream:
             stream.is_ended = True
         self._request_by_stream.clear()
         self._starved_streams.clear()
         self._stream_queue.clear()
-        self._backlog.clear()
+        self._connections.lose_power()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.cluster.simulation_network import SimulatedClock, SimulatedNetwork
-from fusecache.config.model import Tuning
+from fusecache.config.model import MountConfig, Tuning
 from fusecache.config.peer_settings import PeerSettings
 from fusecache.peers.exchange import policy
 from fusecache.peers.member import Member
@@ -16,6 +16,7 @@ from fusecache.peers.node import PEER_WORKERS
 from fusecache.types import ObjectId, ObjectVersion
 
 _TUNING, _PEERS = Tuning(), PeerSettings(node="any")
+_OPEN_WAIT: float = MountConfig.model_fields["open_wait"].default
 GBIT = 1e9 / 8
 
 
@@ -49,6 +50,8 @@ class SimulationSetting:
     streams: int = _PEERS.streams
     connections: int = _PEERS.connections
     timeout: float = _PEERS.timeout
+    open_wait: float = _OPEN_WAIT
+    """Seconds that an open waits for its file to be whole."""
     slow: float = 0.0
     """Share of the nodes whose NIC has only `slow_rate` of the others' rate."""
     slow_rate: float = 0.1
@@ -64,7 +67,7 @@ class SimulationSetting:
     @property
     def run_blocks(self) -> int:
         """Blocks that are sent at a time."""
-        return max(1, (2 << 20) // self.block)
+        return max(1, policy.RUN_BYTES // self.block)
 
 
 @dataclass

@@ -63,6 +63,17 @@ class Wakeups:
             condition.notify_all()
 
 
+def count_workers(origin_workers: int, peer_workers: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """How many threads there are for each kind of work, the origin's and other nodes': those that take everything, and
+    those that only take blocks with a reader."""
+    # One thread at least must be free of tasks, which may wait for bytes.
+    reserved = max(1, origin_workers // 4)
+    return (max(2, origin_workers) - reserved, reserved), (
+        peer_workers - peer_workers // 4,
+        peer_workers // 4,
+    )
+
+
 class WorkerPool:
     """The threads of one service, whose scheduling lock is `lock`. `stop_locked` ends them after what they are at."""
 
@@ -76,13 +87,12 @@ class WorkerPool:
     def start_threads(self, origin_workers: int, peer_workers: int) -> None:
         """Start `origin_workers` threads, two at least, and `peer_workers` ones that wait for other nodes. A quarter of
         each only takes blocks with a reader, so that a reader that jumps does not queue behind the prefetch."""
-        # One thread at least must be free of tasks, which may wait for bytes.
-        reserved = max(1, origin_workers // 4)
-        for number in range(max(2, origin_workers)):
+        (general, reserved), (remote, remote_reserved) = count_workers(origin_workers, peer_workers)
+        for number in range(general + reserved):
             wakeup = self._wakeups.demand if number < reserved else self._wakeups.general
             self._start_thread(f"fetch-{number}", wakeup, number < reserved, False)
-        for number in range(peer_workers):
-            is_reserved = number < peer_workers // 4
+        for number in range(remote + remote_reserved):
+            is_reserved = number < remote_reserved
             wakeup = self._wakeups.remote_demand if is_reserved else self._wakeups.remote
             self._start_thread(f"peers-{number}", wakeup, is_reserved, True)
 

@@ -21,6 +21,14 @@ class PeerMissError(PeerError):
     """The node does not have these blocks, and is not the one to fetch them."""
 
 
+class PeerBadBlockError(PeerError):
+    """The node sent a block whose bytes do not have the checksum that it announced."""
+
+
+class TransferAbandonedError(PeerError):
+    """The observer of a request found that its answer is not worth waiting for any longer."""
+
+
 class PeerVersionGoneError(PeerError):
     """The node found that the origin has another version of the object now, or none."""
 

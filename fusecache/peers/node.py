@@ -17,6 +17,7 @@ from fusecache.origin.interface import Origin
 from fusecache.peers.directory import PeerDirectory
 from fusecache.peers.exchange.block_service import BlockService
 from fusecache.peers.exchange.block_source import PeerBlockSource
+from fusecache.peers.exchange.state import make_exchange_state
 from fusecache.peers.membership.discovery import Discovery, DnsDiscovery, StaticDiscovery
 from fusecache.peers.membership.etcd import EtcdDiscovery
 from fusecache.peers.membership.http_probe import HttpProbe
@@ -42,16 +43,16 @@ def make_block_source(
     settings: PeerSettings, directory: PeerDirectory, origins: Mapping[str, Origin], *, concurrency: int
 ) -> PeerBlockSource:
     """Where a node of a cluster gets its blocks from; `concurrency`: requests to the origin at a time, at most."""
+    state = make_exchange_state(
+        directory.name, directory.members, directory.outgoing, stripe_bytes=settings.stripe
+    )
     return PeerBlockSource(
-        directory.name,
-        directory.members,
+        state,
         directory.client,
         origins,
-        stripe_bytes=settings.stripe,
         peer_workers=PEER_WORKERS,
         concurrency=concurrency,
         fallback_requests=settings.fallback,
-        outgoing=directory.outgoing,
         stores_remote=settings.local_copies == "all",
     )
 
@@ -85,12 +86,10 @@ class PeerNode:
         self.block_source = block_source
         self._block_service = BlockService(
             directory.own_info,
-            directory.members,
-            block_source,
+            block_source.state,
             fetch_service,
             store,
             {origin.identity: name for name, origin in origins.items()},
-            outgoing=directory.outgoing,
             streams=settings.streams,
             render_metrics=render_metrics,
             peer_profiles=peer_profiles,
@@ -191,11 +190,11 @@ class PeerNode:
         }
 
     def _member_rows(self) -> list[dict[str, Any]]:
-        shares = self._directory.weight_shares()
+        shares, exchange = self._directory.weight_shares(), self.block_source.state
         rows = []
         for state in self._directory.members.member_states():
-            traffic = self.block_source.traffic(state.name)
-            reason, bad_blocks = self.block_source.breaker.describe_node(state.name)
+            traffic = exchange.traffic.node_counters(state.name)
+            reason, bad_blocks = exchange.breaker.describe_node(state.name)
             rows.append(
                 {
                     **vars(state),
@@ -207,7 +206,7 @@ class PeerNode:
                     "errors": traffic.errors,
                     "bad_blocks": bad_blocks,
                     "first_byte": traffic.first_byte_seconds,
-                    "bytes_per_second": self.block_source.speeds.stored_rate(state.name),
+                    "bytes_per_second": exchange.speeds.stored_rate(state.name),
                 }
             )
         return rows
@@ -231,13 +230,14 @@ class PeerNode:
 
     def counters(self) -> dict[str, Any]:
         """Figures of what this node gets from others and gives to them; quick, from any thread."""
-        stats, service = self.block_source.stats, self._block_service
+        traffic, service = self.block_source.state.traffic, self._block_service
+        stats = traffic.stats
         peers = list(stats.traffic_by_node.values())
         return {
             "bytes_in": stats.bytes_from_peers,
-            "bytes_out": sum(traffic.bytes_out for traffic in peers),
-            "bad_blocks": sum(traffic.bad_blocks for traffic in peers),
-            "errors": sum(traffic.errors for traffic in peers),
+            "bytes_out": sum(counters.bytes_out for counters in peers),
+            "bad_blocks": sum(counters.bad_blocks for counters in peers),
+            "errors": sum(counters.errors for counters in peers),
             "fallbacks": stats.fallbacks,
             "redirected": stats.redirects,
             "hedged": stats.hedges,
@@ -245,8 +245,8 @@ class PeerNode:
             "refused": service.refused_requests,
             "sending": service.responses_in_progress,
             "queued": service.queued_requests,
-            "receiving": self.block_source.transfers_in_progress,
-            "pace": self.block_source.peak_throughput(),
+            "receiving": traffic.transfers_in_progress,
+            "pace": traffic.peak_throughput(),
             "nodes": len(self._directory.members.members()),
         }
 

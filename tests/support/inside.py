@@ -13,6 +13,7 @@ from fusecache.fetch.service import FetchService
 from fusecache.fetch.settings import FetchSettings
 from fusecache.peers.exchange.block_service import BlockService
 from fusecache.peers.exchange.block_source import PeerBlockSource
+from fusecache.peers.exchange.state import make_exchange_state
 from fusecache.peers.member import PROTOCOL, Member, NodeInfo
 from fusecache.peers.membership.table import MembershipTable
 from fusecache.peers.outgoing import OutgoingBytes
@@ -55,27 +56,23 @@ class Node:
         self.client = PeerClient(name)
         self.store = Store(folder / name, limit=1 << 30, free_floor=0, block_size=BLOCK)
         self.outgoing = OutgoingBytes()
+        self.state = make_exchange_state(name, everybody, self.outgoing, stripe_bytes=STRIPE)
         self.exchange = PeerBlockSource(
-            name,
-            everybody,
+            self.state,
             self.client,
             {"": origin},
-            stripe_bytes=STRIPE,
             peer_workers=8,
             concurrency=8,
             fallback_requests=8,
-            outgoing=self.outgoing,
         )
         settings = FetchSettings(concurrency=8, range_bytes=STRIPE, deadline=DEADLINE)
         self.loader = FetchService(self.store, self.exchange, settings, events=EventHub())
         self.holdings = BlockService(
             lambda: NodeInfo(name, name, 1, "", PROTOCOL, "0", 0.0),
-            everybody,
-            self.exchange,
+            self.state,
             self.loader,
             self.store,
             {origin.identity: ""},
-            outgoing=self.outgoing,
             streams=16,
             render_metrics=str,
         )

@@ -16,15 +16,10 @@ MAX_METHODS = 20
 MAX_PARAMETERS = 10
 MAX_PUBLIC_CLASSES = 3
 
-KNOWN_METHODS = {
-    "fusecache.peers.exchange.block_source.PeerBlockSource": 32,
-}
+KNOWN_METHODS: dict[str, int] = {}
 KNOWN_PARAMETERS: dict[str, int] = {}
-KNOWN_CLASSES = {
-    "fusecache.peers.transport.client": 4,
-}
+KNOWN_CLASSES: dict[str, int] = {}
 KNOWN_ASSIGNED = {
-    "fusecache.peers.exchange.block_source -> received_bytes",
     "fusecache.peers.transport.client -> buffer",
     "fusecache.store.object -> buffer",
 }

@@ -14,18 +14,21 @@ import pytest
 import trio
 
 from fusecache.peers.errors import PeerError, PeerMissError
-from fusecache.peers.exchange import block_service, block_source, policy, transfer_monitor
-from fusecache.peers.exchange.block_source import PeerBlockSource
+from fusecache.peers.exchange import policy, transfer_monitor
+from fusecache.peers.exchange.hedger import Hedger
+from fusecache.peers.exchange.misses import MissTable
+from fusecache.peers.exchange.state import make_exchange_state
+from fusecache.peers.exchange.stripe_request import Abandon, PeerKnowledge, StripeRequest
+from fusecache.peers.exchange.transfer import PeerTransfer
+from fusecache.peers.exchange.transfer_monitor import TransferMonitor
 from fusecache.peers.member import Member
 from fusecache.peers.outgoing import OutgoingBytes
-from fusecache.peers.transport.client import PeerClient, RequestTimeout
+from fusecache.peers.transport.observer import RequestTimeout
 from fusecache.peers.transport.wire import BlockRequest
 from tests.support.inside import BLOCK, DATA, DEADLINE, FILE, STRIPE, STRIPES, Everybody, Node, running
 from tests.support.scripted import ScriptedOrigin, Step
 from tests.support.servers import wait_until
 
-NO_SINK: Any = None
-"""Of flights to which no byte comes."""
 SILENCE = 1.0
 """Of the nodes of these tests."""
 
@@ -33,10 +36,10 @@ SILENCE = 1.0
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """All that takes seconds takes tenths, and an owner gives each stripe itself to one node only."""
-    monkeypatch.setattr(block_source, "_MAX_SILENCE", SILENCE)
-    monkeypatch.setattr(block_service, "_NOTICE_EVERY", SILENCE / 10)
-    monkeypatch.setattr(block_service, "_MAX_UNCERTAIN", SILENCE / 2)
-    monkeypatch.setattr(transfer_monitor, "_NOTICE_WITHIN", SILENCE / 2)
+    monkeypatch.setattr(policy, "MAX_SILENCE", SILENCE)
+    monkeypatch.setattr(policy, "NOTICE_EVERY", SILENCE / 10)
+    monkeypatch.setattr(policy, "MAX_UNCERTAIN", SILENCE / 2)
+    monkeypatch.setattr(policy, "NOTICE_WITHIN", SILENCE / 2)
     monkeypatch.setattr(policy, "FAN_OUT", 1)
 
 
@@ -67,9 +70,7 @@ async def nodes(
 
 def ask(asking: Node, asked: Node, request: BlockRequest) -> None:
     """In a thread: wait for the first block of an answer."""
-    asking.client.request_blocks(
-        asked.url, request, FILE.size, RequestTimeout(asked.url, 2 * SILENCE)
-    ).close()
+    asking.client.request_blocks(asked.url, request, FILE.size, RequestTimeout(2 * SILENCE)).close()
 
 
 async def in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -90,26 +91,29 @@ async def test_who_waits_for_the_origin_is_waited_for(
             readers.start_soon(read, node)
         await in_thread(step.arrived)
         await trio.sleep(3 * SILENCE)
-        assert any(node.outgoing.unsent_bytes for node in nodes)
+        assert any(node.state.outgoing.unsent_bytes for node in nodes)
         step.open()
     assert found == [DATA] * 3
     # who gives notices the end a moment after who takes
     await in_thread(
-        wait_until, lambda: not any(node.outgoing.unsent_bytes for node in nodes), "all is sent", DEADLINE
+        wait_until,
+        lambda: not any(node.state.outgoing.unsent_bytes for node in nodes),
+        "all is sent",
+        DEADLINE,
     )
     assert sum(length for _, _, length in origin.reads) == FILE.size
     told = [node.exchange.stats for node in nodes]
     assert sum(stats.redirects for stats in told) >= STRIPES, "nobody waited for one that waits itself"
     assert [stats.fallbacks for stats in told] == [0, 0, 0]
     assert not any(peer.errors for stats in told for peer in stats.traffic_by_node.values())
-    slow = [other.name for node in nodes for other in nodes if node.exchange.speeds.is_slow(other.name)]
+    slow = [other.name for node in nodes for other in nodes if node.state.speeds.is_slow(other.name)]
     assert not slow
 
 
 async def test_who_passes_on_what_nobody_says_is_coming_loses_patience(
     nodes: list[Node], step: Step, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    owner = nodes[0].exchange.ranking_of(FILE.id, 0)[0].name
+    owner = nodes[0].state.rankings.ranking_of(FILE.id, 0)[0].name
     asked, asking = [node for node in nodes if node.name != owner]
     request = BlockRequest(FILE.id, range(4), FILE, BLOCK, DEADLINE, hops=1, caller=asking.name)
 
@@ -120,7 +124,7 @@ async def test_who_passes_on_what_nobody_says_is_coming_loses_patience(
         await in_thread(step.arrived)
         with pytest.raises(PeerError, match="no answer within"):
             await in_thread(ask, asking, asked, request)
-        monkeypatch.setattr(asked.exchange, "arrival_certain_at", lambda _object_id, _stripe: 0.0)
+        monkeypatch.setattr(asked.state.dependencies, "arrival_certain_at", lambda _stripe: 0.0)
         with pytest.raises(PeerMissError):
             await in_thread(ask, asking, asked, request)
     finally:
@@ -141,7 +145,7 @@ async def test_a_stand_in_that_waits_for_others_itself_is_not_waited_for_for_lon
     assert waiter is not None
     try:
         await in_thread(step.arrived)
-        monkeypatch.setattr(next_in_order.exchange, "arrival_certain_at", lambda _object_id, _stripe: 0.0)
+        monkeypatch.setattr(next_in_order.state.dependencies, "arrival_certain_at", lambda _stripe: 0.0)
         with pytest.raises(PeerMissError):
             await in_thread(ask, last, next_in_order, request)
     finally:
@@ -153,19 +157,19 @@ async def test_a_stand_in_does_not_wait_for_who_asks_it(
     nodes: list[Node], step: Step, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A node that gets a stripe from the owner finds it slow, and asks the next, which gets it from this node."""
-    monkeypatch.setattr(transfer_monitor, "_HEDGE_EVERY", SILENCE / 2)
-    monkeypatch.setattr(transfer_monitor, "_SUBSTITUTE_AFTER", SILENCE)
+    monkeypatch.setattr(policy, "HEDGE_EVERY", SILENCE / 2)
+    monkeypatch.setattr(policy, "SUBSTITUTE_AFTER", SILENCE)
     owner, next_in_order, last = _in_order(nodes)
     asked = trio.Event()
     token = trio.lowlevel.current_trio_token()
-    hedge = last.exchange.hedge_transfer
+    request_blocks = last.client.request_blocks
 
-    def noted(flight: transfer_monitor.PeerTransfer, now_from: Member, *, stored_only: bool) -> None:
-        if not stored_only and now_from.name == owner.name:
+    def noted(url: str, request: BlockRequest, *arguments: Any) -> Any:
+        if url == next_in_order.url and owner.name in request.failed_nodes:
             token.run_sync_soon(asked.set)
-        hedge(flight, now_from, stored_only=stored_only)
+        return request_blocks(url, request, *arguments)
 
-    monkeypatch.setattr(last.exchange, "hedge_transfer", noted)
+    monkeypatch.setattr(last.client, "request_blocks", noted)
     found: list[bytes] = []
 
     async def read(node: Node) -> None:
@@ -177,7 +181,7 @@ async def test_a_stand_in_does_not_wait_for_who_asks_it(
         readers.start_soon(read, next_in_order)
         redirected = next_in_order.exchange.stats
         await in_thread(wait_until, lambda: redirected.redirects, "who comes later is sent on", DEADLINE)
-        monkeypatch.setattr(last.exchange.speeds, "is_slow", lambda name: name == owner.name)
+        monkeypatch.setattr(last.state.speeds, "is_slow", lambda name: name == owner.name)
         with trio.fail_after(DEADLINE):
             await asked.wait()
         await trio.sleep(SILENCE / 2)
@@ -195,97 +199,115 @@ async def test_nobody_gets_a_stripe_from_who_gets_it_from_him(
     failed = tuple(node.name for node in ordered[:place])
     request = BlockRequest(FILE.id, range(4), FILE, BLOCK, DEADLINE, failed_nodes=failed, caller=asking.name)
 
-    asked.exchange._add_upstream((FILE.id, 0), asking.name)
-    with pytest.raises(PeerMissError, match="for node"):
+    with (
+        asked.state.dependencies.awaiting((FILE.id, 0), asking.name),
+        pytest.raises(PeerMissError, match="for node"),
+    ):
         await in_thread(ask, asking, asked, request)
-    asked.exchange._remove_upstream((FILE.id, 0), asking.name)
     with pytest.raises(PeerError, match="no answer within"):
         await in_thread(ask, asking, asked, request)
 
 
 def _in_order(nodes: list[Node]) -> list[Node]:
     """As the first stripe ranks them."""
-    order = [member.name for member in nodes[0].exchange.ranking_of(FILE.id, 0)]
+    order = [member.name for member in nodes[0].state.rankings.ranking_of(FILE.id, 0)]
     return sorted(nodes, key=lambda node: order.index(node.name))
 
 
-def test_a_node_that_says_nothing_is_passed_over(
-    quick: None, origin: ScriptedOrigin, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Monitored:
+    """A request to a node `a` for the first stripe, its monitor, and what that reports."""
+
+    def __init__(self) -> None:
+        everybody = Everybody()
+        everybody.found = (Member("a", "http://a:1", 1), Member("me", "http://me:1", 1))
+        self.state = make_exchange_state("me", everybody, OutgoingBytes(), stripe_bytes=STRIPE)
+        self.reports: list[tuple[int, float]] = []
+        hedger = Hedger("me", everybody.members, self.state.speeds, self.state.receiver_rates, lambda: False)
+        knowledge = PeerKnowledge("me", self.state.breaker, hedger, MissTable(), time.monotonic)
+        self.request = StripeRequest(
+            knowledge, FILE.id, everybody.found, 2, deadline=math.inf, cancelled=lambda: False
+        )
+        self.request.start()
+        transfer = PeerTransfer(
+            FILE, range(4), BLOCK, math.inf, lambda: False, CarelessSink(), True, next_block=0
+        )
+        self.monitor = TransferMonitor(
+            everybody.found[0],
+            transfer,
+            (FILE.id, 0),
+            dependencies=self.state.dependencies,
+            recorder=self,
+            poll_request=self.poll_request,
+        )
+
+    def record_arrival(self, member: Member, nbytes: int, seconds: float, *, stored: bool) -> None:
+        self.reports.append((nbytes, seconds))
+
+    def poll_request(self, silent_seconds: float) -> str | None:
+        action = self.request.polled(silent_seconds, is_alive=True)
+        return action.reason if isinstance(action, Abandon) else None
+
+
+class CarelessSink:
+    """Takes everything, and keeps nothing."""
+
+    def begin_block(self, checksum: int | None) -> None:
+        pass
+
+    def write(self, view: memoryview) -> None:
+        pass
+
+    def end_block(self) -> bool:
+        return True
+
+    def restart_block(self) -> None:
+        pass
+
+
+def test_a_node_that_says_nothing_is_passed_over(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(transfer_monitor, "time", SimpleNamespace(monotonic=lambda: now))
-    everybody = Everybody()
-    everybody.found = (Member("a", "http://a:1", 1), Member("me", "http://me:1", 1))
-    ours = PeerBlockSource(
-        "me",
-        everybody,
-        PeerClient("me"),
-        {"": origin},
-        stripe_bytes=STRIPE,
-        peer_workers=1,
-        concurrency=1,
-        fallback_requests=1,
-        outgoing=OutgoingBytes(),
-    )
-    flight = transfer_monitor.PeerTransfer(FILE, range(4), BLOCK, math.inf, lambda: False, 0, NO_SINK)
-    looks = transfer_monitor.TransferMonitor(ours, flight, everybody.found[0], may_hedge=False)
+    watched = Monitored()
 
-    def wait(age: float | None) -> None:
+    def wait(age: float | None) -> str | None:
         """As long as a node may be silent, and half as long again."""
         nonlocal now
+        found = None
         for _ in range(3):
             if age is not None:
-                looks.node_waiting(age)
+                watched.monitor.node_waiting(age)
             now += SILENCE / 2
-            looks.poll()
+            found = watched.monitor.poll()
+        return found
 
-    wait(0.0)
-    assert ours.arrival_certain_at(FILE.id, 0) == now - SILENCE / 2
-    looks.bytes_arrived()
-    with pytest.raises(PeerError, match="nothing came for"):
-        wait(2 * SILENCE)
-    looks.bytes_arrived()
-    with pytest.raises(PeerError, match="nothing came for"):
-        wait(None)
+    assert wait(0.0) is None
+    assert watched.state.dependencies.arrival_certain_at((FILE.id, 0)) == now - SILENCE / 2
+    watched.monitor.bytes_arrived()
+    assert wait(2 * SILENCE) == "nothing came for 1 s"
+    watched.monitor.bytes_arrived()
+    assert wait(None) == "nothing came for 1 s"
 
 
 @pytest.mark.parametrize(("stored", "seconds"), [(False, 2.0), (True, 12.0)])
 def test_what_a_node_waits_for_itself_is_not_its_slowness(
-    stored: bool, seconds: float, origin: ScriptedOrigin, monkeypatch: pytest.MonkeyPatch
+    stored: bool, seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that passes a stripe on can't send what has not come; one that has it has no excuse."""
-    everybody = Everybody()
-    everybody.found = (Member("a", "http://a:1", 1), Member("me", "http://me:1", 1))
-    ours = PeerBlockSource(
-        "me",
-        everybody,
-        PeerClient("me"),
-        {"": origin},
-        stripe_bytes=STRIPE,
-        peer_workers=1,
-        concurrency=1,
-        fallback_requests=1,
-        outgoing=OutgoingBytes(),
-    )
-    told: list[tuple[int, float]] = []
-    monkeypatch.setattr(
-        ours, "count_received", lambda _member, nbytes, seconds, *, stored: told.append((nbytes, seconds))
-    )
     now = 100.0
     monkeypatch.setattr(transfer_monitor, "time", SimpleNamespace(monotonic=lambda: now))
-    flight = transfer_monitor.PeerTransfer(FILE, range(4), BLOCK, math.inf, lambda: False, 0, NO_SINK)
-    looks = transfer_monitor.TransferMonitor(ours, flight, everybody.found[0], may_hedge=False)
-    looks.all_stored = stored
+    watched = Monitored()
+    monitor = watched.monitor
+    monitor.answered(all_stored=stored)
     now += 1.0
     for wait in (0.0, 10.0):
         now += wait / 2
-        looks.poll()
+        monitor.poll()
         now += wait / 2
-        looks.bytes_arrived()
-        looks.block_begun()
+        monitor.bytes_arrived()
+        monitor.begin_block(1)
         now += 0.5
-        looks.received_bytes += BLOCK
-        looks.block_completed()
-    looks.report_progress()
-    assert sum(nbytes for nbytes, _ in told) == 2 * BLOCK
-    assert sum(took for _, took in told) == pytest.approx(seconds)
+        monitor.write(memoryview(bytes(BLOCK)))
+        assert monitor.end_block()
+    monitor.report_progress()
+    assert sum(nbytes for nbytes, _ in watched.reports) == 2 * BLOCK
+    assert sum(took for _, took in watched.reports) == pytest.approx(seconds)

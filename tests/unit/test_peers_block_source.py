@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,10 +11,12 @@ import xxhash
 from fusecache.events import Event
 from fusecache.peers.errors import PeerConnectTimeoutError
 from fusecache.peers.exchange.block_source import PeerBlockSource
+from fusecache.peers.exchange.state import ExchangeState, make_exchange_state
 from fusecache.peers.member import PROTOCOL, Member, NodeInfo
 from fusecache.peers.membership.table import MembershipTable
 from fusecache.peers.outgoing import OutgoingBytes
-from fusecache.peers.transport.client import PeerClient, TransferObserver
+from fusecache.peers.transport.client import PeerClient
+from fusecache.peers.transport.observer import BlockReceiver, TransferObserver
 from fusecache.peers.transport.wire import BlockRequest
 from tests.support.content import content
 from tests.support.scripted import ScriptedOrigin, version
@@ -44,9 +45,10 @@ class Everybody(MembershipTable):
 class ScriptedBlocks:
     all_stored = True
 
-    def __iter__(self) -> Iterator[int | memoryview]:
-        yield xxhash.xxh3_64_intdigest(DATA)
-        yield memoryview(DATA)
+    def receive_into(self, receiver: BlockReceiver) -> None:
+        receiver.begin_block(xxhash.xxh3_64_intdigest(DATA))
+        receiver.write(memoryview(DATA))
+        assert receiver.end_block()
 
     def close(self) -> None:
         pass
@@ -90,24 +92,17 @@ class UnreachableClient(PeerClient):
 
 def supplied(
     client: UnreachableClient, members: Everybody, origin: ScriptedOrigin
-) -> tuple[bytes, PeerBlockSource]:
+) -> tuple[bytes, ExchangeState]:
+    state = make_exchange_state("me", members, OutgoingBytes(), stripe_bytes=BLOCK)
     exchange = PeerBlockSource(
-        "me",
-        members,
-        client,
-        {"": origin},
-        stripe_bytes=BLOCK,
-        peer_workers=1,
-        concurrency=1,
-        fallback_requests=1,
-        outgoing=OutgoingBytes(),
+        state, client, {"": origin}, peer_workers=1, concurrency=1, fallback_requests=1
     )
-    assert exchange.ranking_of(FILE.id, 0)[0].name == "a", "choose another key"
+    assert state.rankings.ranking_of(FILE.id, 0)[0].name == "a", "choose another key"
     sink = VerifyingSink()
     exchange.send_blocks(
         FILE, "", range(1), BLOCK, sink, deadline=time.monotonic() + 20, cancelled=lambda: False, urgent=True
     )
-    return bytes(sink.data), exchange
+    return bytes(sink.data), state
 
 
 @pytest.fixture
@@ -117,11 +112,11 @@ def origin() -> ScriptedOrigin:
 
 def test_a_node_whose_connection_is_lost_once_is_asked_again(origin: ScriptedOrigin) -> None:
     members = Everybody()
-    data, exchange = supplied(UnreachableClient(2), members, origin)
+    data, state = supplied(UnreachableClient(2), members, origin)
     assert data == DATA
-    assert (exchange.stats.fallbacks, origin.reads) == (0, [])
+    assert (state.traffic.stats.fallbacks, origin.reads) == (0, [])
     assert members.suspects == ["a"]
-    assert exchange.traffic("a").errors == 0
+    assert state.traffic.node_counters("a").errors == 0
 
 
 @pytest.mark.parametrize("alive", [True, False])
@@ -129,8 +124,8 @@ def test_a_node_that_stays_silent_or_is_gone_is_passed_over(origin: ScriptedOrig
     members, client = Everybody(), UnreachableClient(9)
     if not alive:
         members.alive.remove("a")
-    data, exchange = supplied(client, members, origin)
+    data, state = supplied(client, members, origin)
     assert data == DATA
-    assert exchange.stats.fallbacks == 1
+    assert state.traffic.stats.fallbacks == 1
     assert 9 - client.tries_left == (2 if alive else 1)
-    assert exchange.traffic("a").errors == 1
+    assert state.traffic.node_counters("a").errors == 1

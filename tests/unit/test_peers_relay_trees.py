@@ -62,7 +62,7 @@ async def test_one_copy_comes_through_the_deputies(
     assert [node.exchange.stats.fallbacks for node in nodes] == [0] * COUNT
     near = 1 + policy.sub_owner_count(COUNT)
     for stripe in range(STRIPES):
-        order = [member.name for member in nodes[0].exchange.ranking_of(FILE.id, stripe)]
+        order = [member.name for member in nodes[0].state.rankings.ranking_of(FILE.id, stripe)]
         owner, between = order[0], order[1:near]
         assert asked[owner, stripe] == set(between)
         far = {node.name for node in nodes} - set(order[:near])
@@ -70,7 +70,7 @@ async def test_one_copy_comes_through_the_deputies(
 
 
 async def test_a_deputy_that_is_gone_costs_no_second_copy(nodes: list[Node], origin: ScriptedOrigin) -> None:
-    gone = nodes[0].exchange.ranking_of(FILE.id, 0)[1].name
+    gone = nodes[0].state.rankings.ranking_of(FILE.id, 0)[1].name
     members = tuple(
         Member(member.name, "http://127.0.0.1:9", 1 << 30) if member.name == gone else member
         for member in nodes[0].everybody.found
@@ -78,7 +78,9 @@ async def test_a_deputy_that_is_gone_costs_no_second_copy(nodes: list[Node], ori
     for node in nodes:
         node.everybody.found = members
     owned = [
-        number for number in range(STRIPES) if nodes[0].exchange.ranking_of(FILE.id, number)[0].name == gone
+        number
+        for number in range(STRIPES)
+        if nodes[0].state.rankings.ranking_of(FILE.id, number)[0].name == gone
     ]
     await read_all([node for node in nodes if node.name != gone])
     assert 0 <= sum(length for _, _, length in origin.reads) - FILE.size <= len(owned) * STRIPE

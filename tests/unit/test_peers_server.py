@@ -31,11 +31,13 @@ from fusecache.peers.errors import (
 from fusecache.peers.member import PROTOCOL, NodeInfo
 from fusecache.peers.membership.http_probe import HttpProbe
 from fusecache.peers.transport.auth import RequestSigner, RequestVerifier
-from fusecache.peers.transport.client import PeerClient, RequestTimeout
+from fusecache.peers.transport.client import PeerClient
 from fusecache.peers.transport.credentials import load_credentials
+from fusecache.peers.transport.observer import RequestTimeout
 from fusecache.peers.transport.server import PeerServer, Piece
 from fusecache.peers.transport.wire import BlockRequest, RequestError
 from fusecache.types import ObjectVersion
+from tests.support.receivers import CheckedBlocks
 
 BLOCK = 300_000
 SIZE = 2 * BLOCK + 1234
@@ -132,18 +134,11 @@ def request(blocks: range = range(3), **more: Any) -> BlockRequest:
 
 def fetch(client: PeerClient, url: str, asked: BlockRequest) -> bytes:
     """In a thread: the checked bytes of the answer."""
-    answer = client.request_blocks(url, asked, SIZE, RequestTimeout("a node", DEADLINE))
+    answer = client.request_blocks(url, asked, SIZE, RequestTimeout(DEADLINE))
     try:
-        parts: list[bytes] = []
-        sums: list[int] = []
-        for item in answer:
-            if isinstance(item, int):
-                sums.append(item)
-                parts.append(b"")
-            else:
-                parts[-1] += bytes(item)
-        assert [xxhash.xxh3_64_intdigest(part) for part in parts] == sums
-        return b"".join(parts)
+        blocks = CheckedBlocks()
+        answer.receive_into(blocks)
+        return bytes(blocks.data)
     finally:
         answer.close()
 
@@ -195,16 +190,16 @@ async def test_a_block_is_passed_on_before_the_next_is_there(node: FakeRequestHa
 
     node.before = before
 
+    class NotedBlocks(CheckedBlocks):
+        def end_block(self) -> bool:
+            if len(self.data) == BLOCK:
+                first_came.set()
+            return super().end_block()
+
     def work() -> bytes:
-        got = b""
-        for item in client.request_blocks(
-            url_of(server), request(), SIZE, RequestTimeout("a node", DEADLINE)
-        ):
-            if not isinstance(item, int):
-                got += bytes(item)
-                if len(got) == BLOCK:
-                    first_came.set()
-        return got
+        blocks = NotedBlocks()
+        client.request_blocks(url_of(server), request(), SIZE, RequestTimeout(DEADLINE)).receive_into(blocks)
+        return bytes(blocks.data)
 
     async with trio.open_nursery() as inner:
         results: list[bytes] = []
@@ -220,7 +215,7 @@ async def test_a_block_is_passed_on_before_the_next_is_there(node: FakeRequestHa
 
 class RecordingTimeout(RequestTimeout):
     def __init__(self) -> None:
-        super().__init__("a node", DEADLINE)
+        super().__init__(DEADLINE)
         self.ages: list[float] = []
         self.parts = 0
 
@@ -236,11 +231,9 @@ async def test_a_node_that_waits_says_so(node: FakeRequestHandler, serve: Any) -
     looks = RecordingTimeout()
 
     def work() -> bytes:
-        answer = PeerClient("me").request_blocks(url_of(server), request(), SIZE, looks)
-        try:
-            return b"".join(bytes(item) for item in answer if not isinstance(item, int))
-        finally:
-            answer.close()
+        blocks = CheckedBlocks()
+        PeerClient("me").request_blocks(url_of(server), request(), SIZE, looks).receive_into(blocks)
+        return bytes(blocks.data)
 
     node.ages = [0.0, 2.25, 0.125]
     assert await in_thread(work) == DATA
@@ -463,8 +456,9 @@ async def test_a_kept_connection_makes_room_for_who_has_none(
     url = f"http://127.0.0.1:{server.port}"
 
     def ask(client: PeerClient) -> bytes:
-        got = client.request_blocks(url, request(), SIZE, RequestTimeout("a node", DEADLINE))
-        return b"".join(bytes(item) for item in got if not isinstance(item, int))
+        blocks = CheckedBlocks()
+        client.request_blocks(url, request(), SIZE, RequestTimeout(DEADLINE)).receive_into(blocks)
+        return bytes(blocks.data)
 
     clients = [PeerClient("me") for _ in range(6)]
     with trio.fail_after(DEADLINE):

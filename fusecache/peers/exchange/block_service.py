@@ -22,9 +22,9 @@ from fusecache.fetch.object_fetch import ObjectFetch
 from fusecache.fetch.service import FetchService
 from fusecache.fetch.waiter import Waiter
 from fusecache.peers.exchange import policy
-from fusecache.peers.exchange.block_source import PeerBlockSource
+from fusecache.peers.exchange.dependencies import StripeId
+from fusecache.peers.exchange.state import ExchangeState
 from fusecache.peers.member import Member, NodeInfo
-from fusecache.peers.membership.table import MembershipTable
 from fusecache.peers.outgoing import OutgoingBytes
 from fusecache.peers.profiles import PeerProfiles
 from fusecache.peers.transport.server import BlockResponse, Piece
@@ -36,16 +36,6 @@ _log = logging.getLogger(__name__)
 
 _FETCH_KEPT_OPEN = 10.0
 """Seconds that a load stays open after it was asked for."""
-_MAX_UNCERTAIN = 5.0
-"""Seconds without a sign that they are coming after which blocks that are not ours to fetch are no longer waited for:
-whoever gives them to us may be waiting for whom we keep waiting."""
-_NOTICE_EVERY = 2.0
-"""Seconds after which a caller that still waits is told that it may."""
-_MAX_QUEUED = 15.0
-"""Most seconds in the queue for a stream; a caller that can wait longer is told to ask again. Callers do not wait
-longer than 20 for any sign of life."""
-_RUN_BYTES = 2 << 20
-"""Bytes sent at a time."""
 
 
 class BlockService:
@@ -54,13 +44,11 @@ class BlockService:
     def __init__(
         self,
         get_node_info: Callable[[], NodeInfo],
-        members: MembershipTable,
-        block_source: PeerBlockSource,
+        state: ExchangeState,
         fetch_service: FetchService,
         store: BlockStore,
         source_by_identity: Mapping[str, str],
         *,
-        outgoing: OutgoingBytes,
         streams: int,
         render_metrics: Callable[[], str],
         peer_profiles: PeerProfiles | None = None,
@@ -72,16 +60,15 @@ class BlockService:
         self.refused_requests = 0
         """Requests answered 503 since the start."""
         self._get_node_info = get_node_info
-        self._members = members
-        self._block_source = block_source
-        self._outgoing = outgoing
+        self._state = state
+        self._members = state.members
         self._fetch_service = fetch_service
         self._store = store
         self._source_by_identity = source_by_identity
         self._render_metrics = render_metrics
         self._peer_profiles = peer_profiles
         self._stream_slots = trio.Semaphore(streams)
-        self._own_name = get_node_info().name
+        self._own_name = state.own_name
         self._relay_trees = policy.RelayTrees(self._own_name)
         self._members_of_urls: tuple[Member, ...] = ()
         self._url_by_name: dict[str, str] = {}
@@ -135,7 +122,7 @@ class BlockService:
 
     def count_sent(self, caller: str, nbytes: int) -> None:
         """See Node."""
-        self._block_source.count_sent_bytes(caller, nbytes)
+        self._state.traffic.count_sent(caller, nbytes)
 
     async def begin_response(self, request: BlockRequest) -> BlockResponse:
         """See Node."""
@@ -190,38 +177,44 @@ class BlockService:
             raise RequestError(404, "these bytes are in quarantine: they are not what their manifest says")
         if object_fetch.gone_error is not None:
             raise RequestError(410, "the origin has another version of the object")
-        stripe = self._block_source.stripe_of(blocks.start, stored.block_size)
-        order = self._block_source.ranking_of(object_fetch.version.id, stripe)
-        ours = policy.is_acting_owner(order, self._own_name, request.failed_nodes)
+        rankings = self._state.rankings
+        number = rankings.stripe_of(blocks.start, stored.block_size)
+        stripe = (object_fetch.version.id, number)
+        ranking = rankings.ranking_of(object_fetch.version.id, number)
+        is_acting_owner = policy.is_acting_owner(ranking, self._own_name, request.failed_nodes)
         if not all(stored.is_present(block) or stored.is_unverified(block) for block in blocks):
-            missed = RequestError(404, "not all of these blocks are stored here")
-            if request.stored_only:
-                raise missed
-            members = len(self._members.members())
-            fetches = policy.should_fetch(order, self._own_name, request.failed_nodes, request.hops, members)
-            from_who_asks = request.caller in self._block_source.upstream_nodes(
-                object_fetch.version.id, stripe
+            may_serve = policy.may_serve(
+                ranking,
+                self._own_name,
+                len(self._members.members()),
+                failed_nodes=request.failed_nodes,
+                hops=request.hops,
+                stored_only=request.stored_only,
+                comes_from_caller=request.caller in self._state.dependencies.upstream_nodes(stripe),
+                is_coming=lambda: self._fetch_service.are_stored_or_in_flight(object_fetch, blocks),
             )
-            if from_who_asks or not (
-                fetches or self._fetch_service.are_stored_or_in_flight(object_fetch, blocks)
-            ):
-                owner = order[0].name if order else ""
+            if not may_serve and request.stored_only:
+                raise RequestError(404, "not all of these blocks are stored here")
+            if not may_serve:
+                owner = ranking[0].name if ranking else ""
                 raise RequestError(421, f"these blocks are for node {owner} to fetch", owner=owner)
-        self._redirect_request(request, (object_fetch.version.id, stripe))
+        self._redirect_request(request, stripe)
         await self._wait_for_slot(request)
-        certain = functools.partial(self._arrival_certain_at, object_fetch.version.id, stripe, ours)
-        return _StoredBlockResponse(self, self._fetch_service, object_fetch, request, certain, self._outgoing)
+        certain = functools.partial(self._arrival_certain_at, stripe, is_acting_owner)
+        return _StoredBlockResponse(
+            self, self._fetch_service, object_fetch, request, certain, self._state.outgoing
+        )
 
-    def _arrival_certain_at(self, object_id: ObjectId, stripe: int, is_acting_owner: bool) -> float:
-        """When it was last certain that blocks of a stripe come to us, as time.monotonic(). `ours`: we are the one to
-        fetch it. But as long as we ask others for it (we were sent on to one before its owner died, or stand in for a
-        slow one), they may be waiting for whom we keep waiting."""
-        if is_acting_owner and not self._block_source.upstream_nodes(object_id, stripe):
+    def _arrival_certain_at(self, stripe: StripeId, is_acting_owner: bool) -> float:
+        """When it was last certain that blocks of a stripe come to this node, as time.monotonic(). An acting owner is
+        always certain to fetch it, unless it asks others for it (it was sent on to one before its owner died, or stands
+        in for a slow one): they may be waiting for the very caller that is kept waiting."""
+        if is_acting_owner and not self._state.dependencies.upstream_nodes(stripe):
             return time.monotonic()
-        return self._block_source.arrival_certain_at(object_id, stripe)
+        return self._state.dependencies.arrival_certain_at(stripe)
 
-    def _redirect_request(self, request: BlockRequest, stripe: tuple[ObjectId, int]) -> None:
-        """Send a caller on to another holder, if it is that one's turn. Raises RequestError 307."""
+    def _redirect_request(self, request: BlockRequest, stripe: StripeId) -> None:
+        """Send the caller on to another holder, if it is that one's turn. Raises RequestError 307."""
         if request.stored_only or not request.caller:
             return
         members = self._members.members()
@@ -230,13 +223,18 @@ class BlockService:
                 members,
                 {member.name: member.url for member in members},
             )
-        direct = request.direct or request.hops > 0
-        self._relay_trees.record_unsent(request.caller, request.unsent_bytes)
-        self._block_source.receiver_rates.record_rate(request.caller, request.receive_rate)
-        self._relay_trees.record_unsent(self._own_name, self._outgoing.unsent_bytes)
-        nbytes = len(request.blocks) * self._store.block_size
-        usable = policy.Excluding(self._url_by_name, (request.caller, *request.failed_nodes))
-        found = self._relay_trees.assign_parent(stripe, request.caller, usable, nbytes, no_redirect=direct)
+        self._state.receiver_rates.record_rate(request.caller, request.receive_rate)
+        found = self._relay_trees.choose_sender(
+            stripe,
+            request.caller,
+            self._url_by_name,
+            len(request.blocks) * self._store.block_size,
+            failed_nodes=request.failed_nodes,
+            caller_unsent=request.unsent_bytes,
+            own_unsent=self._state.outgoing.unsent_bytes,
+            no_redirect=request.direct,
+            hops=request.hops,
+        )
         if found != self._own_name:
             raise RequestError(
                 307, f"node {found} has them, too", {"Location": self._url_by_name[found] + request.target}
@@ -245,18 +243,18 @@ class BlockService:
     async def _wait_for_slot(self, request: BlockRequest) -> None:
         self.queued_requests += 1
         try:
-            with trio.move_on_after(min(_MAX_QUEUED, request.deadline / 2)) as scope:
+            with trio.move_on_after(min(policy.MAX_QUEUED, request.deadline / 2)) as scope:
                 await self._stream_slots.acquire()
         finally:
             self.queued_requests -= 1
         if scope.cancelled_caught:
             self.refused_requests += 1
-            raise RequestError(503, "too much to do: ask again", {"Retry-After": "1"})
+            raise RequestError(503, "too much to do: ask again", {"Retry-After": f"{policy.RETRY_AFTER:.0f}"})
         self.responses_in_progress += 1
 
     def response_ended(self, object_fetch: ObjectFetch, unsent_bytes: int) -> None:
         """An offer was closed, `unsent` bytes of it were not sent."""
-        self._outgoing.settle(unsent_bytes)
+        self._state.outgoing.settle(unsent_bytes)
         self.responses_in_progress -= 1
         self._stream_slots.release()
         self._fetch_service.release_fetch(object_fetch)
@@ -323,7 +321,7 @@ class _StoredBlockResponse:
         for at in range(self._position, len(self._blocks)):
             block = self._blocks[at]
             checksum = stored.blocks.checksum(block)
-            if not stored.is_present(block) or not checksum or total > _RUN_BYTES:
+            if not stored.is_present(block) or not checksum or total > policy.RUN_BYTES:
                 break
             length = self.block_lengths[at]
             pieces.append(Piece(block, checksum, length, stored.fileno(), block * stored.block_size))
@@ -335,7 +333,7 @@ class _StoredBlockResponse:
         if self._waiter is None and (found := await self._request_block(block, length)):
             return found
         assert self._waiter is not None
-        with trio.move_on_at(min(self._deadline, trio.current_time() + _NOTICE_EVERY)) as scope:
+        with trio.move_on_at(min(self._deadline, trio.current_time() + policy.NOTICE_EVERY)) as scope:
             await self._block_arrived.wait()
         if scope.cancelled_caught and not self._block_arrived.is_set():
             if trio.current_time() >= self._deadline:
@@ -353,7 +351,7 @@ class _StoredBlockResponse:
         """Seconds since it was certain that there is reason to wait. Raises trio.TooSlowError when that is long ago."""
         certain = max(self._arrival_certain_at(), self._last_ready_at)
         age = time.monotonic() - certain
-        if age > _MAX_UNCERTAIN:
+        if age > policy.MAX_UNCERTAIN:
             raise trio.TooSlowError
         return age
 

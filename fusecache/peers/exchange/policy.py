@@ -15,6 +15,43 @@ from fusecache.peers.member import Member, hash_seed
 from fusecache.peers.membership.placement import fetch_order, find_stripe_owners, stripe_count
 from fusecache.types import ObjectId, ObjectVersion
 
+MAX_SILENCE = 20.0
+"""Seconds without a byte, or word that the node waits itself, after which a node that is alive is passed over all the
+same."""
+NOTICE_EVERY = 2.0
+"""Seconds after which a caller that still waits is told that there is reason to wait."""
+NOTICE_WITHIN = 3.0
+"""Seconds within which a node that waits itself says so; a longer silence is its own slowness."""
+MAX_UNCERTAIN = 5.0
+"""Seconds without a sign that they are coming after which a node no longer waits for blocks that are not its own to
+fetch: the node that it gets them from may be waiting for the very caller that is kept waiting."""
+MAX_QUEUED = 15.0
+"""Seconds in the queue for a stream, after which a caller is told to ask again: less than MAX_SILENCE, after which the
+caller gives the node up."""
+RETRY_AFTER = 1.0
+"""Seconds after which a caller that was turned away is to ask again."""
+MIN_RETRY_WAIT = 0.1
+"""Seconds between two requests to a busy node, whatever it says."""
+MAX_REDIRECTS = 4
+"""How often a request is sent on from node to node; wire.MAX_HOPS is the most that a node accepts."""
+NOT_STORED_TTL = 10.0
+"""Seconds for which a node that had nothing of an object is not asked again whether it has."""
+RANDOM_CANDIDATES = 2
+"""Nodes that are asked whether they have stored what a slow node does not bring."""
+HEDGE_EVERY = 1.0
+"""Seconds between looks of one flight for another holder of what a slow node, or the last node of all, is sending."""
+STORED_HEDGE_EVERY = 0.5
+"""Seconds between such looks of all flights together. When each flight looked every second, the last ten seconds of 16
+nodes in the lab went into questions."""
+SUBSTITUTE_AFTER = 6.0
+"""Seconds after which the node next in order is asked to fetch what a slow one does not bring."""
+SUBSTITUTE_LOADED_AFTER = 18.0
+"""The same, when the slow node's link is as good as the others'. When nodes start together, the one that the origin
+serves first has to send to all the others for a while: it was called slow, and stripes came twice from the origin."""
+IDLE_WORKERS_SHARE = 8
+"""Less than this part of the workers at work means that what is under way is the last there is."""
+RUN_BYTES = 2 << 20
+"""Bytes of stored blocks that a node sends at a time."""
 MAX_FAILED_NODES = 3
 """Nodes that did not answer, after which a stripe comes from the origin."""
 MIN_RANKING_LENGTH = 16
@@ -161,6 +198,29 @@ def should_fetch(
     return (
         is_acting_owner(ranking, own_name, failed_nodes) or is_sub_owner(ranking, own_name, member_count)
     ) and not (hops and ranking[0].name != own_name)
+
+
+def may_serve(
+    ranking: Sequence[Member],
+    own_name: str,
+    member_count: int,
+    *,
+    failed_nodes: Collection[str],
+    hops: int,
+    stored_only: bool,
+    comes_from_caller: bool,
+    is_coming: Callable[[], bool],
+) -> bool:
+    """Whether a node answers a request for blocks of which it has not stored all. `comes_from_caller`: it gets this
+    stripe from the very node that asks; `is_coming()`: the blocks that are missing are on their way to it."""
+    if stored_only or comes_from_caller:
+        return False
+    return should_fetch(ranking, own_name, failed_nodes, hops, member_count) or is_coming()
+
+
+def is_mostly_idle(transfers: int, peer_workers: int) -> bool:
+    """Whether most of the workers for other nodes have nothing to do: what is under way is the last there is."""
+    return transfers < peer_workers // IDLE_WORKERS_SHARE
 
 
 @dataclass(frozen=True)
@@ -343,6 +403,26 @@ class RelayTrees:
         self._add_holder(holders, receiver, holder.depth + 1)
         self._unsent_bytes[chosen] = self._unsent_bytes.get(chosen, 0) + nbytes
         return chosen
+
+    def choose_sender(
+        self,
+        stripe: tuple[ObjectId, int],
+        caller: str,
+        live_names: Container[str],
+        nbytes: int,
+        *,
+        failed_nodes: Collection[str],
+        caller_unsent: int,
+        own_unsent: int,
+        no_redirect: bool,
+        hops: int,
+    ) -> str:
+        """The node that sends these `nbytes` of a stripe to a caller: this one, or another holder that the caller is
+        sent on to. `caller_unsent` and `own_unsent` are the bytes that wait at either for room on their way out."""
+        self.record_unsent(caller, caller_unsent)
+        self.record_unsent(self._own_name, own_unsent)
+        usable = Excluding(live_names, (caller, *failed_nodes))
+        return self.assign_parent(stripe, caller, usable, nbytes, no_redirect=no_redirect or hops > 0)
 
     def _add_holder(self, holders: StripeHolders, name: str, depth: int) -> None:
         holders.by_name[name] = Holder(depth)

@@ -52,7 +52,8 @@ _STALL_TIMEOUT = 15.0
 _STOP_POLL_INTERVAL = 0.25
 """Seconds after which a thread that waits for room in a socket looks whether the server ends."""
 _TLS_CHUNK = 256 * 1024
-_BACKLOG = 1024
+ACCEPT_BACKLOG = 1024
+"""Connections that wait to be accepted; the simulation has as many."""
 _TCP_NOTSENT_LOWAT = 25
 """tcp(7); Python 3.11 has no name for it."""
 _MAX_UNSENT = 256 * 1024
@@ -157,7 +158,9 @@ class PeerServer:
         """Serve until cancelled; started, with its port, when it listens. Raises ConfigError when the address, or
         `congestion`, can't be had."""
         try:
-            listeners = await trio.open_tcp_listeners(self._port, host=self._host or None, backlog=_BACKLOG)
+            listeners = await trio.open_tcp_listeners(
+                self._port, host=self._host or None, backlog=ACCEPT_BACKLOG
+            )
         except OSError as error:
             raise ConfigError(
                 f"peers.listen={self._host}:{self._port}: {error.strerror or error}: choose another address"
