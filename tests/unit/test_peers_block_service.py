@@ -223,7 +223,7 @@ class Monitored:
         self.state = make_exchange_state("me", everybody, OutgoingBytes(), stripe_bytes=STRIPE)
         self.reports: list[tuple[int, float]] = []
         hedger = Hedger("me", everybody.members, self.state.speeds, self.state.receiver_rates, lambda: False)
-        knowledge = PeerKnowledge("me", self.state.breaker, hedger, MissTable(), time.monotonic)
+        knowledge = PeerKnowledge("me", self.state.breaker, hedger, MissTable(), lambda: 0.0)
         self.request = StripeRequest(
             knowledge, FILE.id, everybody.found, 2, deadline=math.inf, cancelled=lambda: False
         )
