@@ -1,7 +1,7 @@
 """One simulated run: all nodes begin to read everything at the same moment, with empty caches.
 
-What runs is the project's own code wherever it does no I/O: placement, the rules and timings of policy.py,
-StripeRequest, CircuitBreaker, Hedger, FetchScheduler and ObjectFetch. What is simulated is the rest: the network
+The project's own code runs wherever it does no I/O: placement, the rules and timings of policy.py,
+StripeRequest, CircuitBreaker, Hedger, FetchScheduler and ObjectFetch. The rest is simulated: the network
 (simulation_network.py), threads and a reader (simulation_node.py), and what stands for sockets on the receiving
 (simulation_client.py) and the sending side (simulation_server.py, simulation_connections.py). Not simulated: the time
 that copying, hashing and writing bytes takes, lost packets, deadlines, and the probes of the membership.
@@ -30,24 +30,24 @@ _SECOND_LOOK_TAKES = (0.5, 1.5)
 
 @dataclass(frozen=True)
 class SimulationOutcome:
-    """What became of a run. Times in seconds; `None`: not all healthy nodes got everything."""
+    """The outcome of a run. Times in simulated seconds; `None`: not all of these nodes got everything."""
 
     setting: SimulationSetting
     last_done_at: float | None
-    """Until the last node that neither is slow nor died had everything."""
+    """When the last node that neither is slow nor died had everything."""
     median_done_at: float
     last_slow_done_at: float | None
-    """The same of the slow nodes."""
+    """When the last slow node had everything."""
     origin_copies: float
     """Copies of the model that left the origin."""
     busiest_copies: float
     """Copies of the model that the node that sent most sent."""
     requests_per_stripe: float
-    """Per node and stripe."""
+    """Requests to other nodes, per node and stripe."""
     redirects_per_stripe: float
-    """Of those, how many were sent on to another holder."""
+    """How many of them were sent on to another holder."""
     mean_wait: float
-    """Until a node turned to a request: the mean."""
+    """Seconds until a node's thread turned to a request: the mean."""
     longest_wait: float
     most_waiting: int
     most_connections: int
@@ -62,16 +62,16 @@ class SimulationOutcome:
 
     @property
     def over_bound(self) -> float:
-        """`last` over the time that the model takes through one link."""
+        """`last_done_at` over the time that the model takes through one link."""
         return float("nan") if self.last_done_at is None else self.last_done_at / self.setting.bound
 
     def as_json(self) -> dict[str, Any]:
-        """As it is written."""
+        """The outcome as it is written into the results."""
         return {**asdict(self), "bound": self.setting.bound, "over_bound": self.over_bound}
 
 
 def run_simulation(setting: SimulationSetting) -> SimulationOutcome:
-    """Run it; the same setting gives the same outcome."""
+    """Run one simulation to its end; the same setting gives the same outcome."""
     world = SimulatedWorld(setting)
     peers = [SimulatedPeer(world, number) for number in range(setting.nodes)]
     servers: list[SimulatedServer] = []
@@ -92,7 +92,7 @@ def run_simulation(setting: SimulationSetting) -> SimulationOutcome:
             noticed = when + setting.timeout + chance.uniform(*_SECOND_LOOK_TAKES)
             clock.call_at(noticed, node.notice_deaths, 1)
     collecting = gc.isenabled()
-    gc.disable()  # there are millions of objects, and none of them is garbage for long
+    gc.disable()  # there are millions of objects, and hardly any garbage in circles
     try:
         clock.run_until_stopped(_MAX_OVER_BOUND * (setting.bound + 1))
     finally:

@@ -1,11 +1,11 @@
 """The simulated network: a clock, links with a rate each way, and streams of blocks that share them.
 
-Every node has a NIC that sends and receives at the same time; the origin has one that only sends. Between them nothing
-is limited: a switch that does not block. A stream sends a run of blocks at a time, and streams that leave by one link
-take turns, so that each gets the same share of it, and what one of them can't use (its receiver's link is busy, or
-its next block has not come yet) the others get: max-min fairness, at the grain of a run. No stream has more than
-WINDOW runs on their way, as a TCP window has it. A request, and the first byte of a run, takes `latency`.
-"""
+Every node has a NIC that sends and receives at the same time; the origin has one that only sends. Between them
+nothing is limited: a switch that does not block. A stream sends a run of blocks at a time, and streams that leave by
+one link take turns, so that each gets the same share of it, and the share that one of them can't use (its receiver's
+link is busy, or its next block has not come yet) goes to the others: max-min fairness, at the grain of a run. No
+stream has more than STREAM_WINDOW_RUNS runs on their way, as a TCP window has it. A request, and the first byte of a
+run, takes `latency`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ STREAM_WINDOW_RUNS = 2
 
 
 class SimulatedClock:
-    """Simulated time, in seconds, and what happens when. What is due at the same time happens in the order in which it
-    was asked for, so that a run can be repeated."""
+    """Simulated time, in seconds, and the calls that are due. Calls that are due at the same time are made in the
+    order in which they were scheduled, so that a run can be repeated."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -30,18 +30,18 @@ class SimulatedClock:
         self._scheduled_count = 0
 
     def call_at(self, when: float, call: Callable[..., None], *arguments: Any) -> None:
-        """Call this at that time, which is not over."""
+        """Schedule a call for that time, which is not over."""
         self._scheduled_count += 1
         heapq.heappush(self._due, (when, self._scheduled_count, call, arguments))
 
     def run_until_stopped(self, limit: float) -> bool:
-        """Until `stopped`; False: nothing is left to happen, or `limit` is over."""
+        """Make the calls that are due until `is_stopped`; False: none is left, or the time `limit` is over."""
         while not self.is_stopped and self._due and self._due[0][0] <= limit:
             self.run_next_event()
         return self.is_stopped
 
     def run_next_event(self) -> bool:
-        """Have the next thing happen; False: there is none."""
+        """Make the next call; False: there is none."""
         if not self._due:
             return False
         self.now, _, call, arguments = heapq.heappop(self._due)
@@ -51,8 +51,8 @@ class SimulatedClock:
 
 
 class SimulatedStream:
-    """Blocks on their way from one node to another, in order. `ready` is how many of them the sender has, and grows;
-    `landed` is called with the number of further blocks that came."""
+    """Blocks on their way from one node to another, in order. `ready_blocks` is how many of them the sender has, and
+    grows; `on_arrival` is called with the number of further blocks that came."""
 
     __slots__ = (
         "arrived_blocks",
@@ -79,11 +79,11 @@ class SimulatedStream:
         self.queued_blocks = 0
         """Blocks that wait for their turn, or are being sent."""
         self.is_ended = False
-        """No more is sent, and nothing lands any more."""
+        """Nothing is sent or arrives any more."""
 
 
 class SimulatedNetwork:
-    """Links of `up` and `down` bytes per second; `run` is in blocks of `block` bytes."""
+    """Links of `up` and `down` bytes per second, over which streams send runs of `run_blocks` blocks."""
 
     def __init__(
         self,
@@ -97,10 +97,10 @@ class SimulatedNetwork:
         count = len(up)
         self.latency = latency
         self.bytes_up = [0] * count
-        """Sent by each so far."""
+        """Bytes that each node has sent so far."""
         self.bytes_down = [0] * count
         self.unsent_bytes = [0] * count
-        """Bytes that are there and wait for room on their way out."""
+        """Bytes that wait at each node for room on their way out."""
         self.longest_queue = 0
         """Most streams that ever waited for one link."""
         self._clock = clock
@@ -109,12 +109,12 @@ class SimulatedNetwork:
         self._uplink_block_seconds = [block_bytes / rate for rate in up]
         self._downlink_block_seconds = [block_bytes / rate for rate in down]
         self._downlink_free_at = [0.0] * count
-        """When each downlink has taken what is on its way to it."""
+        """When each downlink has taken the bytes that are on their way to it."""
         self._is_uplink_busy = [False] * count
         self._uplink_queues: list[deque[SimulatedStream]] = [deque() for _ in range(count)]
 
     def queue_run(self, stream: SimulatedStream) -> None:
-        """It may have something to send."""
+        """The stream may have something to send: its next run waits for its turn, or is sent at once."""
         left = stream.ready_blocks - stream.sent_blocks
         if stream.queued_blocks or left <= 0 or stream.is_ended:
             return

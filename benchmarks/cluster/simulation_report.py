@@ -1,4 +1,4 @@
-"""What the simulation found, as a table, as JSON and as a plot; and how far it is from what was measured."""
+"""The results of the simulation, as a table, as JSON and as a plot; and how far they are from measurements."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from benchmarks.cluster.simulation_world import SimulationSetting
 from benchmarks.processes import BenchmarkError
 
 MODEL_BYTES = 1_000_000_000_000
-"""Bytes of the model that is spoken of."""
+"""Bytes of the model to which results are extrapolated."""
 
 
 @dataclass(frozen=True)
 class ScenarioResult:
-    """A scenario with as many nodes as that: `outcome` of a slice of the model. `shorter` and `longer` are a slice of
+    """A scenario, and the `outcome` of a slice of the model. `shorter` and `longer` are the outcomes of a slice of
     half the length and one like it without deaths, which come once and not again in every further part."""
 
     scenario: str
@@ -47,7 +47,7 @@ class ScenarioResult:
         return (self.outcome.last_done_at + rest * self.steady_over_bound) / (bound + rest)
 
     def as_json(self) -> dict[str, Any]:
-        """As it is written."""
+        """The result as it is written into the results."""
         return {
             "scenario": self.scenario,
             "whole_over_bound": self.whole_over_bound,
@@ -111,7 +111,7 @@ class LabComparison:
 
     @property
     def error(self) -> float:
-        """Of the simulation, relative to what was measured."""
+        """How far the simulation is from the measurement, as a part of the latter."""
         return self.simulated / self.measured - 1
 
 

@@ -1,4 +1,4 @@
-"""What is simulated: its parameters, and what all its nodes share."""
+"""The parameters of a simulation, and the state that all its nodes share."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ class SimulationSetting:
 
     nodes: int
     size: int
-    """Of the model that is simulated."""
+    """Bytes of the model that is simulated."""
     shard: int = 5 << 30
-    """Of each of its files; the last may be smaller."""
+    """Bytes of each of its files; the last may be smaller."""
     stripe: int = _PEERS.stripe
     block: int = 1 << 20
     rate: float = 100 * GBIT
-    """Of each NIC, each way."""
+    """Bytes per second of each NIC, each way."""
     origin_rate: float = 100 * GBIT
     latency: float = 50e-6
-    """Of a packet, one way."""
+    """Seconds of a packet, one way."""
     first_byte: float = 0.02
-    """Of the origin, until it begins to answer."""
+    """Seconds until the origin begins to answer."""
     answering_seconds: float = 0.0009
-    """Seconds of its one thread at a time (the GIL) that a node needs for a request of another node."""
+    """Seconds of its one running thread (the GIL) that a node needs to answer a request of another node."""
     redirecting_seconds: float = 0.0006
-    """The same, when it sends the caller on to another node."""
+    """Seconds of that thread to send the caller on to another node."""
     asking_seconds: float = 0.0003
-    """The same, of who asks."""
+    """Seconds of that thread to send a request."""
     concurrency: int = _TUNING.concurrency
     peer_workers: int = PEER_WORKERS
     fallback: int = _PEERS.fallback
@@ -72,7 +72,7 @@ class SimulationSetting:
 
 @dataclass
 class SimulationCounters:
-    """What happened in one run, of all nodes together."""
+    """Counters of one run, of all nodes together."""
 
     requests: int = 0
     redirects: int = 0
@@ -90,13 +90,14 @@ class SimulationCounters:
     most_queued: int = 0
     """Requests that waited for one node at the same time."""
     origin_bytes: int = 0
-    """Bytes."""
+    """Bytes that left the origin."""
     duplicate_bytes: int = 0
     """Bytes that came to a node that had them."""
 
 
 class SimulatedWorld:
-    """The clock, the network, who is alive, and where stripes are, for all nodes. Node `nodes` is the origin."""
+    """The clock, the network, the views of the members, and the owners of stripes, for all nodes. The origin has the
+    number behind the last node's."""
 
     def __init__(self, setting: SimulationSetting) -> None:
         self.setting = setting
@@ -119,14 +120,14 @@ class SimulatedWorld:
             self.clock, up, up, setting.latency, setting.block, setting.run_blocks
         )
         self.member_views: list[tuple[Member, ...]] = [tuple(everybody)]
-        """Who is alive: at first, and after the deaths."""
+        """The members that are alive: at first, and after the deaths."""
         self.files = [
             ObjectVersion("s3://models", f"model-{number:05d}.safetensors", "v1", size, 0)
             for number, size in enumerate(_file_sizes(setting))
         ]
         self.file_number_by_id = {version.id: number for number, version in enumerate(self.files)}
         self.unfinished_nodes = count - len(self.dying_nodes)
-        """Nodes that don't die and don't have everything yet."""
+        """Nodes that don't die and don't have everything yet; at 0 the clock stops."""
         self._owners: dict[tuple[ObjectId, int, int], Sequence[int]] = {}
         self._rankings: dict[tuple[int, int, int], list[Member]] = {}
         self._live_names: dict[int, frozenset[str]] = {}
@@ -137,14 +138,15 @@ class SimulatedWorld:
         return bool(self.slow_nodes or self.dying_nodes)
 
     def stripe_owners(self, object_id: ObjectId, stripes: int, members: Sequence[Member]) -> Sequence[int]:
-        """See placement.owners: worked out once, and not by every node."""
+        """The owners of so many stripes of an object, as find_stripe_owners has them: worked out once, and not by every
+        node."""
         key = object_id, stripes, len(members)
         if key not in self._owners:
             self._owners[key] = find_stripe_owners(object_id, stripes, members)
         return self._owners[key]
 
     def ranking_of(self, view: int, file: int, stripe: int) -> list[Member]:
-        """See placement.ranking: the same."""
+        """The ranking of a stripe in a view of the members: worked out once, and not by every node."""
         key = view, file, stripe
         found = self._rankings.get(key)
         if found is None:
@@ -154,13 +156,13 @@ class SimulatedWorld:
         return found
 
     def live_names(self, view: int) -> frozenset[str]:
-        """Of those alive."""
+        """The names of the members in this view."""
         if view not in self._live_names:
             self._live_names[view] = frozenset(member.name for member in self.member_views[view])
         return self._live_names[view]
 
     def stripes_of(self, file: int) -> int:
-        """Of this file."""
+        """How many stripes this file has."""
         return stripe_count(self.files[file].size, self.setting.stripe)
 
     def node_finished(self) -> None:

@@ -1,5 +1,10 @@
-"""Whom a node asks for a stripe, and what an asked node does: the rules of the exchange, without I/O. The simulation in
-benchmarks/ runs these, too."""
+"""The rules and timings of the exchange, without I/O: which nodes a node asks for a stripe, and how an asked node
+answers. The simulation in benchmarks/ runs them, too.
+
+For each stripe all nodes rank the members in the same order. The first is the stripe's *owner*, which fetches it from
+the origin; in a large cluster the next ones are its *sub-owners*, which the others ask in its place. Every node that
+gets a stripe is a *holder*, and may send it to further nodes.
+"""
 
 from __future__ import annotations
 
@@ -55,13 +60,13 @@ RUN_BYTES = 2 << 20
 MAX_FAILED_NODES = 3
 """Nodes that did not answer, after which a stripe comes from the origin."""
 MIN_RANKING_LENGTH = 16
-"""Of a ranking, as far as anybody looks in a cluster without deputies."""
+"""Nodes of a ranking that a cluster without sub-owners looks at."""
 MAX_LIKELY_HOLDERS = 2
-"""Nodes next in order that an owner asks whether they have a stripe before it goes to the origin: after a node came,
-the one that had the stripe before is the next."""
+"""Nodes next in order that an owner asks whether they have a stripe before it reads the origin: after a node joined,
+the one that owned the stripe before is the next."""
 MAX_CLUSTER_ORIGIN_REQUESTS = 64
-"""To the origin at a time, of all nodes together: enough for a NIC's worth of slow connections. Few at a time, so that
-stripes come in one after the other and the others need not hold one request per stripe."""
+"""Requests to the origin at a time, of all nodes together: enough for a NIC's worth of slow connections. Few at a time,
+so that stripes come in one after the other, and the other nodes need not hold one request per stripe."""
 FAN_OUT = 16
 """Nodes that one node sends one stripe to, as long as others may send it, too."""
 PREFETCH_HEADROOM = 2.0
@@ -71,13 +76,13 @@ for, held up a cluster of 100 to 2.5 times the time."""
 MIN_PREFETCH_FLIGHTS = 4
 """Requests at a time that even the slowest link has."""
 RATE_SAMPLES_KEPT = 32
-"""Requests whose senders' paces are known: of some seconds, and their median takes 10 us."""
+"""Receive rates that are kept, one per request: those of some seconds, and their median takes 10 us."""
 MAX_RATED_NODES = 20_000
-"""Nodes whose own paces are known."""
+"""Nodes whose receive rates are kept."""
 SLOW_LINK_FACTOR = 4
-"""Times that a node receives more slowly than what is usual, from which on it is its link that is slow."""
+"""A node that receives so many times more slowly than the median has a slow link."""
 MIN_RATE_SAMPLES = 8
-"""Of those, as many as it takes to say what is usual."""
+"""Receive rates from which on their median means something."""
 MAX_DIRECT_NODES = 128
 """Nodes of the largest cluster in which all ask the owner of a stripe. Each request takes a node about 0.6 ms: 10,000
 nodes that asked one owner would wait 6 s for the last of them, most without a connection."""
@@ -88,16 +93,16 @@ stripes that came a drop at a time, and the links were four fifths idle until th
 REDIRECT_BACKLOG_REQUESTS = 4
 """Requests' worth of bytes that a node may have promised more than another holder before it sends callers on to that
 one: each detour costs a round trip and some CPU. In the lab of 16 nodes 2 sent on every second request, 4 two fifths,
-in the same time (1.18 to 1.28 times the bound, with the CPUs busy). From 8 on 100 simulated nodes take longer."""
+in the same time (1.18 to 1.28 times the bound, with the CPUs busy). With 8 and more 100 simulated nodes take longer."""
 OWNER_WINDOW_STRIPES = 3
 """Stripes of one owner that a node asks for ahead at a time: the next ones have to be asked for before the first is
-through, and more do not come sooner. In a lab of 8 nodes that asked for 64 stripes at a time, whoever was late with
-its plan got a third of what the others got, and every queue was full of what nobody needed yet."""
+through, and more do not come sooner. In a lab of 8 nodes that asked for 64 stripes at a time, the node that was late
+with its plan got a third of the others' bytes, and every queue was full of stripes that nobody needed yet."""
 MAX_RELAY_DEPTH = 6
-"""Nodes that a stripe passes through between its owner and whoever asks."""
+"""Nodes that a stripe passes through between its owner and the node that asks."""
 RELAYS_COMPARED = 16
-"""Holders of a stripe, of those whose turn it is, that are compared to find the one that sends it to the next node: a
-choice among all took 50 us with 1,000 nodes and 160 us with 4,000; this one takes 4."""
+"""Holders of a stripe that are compared to find the one that sends it to the next node: a choice among all took 50 us
+with 1,000 nodes and 160 us with 4,000; this one takes 4."""
 
 
 def build_route(
@@ -110,7 +115,8 @@ def build_route(
     stores_remote: bool = True,
     owners: Callable[[ObjectId, int, Sequence[Member]], Sequence[int]] = find_stripe_owners,
 ) -> Route | None:
-    """Where the stripes of an object come from; None: there are no others. `keep`: see Route, `owners`: placement."""
+    """The route of an object for a node of this name; None: there are no other nodes. `stores_remote` goes into the
+    route; `owners` is like find_stripe_owners."""
     if not any(member.name != own_name for member in members):
         return None
     blocks = max(1, stripe_bytes // block_size)
@@ -135,26 +141,27 @@ def build_route(
 
 
 def sub_owner_count(member_count: int) -> int:
-    """How many nodes, those next in a stripe's ranking, stand between its owner and the others in a cluster of so many.
-    The owner has to do with no more nodes than each of them, at best with the root of all; 0: all ask the owner."""
+    """How many sub-owners a stripe has in a cluster of so many nodes; 0: all ask the owner. With the square root the
+    owner serves about as many nodes as each sub-owner does."""
     return math.isqrt(member_count) if member_count > MAX_DIRECT_NODES else 0
 
 
 def ranking_length(member_count: int) -> int:
-    """How many of a stripe's ranking anybody looks at in a cluster of so many."""
+    """How many nodes of a stripe's ranking matter in a cluster of so many."""
     return max(MIN_RANKING_LENGTH, sub_owner_count(member_count) + 1)
 
 
 def is_sub_owner(ranking: Sequence[Member], own_name: str, member_count: int) -> bool:
-    """Whether others ask us for a stripe of this ranking instead of its owner."""
+    """Whether other nodes ask the node of this name for a stripe of this ranking in the place of its owner."""
     return any(member.name == own_name for member in ranking[1 : sub_owner_count(member_count) + 1])
 
 
 def select_nodes_to_ask(
     ranking: Sequence[Member], own_name: str, may_admit: Callable[[str], bool], member_count: int
 ) -> tuple[list[Member], list[str]]:
-    """Who is asked for a stripe with this ranking, one after the other, and who was passed over: those ahead of us, in
-    a large cluster two deputies before them. Whoever asks only ever asks who is further ahead."""
+    """The nodes that the node of this name asks for a stripe of this ranking, one after the other, and the names of
+    those that `admit_request` turns down. These are the nodes ahead of it in the ranking; in a large cluster two
+    sub-owners come before them. So a request only ever goes to a node further ahead, and never in a circle."""
     most = sub_owner_count(member_count)
     wanted = list(ranking[:MAX_FAILED_NODES])
     if most and not any(member.name == own_name for member in ranking[: most + 1]):
@@ -174,14 +181,14 @@ def select_nodes_to_ask(
 
 
 def likely_holders(ranking: Sequence[Member], own_name: str) -> list[Member]:
-    """Who may have a stripe of this ranking stored, though we are the one to fetch it."""
+    """The other nodes that are most likely to have a stripe of this ranking stored."""
     return [member for member in ranking[: MAX_LIKELY_HOLDERS + 1] if member.name != own_name][
         :MAX_LIKELY_HOLDERS
     ]
 
 
 def is_acting_owner(ranking: Sequence[Member], own_name: str, failed_nodes: Collection[str]) -> bool:
-    """Whether we are the one to bring a stripe of this ranking, when those nodes did not answer who asks."""
+    """Whether the node of this name is the owner of a stripe of this ranking once `failed_nodes` are left out."""
     for member in ranking:
         if member.name == own_name:
             return True
@@ -193,8 +200,9 @@ def is_acting_owner(ranking: Sequence[Member], own_name: str, failed_nodes: Coll
 def should_fetch(
     ranking: Sequence[Member], own_name: str, failed_nodes: Collection[str], hops: int, member_count: int
 ) -> bool:
-    """Whether we bring a stripe that is not here for who asks. Whoever was sent on to us by another node goes back to
-    that one instead: it must be somebody's only."""
+    """Whether the node of this name fetches a stripe that it has not got for a node that asks, which could not get it
+    from `failed_nodes` and was sent on `hops` times. A caller that another node sent on goes back to that one instead,
+    so that only one node fetches a stripe; unless it was sent on to the owner itself."""
     return (
         is_acting_owner(ranking, own_name, failed_nodes) or is_sub_owner(ranking, own_name, member_count)
     ) and not (hops and ranking[0].name != own_name)
@@ -225,13 +233,16 @@ def is_mostly_idle(transfers: int, peer_workers: int) -> bool:
 
 @dataclass(frozen=True)
 class SourceStep:
-    """Where a flight looks next: at this node, or at the origin (None). `stored_only`: it gives what it has, and no
-    more. `behind`: the nodes that may stand in for it. `owner`: the stripe is our own."""
+    """The next node that a flight asks, or the origin."""
 
     member: Member | None
+    """None: the origin."""
     stored_only: bool = False
+    """The node is asked for the blocks that it has stored, and does not fetch any."""
     substitutes: Sequence[Member] = ()
+    """The nodes that may fetch the blocks in its place when it is slow, in their order."""
     is_owner: bool = False
+    """The node that asks owns the stripe."""
 
 
 def source_steps(
@@ -242,9 +253,9 @@ def source_steps(
     may_have: Callable[[Member], bool],
     member_count: int,
 ) -> Iterator[SourceStep]:
-    """Where a flight looks for a stripe with this ranking, until it has all of it: the nodes ahead of us; those next in
-    order that may have it stored; the origin. Nodes that are passed over, and (by the caller) those that did not
-    answer, are put into `failed`. There are so many `members` in the cluster."""
+    """Where the node of this name looks for a stripe of this ranking, one after the other, until it has all of it: the
+    nodes ahead of it; those next in order that `may_have` it stored; the origin. Nodes that `admit_request` turns down
+    are appended to `failed_nodes`; the caller appends those that did not answer."""
     asked, passed = select_nodes_to_ask(ranking, own_name, may_admit, member_count)
     failed_nodes += passed
     for number, member in enumerate(asked):
@@ -259,21 +270,29 @@ def source_steps(
 
 @dataclass
 class RedirectState:
-    """A node that is asked for a stripe, and `target`, the one it sent us on to, or itself. Nobody is sent on twice:
-    who has nothing to give after all leads back to `member`, which then has to give (`direct`)."""
+    """How far a request was sent on.
+
+    | What happens | `target` | `no_redirect` | `hops` |
+    |---|---|---|---|
+    | `follow_redirect` to a node that can be asked | that node | unchanged | one more |
+    | `follow_redirect` to another, or `return_to_member` | `member` | True | 0 |
+    """
 
     member: Member
+    """The node that is asked for the stripe."""
     target: Member
+    """The node that the request goes to now: `member`, or a holder that it was sent on to."""
     no_redirect: bool = False
+    """The node has to send the blocks itself: a holder that it named had nothing to give."""
     hops: int = 0
 
     @property
     def is_redirected(self) -> bool:
-        """Whether we were sent to another holder."""
+        """Whether the request was sent on to another holder."""
         return self.target is not self.member
 
     def follow_redirect(self, redirect_target: Member | None, own_name: str) -> bool:
-        """We are sent on to `found`, None: nobody we know; returns whether we go there."""
+        """The request is sent on to this node, None: to nobody we know; returns whether it goes there."""
         if redirect_target is None or self.no_redirect or redirect_target.name == own_name:
             self.return_to_member()
             return False
@@ -281,22 +300,24 @@ class RedirectState:
         return True
 
     def return_to_member(self) -> None:
-        """Ask `member` itself from now on."""
+        """The request goes to `member`, which has to send the blocks itself."""
         self.target, self.no_redirect, self.hops = self.member, True, 0
 
 
 def origin_request_limit(concurrency: int, member_count: int) -> int:
-    """Requests to the origin at a time of one of so many nodes, for stripes of its own."""
+    """Requests to the origin at a time that each of so many nodes may have for stripes of its own."""
     return max(2, min(concurrency, -(-MAX_CLUSTER_ORIGIN_REQUESTS // max(1, member_count))))
 
 
 def fallback_request_limit(budget: int, member_count: int) -> int:
-    """The same for stripes of nodes that don't answer: a share of the cluster's budget, by the nodes alive."""
+    """Requests to the origin at a time that each of so many nodes may have for stripes of nodes that do not answer: its
+    share of the cluster's budget, one at least."""
     return max(1, budget // max(1, member_count))
 
 
 class ReceiverRates:
-    """How fast those that ask us receive, as they say: the last PACES_KEPT of them. One thread tells, any may ask."""
+    """How fast the nodes that ask this one receive, as they say themselves. One thread writes, any may read: the median
+    of the last RATE_SAMPLES_KEPT rates is replaced as a whole."""
 
     def __init__(self) -> None:
         self._recent_rates: deque[int] = deque(maxlen=RATE_SAMPLES_KEPT)
@@ -304,7 +325,7 @@ class ReceiverRates:
         self._median_rate = 0.0
 
     def record_rate(self, name: str, receive_rate: int) -> None:
-        """A node receives so many bytes per second at best; 0: it does not know."""
+        """The node of this name receives so many bytes per second at best; 0: it does not know."""
         if receive_rate:
             self._rate_by_node[name] = receive_rate
             self._recent_rates.append(receive_rate)
@@ -312,12 +333,14 @@ class ReceiverRates:
                 self._median_rate = statistics.median(self._recent_rates)
 
     def has_normal_link(self, name: str) -> bool:
-        """Whether a node that gives little has a link like the others': it only has much to do."""
+        """Whether a node's link is like the others': if it gives little, it only has much to do. False while too little
+        is known."""
         return self._rate_by_node.get(name, 0) * SLOW_LINK_FACTOR > self._median_rate > 0
 
     def max_prefetch_flights(self, own_rate: float | None, peer_workers: int) -> int:
-        """Requests at a time, of `crew`, that are enough for our link: fewer where it is much slower than the others',
-        so that what they wait for does not have to share it with so much that only we want."""
+        """How many of `peer_workers` requests at a time are enough for the link of this node, whose `own_rate` is in
+        bytes per second: fewer where it is much slower than the others', so that the stripes that other nodes wait for
+        need not share it with so much that only this node wants."""
         if own_rate is None or not self._median_rate:
             return peer_workers
         return max(
@@ -327,7 +350,7 @@ class ReceiverRates:
 
 
 class Excluding(Container[str]):
-    """All these names but a few: no set of thousands is made for one request."""
+    """All of `names` but those `excluded`: no set of thousands is made for one request."""
 
     def __init__(self, names: Container[str], excluded: Container[str]) -> None:
         self._names = names
@@ -339,28 +362,38 @@ class Excluding(Container[str]):
 
 @dataclass
 class Holder:
-    """A node that has, or gets, one stripe: how many nodes it is away from us, and how many get it from there."""
+    """A node that has, or gets, one stripe."""
 
     depth: int
+    """Nodes between this one and the holder, itself included."""
     children: int = 0
+    """Nodes that get the stripe from the holder."""
 
 
 @dataclass
 class StripeHolders:
-    """All of one stripe, and the names of those that may send it to further nodes, in turn."""
+    """All holders of one stripe."""
 
     by_name: dict[str, Holder]
     relays: deque[str]
+    """The names of those that may send it to further nodes, in turn."""
 
 
 class RelayTrees:
-    """Who passes our stripes on. A node that many ask at once gives each stripe to few of them, and sends the others to
-    those: everybody sends about as much as it takes, and no stripe has to wait for one node's link.
+    """Decides which holder sends a stripe of this node to the next node that asks. A node that many ask at once sends
+    each stripe to few of them, and sends the others on to those: every node sends about as much as it receives, and no
+    stripe has to wait for one node's link. Used by one thread.
 
-    We give a stripe ourselves as long as we are hardly more behind than the others. Then each asking node is given the
-    holder with the fewest bytes waiting for room on their way out, as the nodes say of themselves with each request, of
-    LOOKED_AT that are compared. Whoever is a holder already and asks again is served by us: a node only ever depends on
-    one that came before it, so nobody waits for itself.
+    This node sends a stripe itself as long as it is hardly more behind than the other holders. Then each caller is
+    given the holder with the fewest unsent bytes, as the nodes report them with each request, of RELAYS_COMPARED that
+    are looked at. A node that is a holder already and asks again is served by this node: a node only ever depends on a
+    holder that came before it, so no node waits for itself.
+
+    | What happens to a node, for one stripe | Next state |
+    |---|---|
+    | asks for the first time | holder, and relay unless it is too deep |
+    | has FAN_OUT children | holder, and no relay any more |
+    | the stripe is one of the oldest beyond `max_stripes` | forgotten |
     """
 
     def __init__(self, own_name: str, max_stripes: int = 20_000) -> None:
@@ -369,7 +402,7 @@ class RelayTrees:
         self._unsent_bytes: dict[str, int] = {}
 
     def record_unsent(self, name: str, unsent_bytes: int) -> None:
-        """So many bytes wait at a node for room on their way out."""
+        """The node of this name has promised so many bytes and not sent them yet."""
         self._unsent_bytes[name] = unsent_bytes
 
     def assign_parent(
@@ -381,8 +414,9 @@ class RelayTrees:
         *,
         no_redirect: bool = False,
     ) -> str:
-        """The holder that gives these `nbytes` of a stripe to `asking`, which is a holder from now on; our own name: we
-        do. `usable` are the others that are alive."""
+        """The name of the holder, be it this node, that sends these `nbytes` of a stripe to `receiver`, which is a
+        holder from now on. `usable_nodes` are the other holders that may be chosen; with `no_redirect` this node
+        sends."""
         holders = self._holders_by_stripe.get(stripe)
         if holders is None:
             holders = StripeHolders({self._own_name: Holder(0)}, deque())
@@ -430,7 +464,7 @@ class RelayTrees:
             holders.relays.append(name)
 
     def _pick_relay(self, holders: StripeHolders, usable_nodes: Container[str]) -> str | None:
-        """Of the next LOOKED_AT others that are usable, the one that owes least."""
+        """The usable relay with the fewest unsent bytes, of the next RELAYS_COMPARED."""
         chosen: str | None = None
         least, looked_at = (0, 0), 0
         for name in holders.relays:
