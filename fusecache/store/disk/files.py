@@ -337,7 +337,7 @@ def may_have_uncommitted_space(cache_directory: CacheDirectory, summary: BlocksF
 
 
 def read_summary(cache_directory: CacheDirectory, object_id: str) -> BlocksFileSummary | None:
-    """What an object's .blocks file says; None: it is absent or broken. Raises OSError."""
+    """The contents of an object's .blocks file; None: it is absent or broken. Raises OSError."""
     try:
         fd = os.open(cache_directory.blocks_path(object_id), os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

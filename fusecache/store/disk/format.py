@@ -93,7 +93,7 @@ class AttestationState(enum.IntEnum):
 
 @dataclass(frozen=True)
 class AttestationRecord:
-    """What was found of an object as a whole: the outcome, the sha256 (32 bytes) that the object was found to have, and
+    """The finding about an object as a whole: the outcome, the sha256 (32 bytes) that the object was found to have, and
     the anchor (8 bytes), which stands for the keys that were believed."""
 
     state: AttestationState = AttestationState.NONE
