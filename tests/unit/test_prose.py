@@ -18,25 +18,10 @@ FOLDERS = ("fusecache", "mount", "tests", "benchmarks", "scripts")
 _HEADLESS = re.compile(r"(?:^|[.:;] )(?:Who|Whoever|What|Whatever)\b(?![^.?!]*\?)")
 
 KNOWN_REFERENCES = {
-    "benchmarks/cluster/simulation_node.py": 10,
-    "benchmarks/cluster/simulation_server.py": 4,
-    "benchmarks/cluster/simulation_world.py": 2,
     "fusecache/peers/exchange/block_service.py": 10,
-    "fusecache/peers/exchange/block_source.py": 2,
-    "fusecache/peers/transport/client.py": 4,
 }
 KNOWN_HEADLESS = {
-    "benchmarks/cluster/simulation.py": 3,
-    "benchmarks/cluster/simulation_network.py": 1,
-    "benchmarks/cluster/simulation_node.py": 3,
-    "benchmarks/cluster/simulation_report.py": 1,
-    "benchmarks/cluster/simulation_server.py": 1,
-    "benchmarks/cluster/simulation_world.py": 3,
-    "fusecache/fetch/flight.py": 2,
     "fusecache/peers/exchange/block_service.py": 1,
-    "fusecache/peers/exchange/block_source.py": 2,
-    "fusecache/peers/exchange/policy.py": 6,
-    "fusecache/peers/exchange/transfer_monitor.py": 2,
     "fusecache/prefetch/profiles/recorder.py": 2,
     "fusecache/store/attestation.py": 1,
     "fusecache/store/context.py": 1,
