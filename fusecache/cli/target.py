@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fusecache.config.model import default_runtime_dir
 from fusecache.control import client, mounts
 from fusecache.errors import ControlError, DaemonUnreachableError, MountError
 
@@ -40,7 +41,7 @@ def require_only_mount(mountpoint: str | None) -> mounts.Mount:
 def call_mount_daemon(mount: mounts.Mount, op: str, /, *, timeout: float = 30.0, **args: Any) -> Any:
     """The result of an operation of the mount's daemon; blocks for at most `timeout` seconds. Raises ControlError and
     DaemonUnreachableError, which name the mountpoint."""
-    socket: Path = mounts.find_control_socket(mount)
+    socket: Path = mounts.find_control_socket(mount, default_runtime_dir())
     try:
         return client.call_daemon(socket, op, timeout=timeout, **args)
     except DaemonUnreachableError as error:

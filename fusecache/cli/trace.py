@@ -15,6 +15,7 @@ import click
 
 from fusecache.cli import target
 from fusecache.cli.output import print_error
+from fusecache.config.model import default_runtime_dir
 from fusecache.config.units import format_size
 from fusecache.control import client, mounts
 from fusecache.errors import ConfigError, ControlError, DaemonUnreachableError
@@ -121,7 +122,7 @@ def _print_trace(
     mount: mounts.Mount, command: Sequence[str], printer: _TracePrinter, *, exact: bool, writes: bool
 ) -> int:
     """Trace until the end of the stream; returns the exit code."""
-    socket = mounts.find_control_socket(mount)
+    socket = mounts.find_control_socket(mount, default_runtime_dir())
     child: subprocess.Popen[bytes] | None = None
     stopped = False
     try:

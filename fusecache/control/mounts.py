@@ -17,7 +17,6 @@ from pathlib import Path
 
 import xxhash
 
-from fusecache.config.model import default_runtime_dir
 from fusecache.control.mountinfo import FSTYPE, MOUNTINFO, read_mountinfo
 from fusecache.errors import MountError
 
@@ -95,11 +94,11 @@ def serve_mountpoint(node: str) -> Path:
     return Path("/fusecache-serve") / node
 
 
-def find_control_socket(mount: Mount, env: Mapping[str, str] = os.environ) -> Path:
-    """The control socket of a mount: below $FUSECACHE_RUNTIME_DIR, this user's runtime directory, or that of
-    the user who mounted. The first of these if there is none."""
+def find_control_socket(mount: Mount, default_runtime_dir: Path, env: Mapping[str, str] = os.environ) -> Path:
+    """The control socket of a mount: below $FUSECACHE_RUNTIME_DIR, `default_runtime_dir`, which is that of this user,
+    or the runtime directory of the user who mounted. The first of these paths where no socket is found."""
     candidates = [
-        default_runtime_dir(env),
+        default_runtime_dir,
         Path(f"/run/user/{mount.user_id}/fusecache"),
         Path(f"/tmp/fusecache-{mount.user_id}"),  # noqa: S108  its owner is checked below
         Path("/run/fusecache"),

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fusecache.config.model import default_runtime_dir
 from fusecache.control import client, mounts
 from fusecache_mount.lifecycle import fuse_mount
 from fusecache_mount.lifecycle.keeper_files import find_keeper_by_connection
@@ -41,7 +42,10 @@ def asked(mount: RealMount, operation: str, **arguments: Any) -> Any:
     found = mounts.find_mount(mount.path)
     assert found is not None
     return client.call_daemon(
-        mounts.find_control_socket(found, mount.env), operation, timeout=HANG, **arguments
+        mounts.find_control_socket(found, default_runtime_dir(mount.env), mount.env),
+        operation,
+        timeout=HANG,
+        **arguments,
     )
 
 

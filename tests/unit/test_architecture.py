@@ -63,9 +63,7 @@ PURE_LIBRARIES = {"cryptography", "pydantic", "pydantic_core", "typing_extension
 IMPURE_STANDARD = {"asyncio", "http", "selectors", "socket", "socketserver", "ssl", "subprocess"}
 STORAGE_LIBRARIES = {"aiobotocore", "botocore", "fsspec", "gcsfs", "obstore", "s3fs"}
 
-KNOWN_ARROWS = {
-    "fusecache.control.mounts -> fusecache.config.model",
-}
+KNOWN_ARROWS: set[str] = set()
 KNOWN_CIRCLES = {
     "fusecache.peers.exchange.block_source <-> fusecache.peers.exchange.transfer_monitor",
 }

@@ -67,17 +67,16 @@ def test_find_socket_prefers_what_exists(tmp_path: Path) -> None:
     mount = mounts.Mount(Path("/models"), "s3://models", "0:53", 0)
     env = {"FUSECACHE_RUNTIME_DIR": str(tmp_path)}
     wanted = mounts.control_socket_path(tmp_path, mount.mountpoint)
-    assert mounts.find_control_socket(mount, env) == wanted
+    assert mounts.find_control_socket(mount, tmp_path / "default", env) == wanted
     wanted.parent.mkdir()
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(wanted))
-    assert mounts.find_control_socket(mount, env) == wanted
+    assert mounts.find_control_socket(mount, tmp_path / "default", env) == wanted
 
 
 def test_a_socket_of_a_stranger_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mount = mounts.Mount(Path("/models"), "s3://models", "0:53", 1234)
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    monkeypatch.setattr(mounts, "default_runtime_dir", lambda _: ours)
     for directory in (ours, theirs):
         mounts.control_socket_path(directory, mount.mountpoint).parent.mkdir(parents=True)
         with socket.socket(socket.AF_UNIX) as listening:
@@ -90,7 +89,7 @@ def test_a_socket_of_a_stranger_is_passed_over(tmp_path: Path, monkeypatch: pyte
         return os.stat_result((*found[:4], 5678, *found[5:10])) if path == foreign else found
 
     monkeypatch.setattr(Path, "lstat", lstat)
-    found = mounts.find_control_socket(mount, {"FUSECACHE_RUNTIME_DIR": str(theirs)})
+    found = mounts.find_control_socket(mount, ours, {"FUSECACHE_RUNTIME_DIR": str(theirs)})
     assert found == mounts.control_socket_path(ours, mount.mountpoint)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Event
 
+from fusecache.config.model import default_runtime_dir
 from fusecache.control import client, mounts
 from fusecache.control.mountinfo import find_file_system
 from fusecache.errors import ControlError, FusecacheError, MountError
@@ -47,7 +48,8 @@ def unmount_and_wait(path: str, *, lazy: bool, timeout: float) -> None:
         return
     if lazy:
         with contextlib.suppress(ControlError):
-            client.call_daemon(mounts.find_control_socket(mount), "drain", timeout=max(0.1, timeout))
+            socket = mounts.find_control_socket(mount, default_runtime_dir())
+            client.call_daemon(socket, "drain", timeout=max(0.1, timeout))
         used = any(find_processes_using(mount.mountpoint, mount.device_number))
         _unmount_lazily(mount.mountpoint)
         if not used:
