@@ -132,6 +132,7 @@ def test_an_evicted_file_opens_at_the_first_try(source: Path, tmp_path: Path, st
     check((mount.path / SHARD).read_bytes(), SHARD, 1)
 
 
+@pytest.mark.expected_log("is damaged and is fetched again")
 def test_a_byte_flipped_behind_the_back_of_the_mount_is_found(
     source: Path, tmp_path: Path, stack: ExitStack
 ) -> None:
