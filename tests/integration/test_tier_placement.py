@@ -116,6 +116,7 @@ def test_what_is_in_memory_outlives_a_killed_daemon(source: Path, memory: Path, 
     assert not list(memory.iterdir())
 
 
+@pytest.mark.expected_log("holds 4 MiB and memory_size is 8 MiB")
 def test_memory_that_is_not_there_is_one_clear_line(source: Path, tmp_path: Path) -> None:
     with (
         tmpfs(tmp_path / "little", 4) as little,
