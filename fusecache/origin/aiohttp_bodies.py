@@ -7,15 +7,14 @@ fsspec's asynchronous file systems live on an asyncio thread of their own; worke
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import fsspec.asyn
 
-from fusecache.errors import OriginError, TemporaryOriginError
+from fusecache.errors import OriginError
 from fusecache.origin.errors_from_answers import (
     ErrorTranslator,
     connection_error,
@@ -23,12 +22,14 @@ from fusecache.origin.errors_from_answers import (
     truncated_error,
     version_changed_error,
 )
+from fusecache.origin.stored_form import bytes_to_skip, hold_until_end, is_of_unknown_length
 from fusecache.types import ObjectVersion
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 _HOP_BYTES = 1 << 20
 """Bytes per hop to the asyncio thread: a hop costs about 0.1 ms, aiohttp's pieces have 64-256 KiB."""
-
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
 def call_on_loop(
@@ -76,6 +77,7 @@ class RangeAnswer:
     """As in ObjectVersion; None when the server does not say which version it answers with."""
     content_range: str | None
     content_length: int | None
+    content_encoding: str | None
     retry_after: str | None
     read_chunk: Callable[[int], Awaitable[bytes]]
     close: Callable[[], object]
@@ -88,6 +90,7 @@ class RangeAnswer:
             etag,
             answer.headers.get("Content-Range"),
             answer.content_length,
+            answer.headers.get("Content-Encoding"),
             answer.headers.get("Retry-After"),
             answer.content.read,
             answer.close,
@@ -102,11 +105,12 @@ def ranged_body(
     offset: int,
     length: int,
     timeout: float,
-) -> Generator[bytes, None, None]:
+) -> Generator[Buffer, None, None]:
     """The bytes [offset, offset + length) of this version out of an answer, which is closed at the end.
 
     `timeout` is the longest wait for a next byte, in seconds. Raises what the status means, VersionChangedError when
-    the answer is of another version, TemporaryOriginError when the body ends early or is of another range.
+    the answer is of another version, TemporaryOriginError when it is of another range, OriginError when the body is
+    not the stored form of the object. The body may end early.
     """
     where = errors.where
     try:
@@ -115,67 +119,60 @@ def ranged_body(
         if version.etag and answer.etag is not None and answer.etag != version.etag:
             raise version_changed_error(where)
         skip = bytes_to_skip(
-            where, answer.status, answer.content_range, answer.content_length, version.size, offset
+            where,
+            answer.status,
+            answer.content_range,
+            answer.content_length,
+            version.size,
+            offset,
+            answer.content_encoding,
         )
-        yield from _stream_body(loop, errors, answer.read_chunk, skip, length, timeout)
+        if is_of_unknown_length(answer.status, answer.content_range, answer.content_length):
+            body = _stream_body(loop, errors, answer.read_chunk, timeout, version.size + 1)
+            yield from hold_until_end(where, body, version.size, offset, length)
+        else:
+            body = _stream_body(loop, errors, answer.read_chunk, timeout, skip + length)
+            yield from _skip_bytes(body, skip)
     finally:
         # A body that was not read to its end takes its connection with it.
         loop.call_soon_threadsafe(answer.close)
-
-
-def bytes_to_skip(
-    where: str, status: int, content_range: str | None, content_length: int | None, size: int, offset: int
-) -> int:
-    """How many bytes of the body to skip to get to `offset` of an object of `size` bytes.
-
-    A 200 with the right Content-Range is taken as 206 (some servers do that), one without as the whole object.
-    Raises VersionChangedError when the object has another size, TemporaryOriginError on another range.
-    """
-    found = _CONTENT_RANGE.fullmatch(content_range or "")
-    if found:
-        if found[3] != "*" and int(found[3]) != size:
-            raise version_changed_error(where)
-        if int(found[1]) > offset:
-            raise TemporaryOriginError(f"{where}: the server answered another range than was asked for")
-        return offset - int(found[1])
-    if status == 200:
-        if content_length is not None and content_length != size:
-            raise version_changed_error(where)
-        return offset
-    raise TemporaryOriginError(f"{where}: the server answered {status} without saying which range")
 
 
 def _stream_body(
     loop: asyncio.AbstractEventLoop,
     errors: ErrorTranslator,
     read_chunk: Callable[[int], Awaitable[bytes]],
-    skip: int,
-    length: int,
     timeout: float,
+    most: float,
 ) -> Generator[bytes, None, None]:
-    """The next `length` bytes after `skip` ones; raises TemporaryOriginError when the body ends before."""
+    """The body in pieces, in order, until it ends or `most` bytes came."""
 
-    async def read_parts(most: int) -> list[bytes]:
+    async def read_parts(left: int) -> list[bytes]:
         parts: list[bytes] = []
-        while most > 0:
-            part = await asyncio.wait_for(read_chunk(most), timeout)
+        while left > 0:
+            part = await asyncio.wait_for(read_chunk(left), timeout)
             if not part:
                 break
             parts.append(part)
-            most -= len(part)
+            left -= len(part)
         return parts
 
-    def hop(most: int) -> list[bytes]:
+    while most > 0:
         # The whole hop has longer than one wait: it is bounded by its waits.
         with errors:
-            parts: list[bytes] = call_on_loop(loop, read_parts, min(most, _HOP_BYTES), timeout=100 * timeout)
+            hop_bytes = int(min(most, _HOP_BYTES))
+            parts: list[bytes] = call_on_loop(loop, read_parts, hop_bytes, timeout=100 * timeout)
         if not parts:
-            raise truncated_error(errors.where)
-        return parts
-
-    while skip > 0:
-        skip -= sum(map(len, hop(skip)))
-    while length > 0:
-        for part in hop(length):
-            length -= len(part)
+            return
+        for part in parts:
+            most -= len(part)
             yield part
+
+
+def _skip_bytes(body: Iterable[bytes], skip: int) -> Generator[memoryview, None, None]:
+    """The bytes after the first `skip` bytes of a body."""
+    for part in body:
+        used = min(skip, len(part))
+        skip -= used
+        if used < len(part):
+            yield memoryview(part)[used:]

@@ -134,7 +134,10 @@ class AnyFsspecBackend(OriginBackend):
                 raise version_changed_error(where)
             if not data:
                 raise truncated_error(where)
-            data = memoryview(data)[:size]
+            if len(data) > size:
+                raise OriginError(
+                    f"{where}: the file system gives more bytes than it was asked for, and not the file as it is stored"
+                )
             offset += len(data)
             length -= len(data)
             yield data

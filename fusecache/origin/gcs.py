@@ -29,6 +29,7 @@ from fusecache.origin.aiohttp_bodies import (
 from fusecache.origin.bucket import BucketBackend
 from fusecache.origin.errors_from_answers import ErrorTranslator, error_from_status, version_changed_error
 from fusecache.origin.interface import PAGE_KEYS, ListPage, parse_metadata_sha256
+from fusecache.origin.stored_form import ASK_GCS_STORED_FORM
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class GcsBackend(BucketBackend):
         query = {"alt": "media"}
         if version.etag:
             query["generation"] = version.etag
-        ranged = {"Range": f"bytes={offset}-{offset + length - 1}", "Accept-Encoding": "identity"}
+        ranged = {"Range": f"bytes={offset}-{offset + length - 1}", **ASK_GCS_STORED_FORM}
         filesystem = self._fs
         errors = _gcs_errors(where)
         with errors:
@@ -171,6 +172,7 @@ class GcsBackend(BucketBackend):
     async def _send_request(
         self, path: str, query: dict[str, str], headers: dict[str, str], timeout: float
     ) -> Any:
+        """The answer to a GET request; its body is as it was sent when `headers` say which codings may be."""
         filesystem = self._fs
         await filesystem._set_session()
         if filesystem.credentials.credentials is not None:
@@ -181,6 +183,7 @@ class GcsBackend(BucketBackend):
         return await filesystem.session.get(
             URL(base, encoded=True).update_query(filesystem._get_params(query)),
             headers=headers,
+            auto_decompress="Accept-Encoding" not in headers,
             timeout=client_timeout(self._tuning.connect_timeout, timeout),
         )
 

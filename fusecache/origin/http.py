@@ -28,6 +28,7 @@ from fusecache.origin.aiohttp_bodies import (
 from fusecache.origin.any_fsspec import identity_from_url
 from fusecache.origin.errors_from_answers import ErrorTranslator, error_from_status
 from fusecache.origin.interface import ListPage, OriginBackend
+from fusecache.origin.stored_form import ASK_STORED_FORM
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 
 _MAX_HEAD_REQUESTS = 16
 """HEAD requests in flight during a listing: index pages tell neither size nor version."""
-
-_UNCOMPRESSED = {"Accept-Encoding": "identity"}
 
 
 class HttpBackend(OriginBackend):
@@ -88,7 +87,7 @@ class HttpBackend(OriginBackend):
         session = await self._fs.set_session()
         async with session.head(
             self._request_url(key),
-            headers=_UNCOMPRESSED,
+            headers=ASK_STORED_FORM,
             allow_redirects=True,
             timeout=client_timeout(self._tuning.connect_timeout, timeout),
         ) as answer:
@@ -110,7 +109,7 @@ class HttpBackend(OriginBackend):
         self, version: ObjectVersion, offset: int, length: int, timeout: float
     ) -> Generator[Buffer, None, None]:
         """Make one GET request, with If-Match where the ETag is a strong one."""
-        headers = {**_UNCOMPRESSED, "Range": f"bytes={offset}-{offset + length - 1}"}
+        headers = {**ASK_STORED_FORM, "Range": f"bytes={offset}-{offset + length - 1}"}
         if version.etag.startswith('"'):
             headers["If-Match"] = version.etag
 
@@ -119,6 +118,7 @@ class HttpBackend(OriginBackend):
             return await session.get(
                 self._request_url(version.key),
                 headers=headers,
+                auto_decompress=False,
                 allow_redirects=True,
                 timeout=client_timeout(self._tuning.connect_timeout, timeout),
             )

@@ -34,6 +34,7 @@ from fusecache.origin.errors_from_answers import (
     truncated_error,
     version_changed_error,
 )
+from fusecache.origin.stored_form import ASK_GCS_STORED_FORM, ASK_STORED_FORM
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
@@ -47,6 +48,12 @@ _STATUS_CODE = re.compile(r"status code: (\d{3})\b")
 _ERROR_KIND = re.compile(r"\bkind: (\w+)")
 _UNSUPPORTED_KEY = re.compile(r"(^|/)(/|\.{1,2}(/|$)|$)|[\x00-\x1f\x7f]")
 """Keys that object_store's Path changes or refuses: empty, '.' and '..' parts, a slash at an end, control bytes."""
+
+_UNREADABLE_ANSWER = re.compile(
+    r"non-partial response|status code: 501|header (missing from|not present in|contained non)", re.IGNORECASE
+)
+"""The words of obstore for an answer that lacks a header that obstore needs and reading does not (the length, the time
+of the last change), and for 200 and 501 where a range was asked for."""
 
 _MAX_UNREADABLE_ANSWERS = 3
 """After so many answers that obstore can't read, the backend moves the bytes for good."""
@@ -87,7 +94,7 @@ class ObstoreEngine(BulkEngine[BucketBackend]):
         try:
             result = obstore.get(self._get_client(), path, options=cast("GetOptions", options))
         except Exception as error:
-            if "non-partial response" in str(error) or "status code: 501" in str(error):
+            if _UNREADABLE_ANSWER.search(str(error)):
                 self._count_unreadable_answer(where)
                 yield from self._backend.request_range(version, offset, length, timeout)
                 return
@@ -155,6 +162,7 @@ class ObstoreEngine(BulkEngine[BucketBackend]):
             "read_timeout": timedelta(seconds=tuning.stall_timeout),
             # Bounds a whole answer; stalls are what read_timeout is for.
             "timeout": timedelta(hours=1),
+            "default_headers": ASK_STORED_FORM if backend.scheme == "s3" else ASK_GCS_STORED_FORM,
             "pool_idle_timeout": timedelta(seconds=60),
         }
         # One attempt: retries, and what they learn of the load, are ours.

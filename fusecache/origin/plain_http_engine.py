@@ -16,7 +16,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -27,7 +27,6 @@ import botocore.credentials
 
 from fusecache.config.model import Tuning
 from fusecache.errors import OriginError
-from fusecache.origin.aiohttp_bodies import bytes_to_skip
 from fusecache.origin.bulk import BulkEngine
 from fusecache.origin.errors_from_answers import (
     ErrorTranslator,
@@ -39,6 +38,12 @@ from fusecache.origin.errors_from_answers import (
     version_changed_error,
 )
 from fusecache.origin.s3 import CREDENTIALS_LIFETIME, S3Backend, normalize_etag
+from fusecache.origin.stored_form import (
+    ASK_STORED_FORM,
+    bytes_to_skip,
+    hold_until_end,
+    is_of_unknown_length,
+)
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
@@ -144,10 +149,16 @@ class PlainHttpEngine(BulkEngine[S3Backend]):
                 answer.length,
                 version.size,
                 offset,
+                answer.getheader("Content-Encoding"),
             )
             left = answer.length
             with errors:
                 receive = _make_receiver(connection, answer)
+            if is_of_unknown_length(answer.status, answer.getheader("Content-Range"), left):
+                chunks = _body_chunks(errors, receive, connection.buffer)
+                yield from hold_until_end(where, chunks, version.size, offset, length)
+                whole = True
+                return
             while length > 0:
                 with errors:
                     got = receive(min(_CHUNK_BYTES, skip + length))
@@ -181,7 +192,8 @@ class PlainHttpEngine(BulkEngine[S3Backend]):
             try:
                 connection.set_wait_limit(timeout)
                 connection.http.putrequest("GET", path, skip_host=True, skip_accept_encoding=True)
-                for name, value in signed.items():
+                # Not signed: balancers and gateways on the way may change it.
+                for name, value in (signed | ASK_STORED_FORM).items():
                     connection.http.putheader(name, value)
                 connection.http.endheaders()
                 answer = connection.http.getresponse()
@@ -264,6 +276,18 @@ class PlainHttpEngine(BulkEngine[S3Backend]):
         for connection in idle:
             connection.close()
         super().close()
+
+
+def _body_chunks(
+    errors: ErrorTranslator, receive: Callable[[int], int], buffer: memoryview
+) -> Generator[memoryview, None, None]:
+    """The chunks of a body to its end; each is the buffer, which the next one overwrites."""
+    while True:
+        with errors:
+            got = receive(_CHUNK_BYTES)
+        if not got:
+            return
+        yield buffer[:got]
 
 
 def _make_receiver(connection: _Connection, answer: http.client.HTTPResponse) -> Any:

@@ -182,6 +182,7 @@ class S3Backend(BucketBackend):
             normalize_etag(found.get("ETag")),
             found.get("ContentRange"),
             found.get("ContentLength"),
+            found.get("ContentEncoding"),
             None,
             found["Body"].read,
             found["Body"].close,

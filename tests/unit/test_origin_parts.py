@@ -21,7 +21,6 @@ from fusecache.errors import (
     VersionChangedError,
 )
 from fusecache.origin.adaptive_limiter import AdaptiveLimiter
-from fusecache.origin.aiohttp_bodies import bytes_to_skip
 from fusecache.origin.backoff import Backoff
 from fusecache.origin.errors_from_answers import (
     ErrorTranslator,
@@ -33,6 +32,7 @@ from fusecache.origin.errors_from_answers import (
 from fusecache.origin.factory import open_origin
 from fusecache.origin.interface import never_cancelled
 from fusecache.origin.s3 import normalize_etag
+from fusecache.origin.stored_form import bytes_to_skip
 from tests.support.servers import wait_until
 
 
