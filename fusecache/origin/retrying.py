@@ -27,6 +27,7 @@ from fusecache.origin.adaptive_limiter import AdaptiveLimiter
 from fusecache.origin.backoff import Backoff, raise_last_error
 from fusecache.origin.errors_from_answers import truncated_error
 from fusecache.origin.interface import OriginBackend, OriginStats, never_cancelled
+from fusecache.origin.listing_progress import ListingProgress
 from fusecache.types import ObjectVersion
 
 if TYPE_CHECKING:
@@ -74,10 +75,12 @@ class RetryingOrigin:
         return self._backend.engine
 
     def list_objects(self) -> Iterator[ObjectVersion]:
-        """Ask for one page after the other, each with retries of its own."""
+        """Ask for one page after the other, each with retries of its own. Raises OriginError when the pages repeat."""
         token: str | None = None
+        progress = ListingProgress(self.identity)
         while True:
             page = self._call_with_retries(self.identity, partial(self._backend.list_page, token), lists=1)
+            progress.check_page(page)
             yield from page.objects
             if page.next_token is None:
                 return

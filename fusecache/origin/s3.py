@@ -45,6 +45,10 @@ CREDENTIALS_LIFETIME = timedelta(minutes=5)
 """How long a bulk engine may use credentials before it asks botocore again, which renews them 10-15 minutes before
 they expire."""
 
+_CONTINUATION = "token"
+_MARKER = "marker"
+"""The kinds of tokens of pages, which begin with the kind and a colon."""
+
 
 class S3Backend(BucketBackend):
     """A bucket of S3, or of a store that speaks its protocol. The lock guards the exchange of `_fs`."""
@@ -113,11 +117,21 @@ class S3Backend(BucketBackend):
         _close_client(self._fs)
 
     def list_page(self, token: str | None, timeout: float) -> ListPage:
-        """Make one ListObjectsV2 request."""
-        more = {"ContinuationToken": token} if token else {}
+        """Make one ListObjectsV2 request, or one ListObjects request (version 1) for the page after a marker.
+
+        A server of version 1 cuts a listing short without a continuation token: the next page is then the one after the
+        page's last key. Raises OriginError when it cuts an empty page short.
+        """
+        method, more = "list_objects_v2", {}
+        if token is not None:
+            kind, _, value = token.partition(":")
+            if kind == _MARKER:
+                method, more = "list_objects", {"Marker": value}
+            else:
+                more = {"ContinuationToken": value}
         answer = self._call_s3(
             self.identity,
-            "list_objects_v2",
+            method,
             timeout,
             Bucket=self.bucket,
             Prefix=self.prefix,
@@ -130,7 +144,20 @@ class S3Backend(BucketBackend):
             )
             for item in answer.get("Contents", ())
         ]
-        return ListPage(objects, answer.get("NextContinuationToken") if answer.get("IsTruncated") else None)
+        return ListPage(objects, self._next_token(answer) if answer.get("IsTruncated") else None)
+
+    def _next_token(self, answer: Any) -> str:
+        """The token, as of ListPage, of the page after an answer that is cut short."""
+        if answer.get("NextContinuationToken"):
+            return f"{_CONTINUATION}:{answer['NextContinuationToken']}"
+        contents = answer.get("Contents", ())
+        marker = answer.get("NextMarker") or (contents[-1]["Key"] if contents else "")
+        if not marker:
+            raise OriginError(
+                f"{self.identity}: the server cuts its listing short without saying where it goes on: "
+                "its files can't all be listed"
+            )
+        return f"{_MARKER}:{marker}"
 
     def stat_object(self, key: str, timeout: float) -> ObjectVersion:
         """Make one HeadObject request."""
