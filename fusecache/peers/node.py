@@ -85,11 +85,11 @@ class PeerNode:
         """Where others reach this node; None: it does not serve."""
         self.block_source = block_source
         self._block_service = BlockService(
-            directory.own_info,
-            block_source.state,
-            fetch_service,
-            store,
-            {origin.identity: name for name, origin in origins.items()},
+            get_node_info=directory.own_info,
+            state=block_source.state,
+            fetch_service=fetch_service,
+            store=store,
+            source_by_identity={origin.identity: name for name, origin in origins.items()},
             streams=settings.streams,
             render_metrics=render_metrics,
             peer_profiles=peer_profiles,

@@ -1,4 +1,4 @@
-"""Nodes of a cluster in one process: stores, loaders, exchanges and servers, over real sockets, without mounts."""
+"""Nodes of a cluster in one process: stores, fetch services, block sources and servers, over real sockets."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Node:
         self.store = Store(folder / name, limit=1 << 30, free_floor=0, block_size=BLOCK)
         self.outgoing = OutgoingBytes()
         self.state = make_exchange_state(name, everybody, self.outgoing, stripe_bytes=STRIPE)
-        self.exchange = PeerBlockSource(
+        self.block_source = PeerBlockSource(
             self.state,
             self.client,
             {"": origin},
@@ -66,13 +66,13 @@ class Node:
             fallback_requests=8,
         )
         settings = FetchSettings(concurrency=8, range_bytes=STRIPE, deadline=DEADLINE)
-        self.loader = FetchService(self.store, self.exchange, settings, events=EventHub())
-        self.holdings = BlockService(
-            lambda: NodeInfo(name, name, 1, "", PROTOCOL, "0", 0.0),
-            self.state,
-            self.loader,
-            self.store,
-            {origin.identity: ""},
+        self.fetch_service = FetchService(self.store, self.block_source, settings, events=EventHub())
+        self.block_service = BlockService(
+            get_node_info=lambda: NodeInfo(name, name, 1, "", PROTOCOL, "0", 0.0),
+            state=self.state,
+            fetch_service=self.fetch_service,
+            store=self.store,
+            source_by_identity={origin.identity: ""},
             streams=16,
             render_metrics=str,
         )
@@ -80,23 +80,23 @@ class Node:
 
     async def serve(self, nursery: trio.Nursery) -> None:
         """Answer others; `url` is where."""
-        self.loader.start()
-        server = PeerServer(self.holdings, "127.0.0.1", 0, connections=32)
-        nursery.start_soon(self.holdings.close_idle_fetches)
+        self.fetch_service.start()
+        server = PeerServer(self.block_service, "127.0.0.1", 0, connections=32)
+        nursery.start_soon(self.block_service.close_idle_fetches)
         port = await nursery.start(server.run)
         self.url = f"http://127.0.0.1:{port}"
 
     def read(self) -> bytes:
         """All of FILE."""
-        object_fetch = self.loader.open_object(FILE, "")
+        object_fetch = self.fetch_service.open_object(FILE, "")
         try:
-            return self.loader.read_bytes(object_fetch, 0, FILE.size)
+            return self.fetch_service.read_bytes(object_fetch, 0, FILE.size)
         finally:
-            self.loader.release_fetch(object_fetch)
+            self.fetch_service.release_fetch(object_fetch)
 
     def close(self) -> None:
         """Let go of everything."""
-        self.loader.close()
+        self.fetch_service.close()
         self.client.close()
         self.store.close()
 

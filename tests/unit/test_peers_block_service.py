@@ -102,7 +102,7 @@ async def test_who_waits_for_the_origin_is_waited_for(
         DEADLINE,
     )
     assert sum(length for _, _, length in origin.reads) == FILE.size
-    told = [node.exchange.stats for node in nodes]
+    told = [node.block_source.stats for node in nodes]
     assert sum(stats.redirects for stats in told) >= STRIPES, "nobody waited for one that waits itself"
     assert [stats.fallbacks for stats in told] == [0, 0, 0]
     assert not any(peer.errors for stats in told for peer in stats.traffic_by_node.values())
@@ -117,8 +117,8 @@ async def test_who_passes_on_what_nobody_says_is_coming_loses_patience(
     asked, asking = [node for node in nodes if node.name != owner]
     request = BlockRequest(FILE.id, range(4), FILE, BLOCK, DEADLINE, hops=1, caller=asking.name)
 
-    object_fetch = asked.loader.open_object(FILE, "")
-    waiter = asked.loader.request_bytes(object_fetch, 0, BLOCK, lambda _waiter: None)
+    object_fetch = asked.fetch_service.open_object(FILE, "")
+    waiter = asked.fetch_service.request_bytes(object_fetch, 0, BLOCK, lambda _waiter: None)
     assert waiter is not None
     try:
         await in_thread(step.arrived)
@@ -128,8 +128,8 @@ async def test_who_passes_on_what_nobody_says_is_coming_loses_patience(
         with pytest.raises(PeerMissError):
             await in_thread(ask, asking, asked, request)
     finally:
-        asked.loader.cancel_waiter(waiter)
-        asked.loader.release_fetch(object_fetch)
+        asked.fetch_service.cancel_waiter(waiter)
+        asked.fetch_service.release_fetch(object_fetch)
 
 
 async def test_a_stand_in_that_waits_for_others_itself_is_not_waited_for_for_long(
@@ -140,8 +140,8 @@ async def test_a_stand_in_that_waits_for_others_itself_is_not_waited_for_for_lon
         FILE.id, range(4), FILE, BLOCK, DEADLINE, failed_nodes=(owner.name,), caller=last.name
     )
 
-    object_fetch = next_in_order.loader.open_object(FILE, "")
-    waiter = next_in_order.loader.request_bytes(object_fetch, 0, BLOCK, lambda _waiter: None)
+    object_fetch = next_in_order.fetch_service.open_object(FILE, "")
+    waiter = next_in_order.fetch_service.request_bytes(object_fetch, 0, BLOCK, lambda _waiter: None)
     assert waiter is not None
     try:
         await in_thread(step.arrived)
@@ -149,8 +149,8 @@ async def test_a_stand_in_that_waits_for_others_itself_is_not_waited_for_for_lon
         with pytest.raises(PeerMissError):
             await in_thread(ask, last, next_in_order, request)
     finally:
-        next_in_order.loader.cancel_waiter(waiter)
-        next_in_order.loader.release_fetch(object_fetch)
+        next_in_order.fetch_service.cancel_waiter(waiter)
+        next_in_order.fetch_service.release_fetch(object_fetch)
 
 
 async def test_a_stand_in_does_not_wait_for_who_asks_it(
@@ -179,7 +179,7 @@ async def test_a_stand_in_does_not_wait_for_who_asks_it(
         readers.start_soon(read, last)
         await in_thread(step.arrived)
         readers.start_soon(read, next_in_order)
-        redirected = next_in_order.exchange.stats
+        redirected = next_in_order.block_source.stats
         await in_thread(wait_until, lambda: redirected.redirects, "who comes later is sent on", DEADLINE)
         monkeypatch.setattr(last.state.speeds, "is_slow", lambda name: name == owner.name)
         with trio.fail_after(DEADLINE):

@@ -47,19 +47,19 @@ async def test_one_copy_comes_through_the_deputies(
     asked: dict[tuple[str, int], set[str]] = {}
     for node in nodes:
 
-        async def offer(
-            request: BlockRequest, node: Node = node, offer: Any = node.holdings.begin_response
+        async def noted(
+            request: BlockRequest, node: Node = node, begin_response: Any = node.block_service.begin_response
         ) -> Any:
             if not request.stored_only and not request.hops:
                 asked.setdefault((node.name, request.blocks.start // (STRIPE // BLOCK)), set()).add(
                     request.caller
                 )
-            return await offer(request)
+            return await begin_response(request)
 
-        monkeypatch.setattr(node.holdings, "begin_response", offer)
+        monkeypatch.setattr(node.block_service, "begin_response", noted)
     await read_all(nodes)
     assert sum(length for _, _, length in origin.reads) == FILE.size
-    assert [node.exchange.stats.fallbacks for node in nodes] == [0] * COUNT
+    assert [node.block_source.stats.fallbacks for node in nodes] == [0] * COUNT
     near = 1 + policy.sub_owner_count(COUNT)
     for stripe in range(STRIPES):
         order = [member.name for member in nodes[0].state.rankings.ranking_of(FILE.id, stripe)]
@@ -85,4 +85,4 @@ async def test_a_deputy_that_is_gone_costs_no_second_copy(nodes: list[Node], ori
     await read_all([node for node in nodes if node.name != gone])
     assert 0 <= sum(length for _, _, length in origin.reads) - FILE.size <= len(owned) * STRIPE
     if not owned:
-        assert not any(node.exchange.stats.fallbacks for node in nodes)
+        assert not any(node.block_source.stats.fallbacks for node in nodes)

@@ -1,7 +1,8 @@
-"""What this node gives to others: blocks it has, blocks on their way to it, and those it is the one to fetch.
+"""Answers the requests of other nodes: with blocks that are stored here, blocks that are on their way here, and blocks
+that this node is the one to fetch.
 
-All of it runs in the trio thread but for what is said to run in a thread. Loads that were asked for are kept open for
-a moment, since the next stripe of the same object will be asked for soon.
+Everything runs in the trio thread, except methods whose docstring says that they run in a thread. An object that other
+nodes ask for is kept open for a moment, since they will soon ask for its next stripe.
 """
 
 from __future__ import annotations
@@ -35,30 +36,43 @@ from fusecache.types import ObjectId, ObjectVersion
 _log = logging.getLogger(__name__)
 
 _FETCH_KEPT_OPEN = 10.0
-"""Seconds that a load stays open after it was asked for."""
+"""Seconds that an object stays open after the last request for it."""
 
 
 class BlockService:
-    """See fusecache.peers.transport.server.Node. `sources`: identity of an origin -> name of its source."""
+    """The PeerRequestHandler of a node. `source_by_identity`: identity of an origin -> name of its source;
+    `render_metrics` makes the metrics page, in a thread; at most `streams` answers are under way at a time. Without
+    `peer_profiles` the node has no profiles for others.
+
+    A request passes these states, in the trio thread:
+
+    | State | What happens | Next |
+    |---|---|---|
+    | new | it asks for what this node neither has nor fetches, or another holder is better | refused or redirected |
+    | new | it may be answered | queued |
+    | queued | a stream is free | in progress |
+    | queued | none is free in time | refused (503) |
+    | in progress | all blocks are sent, the caller is gone, or waiting is not worth while any more | ended |
+    """
 
     def __init__(
         self,
+        *,
         get_node_info: Callable[[], NodeInfo],
         state: ExchangeState,
         fetch_service: FetchService,
         store: BlockStore,
         source_by_identity: Mapping[str, str],
-        *,
         streams: int,
         render_metrics: Callable[[], str],
         peer_profiles: PeerProfiles | None = None,
     ) -> None:
         self.responses_in_progress = 0
-        """Answers under way."""
+        """Answers under way, to be read from any thread."""
         self.queued_requests = 0
-        """Requests that wait for their turn."""
+        """Requests that wait for a stream."""
         self.refused_requests = 0
-        """Requests answered 503 since the start."""
+        """Requests that waited for a stream in vain, since the start."""
         self._get_node_info = get_node_info
         self._state = state
         self._members = state.members
@@ -75,7 +89,7 @@ class BlockService:
         self._kept_fetches: dict[ObjectId, tuple[ObjectFetch, float]] = {}
 
     async def close_idle_fetches(self) -> None:
-        """Close loads that nobody asked for lately; until cancelled, then all of them."""
+        """Keep closing objects that no node has asked for lately, until cancelled; then close all of them."""
         try:
             while True:
                 await trio.sleep(_FETCH_KEPT_OPEN / 4)
@@ -88,18 +102,18 @@ class BlockService:
             for object_fetch, _ in kept.values():
                 self._fetch_service.release_fetch(object_fetch)
 
-    # -- what a server asks
+    # -- PeerRequestHandler
 
     def node_info(self) -> NodeInfo:
-        """See Node."""
+        """This node's introduction to others."""
         return self._get_node_info()
 
     def metrics_page(self) -> str:
-        """See Node."""
+        """The page for Prometheus. Runs in a thread."""
         return self._render_metrics()
 
     def coverage(self) -> list[dict[str, Any]]:
-        """See Node."""
+        """Bytes stored here of each object. Runs in a thread; waits until the store has read its index."""
         return [
             {
                 "id": info.id,
@@ -112,7 +126,8 @@ class BlockService:
         ]
 
     def load_profile(self, name: str, caller: str, caller_has_profile: bool) -> bytes | None:
-        """See Node."""
+        """The profile stored here. If there is none and the caller has it, takes it from there. Runs in a thread; does
+        I/O."""
         if self._peer_profiles is None:
             return None
         data = self._peer_profiles.load_profile(name)
@@ -121,11 +136,12 @@ class BlockService:
         return data
 
     def count_sent(self, caller: str, nbytes: int) -> None:
-        """See Node."""
+        """Counts bytes that a node was sent. Runs in a thread."""
         self._state.traffic.count_sent(caller, nbytes)
 
     async def begin_response(self, request: BlockRequest) -> BlockResponse:
-        """See Node."""
+        """Answer with blocks that are here or will come, once a stream is free. Raises RequestError: 307 to another
+        holder, 400, 404, 409, 410, 421 (another node fetches these blocks) or 503."""
         if self._members.is_alive(request.caller):
             self._members.mark_heard(request.caller)
         if request.block_size not in (None, self._store.block_size):
@@ -139,9 +155,9 @@ class BlockService:
         object_fetch = await self._get_fetch(version, source)
         handed_over = False
         try:
-            offer = await self._prepare_response(object_fetch, request)
+            response = await self._prepare_response(object_fetch, request)
             handed_over = True
-            return offer
+            return response
         finally:
             if not handed_over:
                 await trio.to_thread.run_sync(self._fetch_service.release_fetch, object_fetch)
@@ -152,7 +168,7 @@ class BlockService:
             return self._fetch_service.open_object(version, source)
 
     async def _get_fetch(self, version: ObjectVersion, source: str) -> ObjectFetch:
-        """Opened once more."""
+        """The object, open, with one more reference for the caller to release. Raises RequestError 503."""
         kept = self._kept_fetches.get(version.id)
         if kept is not None and self._fetch_service.reopen(kept[0]):
             self._kept_fetches[version.id] = kept[0], time.monotonic()
@@ -202,19 +218,24 @@ class BlockService:
         await self._wait_for_slot(request)
         certain = functools.partial(self._arrival_certain_at, stripe, is_acting_owner)
         return _StoredBlockResponse(
-            self, self._fetch_service, object_fetch, request, certain, self._state.outgoing
+            self._fetch_service,
+            object_fetch,
+            request,
+            outgoing=self._state.outgoing,
+            arrival_certain_at=certain,
+            on_closed=self._response_closed,
         )
 
     def _arrival_certain_at(self, stripe: StripeId, is_acting_owner: bool) -> float:
         """When it was last certain that blocks of a stripe come to this node, as time.monotonic(). An acting owner is
-        always certain to fetch it, unless it asks others for it (it was sent on to one before its owner died, or stands
-        in for a slow one): they may be waiting for the very caller that is kept waiting."""
+        certain to fetch the stripe, unless it asks another node for it (it was redirected there before the owner died,
+        or stands in for a slow node): that node may be waiting for the caller."""
         if is_acting_owner and not self._state.dependencies.upstream_nodes(stripe):
             return time.monotonic()
         return self._state.dependencies.arrival_certain_at(stripe)
 
     def _redirect_request(self, request: BlockRequest, stripe: StripeId) -> None:
-        """Send the caller on to another holder, if it is that one's turn. Raises RequestError 307."""
+        """Raises RequestError 307 when another holder of the stripe is to send it to the caller."""
         if request.stored_only or not request.caller:
             return
         members = self._members.members()
@@ -252,27 +273,27 @@ class BlockService:
             raise RequestError(503, "too much to do: ask again", {"Retry-After": f"{policy.RETRY_AFTER:.0f}"})
         self.responses_in_progress += 1
 
-    def response_ended(self, object_fetch: ObjectFetch, unsent_bytes: int) -> None:
-        """An offer was closed, `unsent` bytes of it were not sent."""
-        self._state.outgoing.settle(unsent_bytes)
+    def _response_closed(self) -> None:
         self.responses_in_progress -= 1
         self._stream_slots.release()
-        self._fetch_service.release_fetch(object_fetch)
 
 
 class _StoredBlockResponse:
-    """See fusecache.peers.transport.server.Offer."""
+    """Blocks from the store as they arrive there: the BlockResponse of one request. Holds a reference to the object, a
+    stream, and the promise of the bytes not sent yet, until it is closed."""
 
     def __init__(
         self,
-        service: BlockService,
         fetch_service: FetchService,
         object_fetch: ObjectFetch,
         request: BlockRequest,
-        arrival_certain_at: Callable[[], float],
+        *,
         outgoing: OutgoingBytes,
+        arrival_certain_at: Callable[[], float],
+        on_closed: Callable[[], None],
     ) -> None:
-        """`coming` tells when it was last certain that the blocks come to us, as time.monotonic()."""
+        """Takes over the caller's reference to the object. `arrival_certain_at` tells when it was last certain that the
+        blocks come here, as time.monotonic(); `on_closed` is called once, in the trio thread."""
         stored = object_fetch.stored
         self.block_lengths: Sequence[int] = [
             block_length(block, object_fetch.version.size, stored.block_size) for block in request.blocks
@@ -281,7 +302,7 @@ class _StoredBlockResponse:
         self._outgoing = outgoing
         outgoing.promise(self._unsent_bytes)
         self.all_stored = all(stored.is_present(block) for block in request.blocks)
-        self._service = service
+        self._on_closed = on_closed
         self._fetch_service = fetch_service
         self._object_fetch = object_fetch
         self._blocks = request.blocks
@@ -289,7 +310,7 @@ class _StoredBlockResponse:
         self._handed_bytes = 0
         self._arrival_certain_at = arrival_certain_at
         self._last_ready_at = time.monotonic()
-        """When the last blocks were there."""
+        """When the last blocks were handed out, as time.monotonic()."""
         self._is_urgent = request.urgent
         self._deadline = trio.current_time() + request.deadline
         self._waiter: Waiter | None = None
@@ -298,7 +319,8 @@ class _StoredBlockResponse:
         self._is_closed = False
 
     async def next_pieces(self) -> list[Piece] | float:
-        """See Offer."""
+        """Hand out the blocks that are here, a few at a time; if there are none, wait for policy.NOTICE_EVERY at
+        most."""
         self._count_sent()
         pieces = self._present_pieces() if self._waiter is None else []
         while not pieces:
@@ -348,7 +370,7 @@ class _StoredBlockResponse:
         return self._present_pieces()
 
     def _certainty_age(self) -> float:
-        """Seconds since it was certain that there is reason to wait. Raises trio.TooSlowError when that is long ago."""
+        """Seconds since it was certain that the blocks come. Raises trio.TooSlowError when that is long ago."""
         certain = max(self._arrival_certain_at(), self._last_ready_at)
         age = time.monotonic() - certain
         if age > policy.MAX_UNCERTAIN:
@@ -356,18 +378,18 @@ class _StoredBlockResponse:
         return age
 
     async def _request_block(self, block: int, length: int) -> list[Piece]:
-        """Have a block brought; what is there already is returned."""
-        landed = self._block_arrived = trio.Event()
+        """Ask the fetch service for a block. Returns the blocks that are there already; none: a waiter is set."""
+        arrived = self._block_arrived = trio.Event()
 
-        def settled(_waiter: Waiter) -> None:
+        def on_settled(_waiter: Waiter) -> None:
             try:
-                self._trio_token.run_sync_soon(landed.set)
+                self._trio_token.run_sync_soon(arrived.set)
             except trio.RunFinishedError:
-                _log.debug("a block landed for a server that has ended")
+                _log.debug("a block arrived for a server that has ended")
 
         offset = block * self._object_fetch.stored.block_size
         waiter = self._fetch_service.request_bytes(
-            self._object_fetch, offset, length, settled, by_reader=False, urgent=self._is_urgent
+            self._object_fetch, offset, length, on_settled, by_reader=False, urgent=self._is_urgent
         )
         if waiter is None:
             pieces = self._present_pieces()
@@ -376,19 +398,21 @@ class _StoredBlockResponse:
         return []
 
     async def _read_piece(self, block: int, offset: int, length: int) -> Piece:
-        """A present block whose checksum another process has cleared."""
+        """A block that is present, but whose checksum another process has cleared."""
         data = await trio.to_thread.run_sync(
             self._fetch_service.read_bytes, self._object_fetch, offset, length
         )
         return Piece(block, await trio.to_thread.run_sync(_checksum_of, data), length, data=data)
 
     def close(self) -> None:
-        """See Offer."""
+        """Cancel the waiter and give everything back; a second call does nothing."""
         if not self._is_closed:
             self._is_closed = True
             if self._waiter is not None:
                 self._fetch_service.cancel_waiter(self._waiter)
-            self._service.response_ended(self._object_fetch, self._unsent_bytes)
+            self._outgoing.settle(self._unsent_bytes)
+            self._on_closed()
+            self._fetch_service.release_fetch(self._object_fetch)
 
 
 def _checksum_of(data: bytes) -> int:
