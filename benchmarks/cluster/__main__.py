@@ -1,8 +1,8 @@
 """The cluster benchmark: `python -m benchmarks.cluster`.
 
 Starts an S3 server and so many nodes in network namespaces with limited links, takes the measurements, prints a table
-and writes cluster.json and cluster.png below benchmarks/results. A node that reads the origin by itself takes a time that goes
-with the number of nodes, so the others get a smaller model; what is compared is time over size / bandwidth.
+and writes cluster.json and cluster.png below benchmarks/results. The time of a node that reads the origin by itself
+goes with the number of nodes, so such nodes get a smaller model; what is compared is time over size / bandwidth.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from fusecache.cli.checks import Check
 from fusecache.config.model import SourceConfig, Tuning
 from fusecache.errors import (
     AccessDeniedError,
+    ConfigError,
     FusecacheError,
     NotFoundError,
     TemporaryOriginError,
@@ -79,25 +80,21 @@ def check_credentials(name: str, source: SourceConfig, env: Mapping[str, str]) -
 
 
 def _check_aws_credentials(name: str, source: SourceConfig) -> Check:
-    import botocore.exceptions
-    import botocore.session
+    from fusecache.origin.credential_lookup import MissingProfileError, find_aws_credentials
 
     mend = (
         "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, run aws configure, give the machine an instance "
         "role, or set anonymous for a public bucket"
     )
     try:
-        session = botocore.session.Session(profile=source.profile)
-        session.set_config_variable("metadata_service_timeout", 1)
-        session.set_config_variable("metadata_service_num_attempts", 1)
-        found = session.get_credentials()
-    except botocore.exceptions.ProfileNotFound:
-        return Check(name, "fail", f"there is no AWS profile {source.profile!r}", "correct profile")
-    except botocore.exceptions.BotoCoreError as error:
-        return Check(name, "fail", f"the AWS configuration is broken ({type(error).__name__})", mend)
-    if found is None:
+        method = find_aws_credentials(source.profile)
+    except MissingProfileError as error:
+        return Check(name, "fail", str(error), "correct profile")
+    except ConfigError as error:
+        return Check(name, "fail", str(error), mend)
+    if method is None:
         return Check(name, "fail", "no AWS credentials found", mend)
-    return Check(name, "ok", f"AWS, from {found.method}")
+    return Check(name, "ok", f"AWS, from {method}")
 
 
 def _check_google_credentials(name: str, env: Mapping[str, str]) -> Check:

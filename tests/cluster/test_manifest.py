@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 from tests.support.content import content
 from tests.support.live import background, in_time, is_right
 from tests.support.mounting import failing, needs_fuse
@@ -17,6 +19,7 @@ SIZE = 6 * MIB + 4321
 GOOD, BAD = "model-00001.safetensors", "tampered.bin"
 
 
+@pytest.mark.expected_log("is not what .* says")
 def test_each_node_looks_for_itself(start_cluster: Callable[..., Nodes], shared_bucket: S3Bucket) -> None:
     for key in (GOOD, BAD):
         shared_bucket.put(f"attested/{key}", content(key, 1, 0, SIZE))

@@ -153,6 +153,7 @@ def test_a_load_that_reads_other_tensors_gets_them_and_is_recorded_instead(
         assert orders(mount)["stored"] == 1
 
 
+@pytest.mark.expected_log("is passed over: damaged")
 def test_a_recording_that_is_damaged_is_passed_over(model: S3Bucket, tmp_path: Path) -> None:
     env = s3_environment(model.server)
     with mounted(model.url, tmp_path, env=env, **OPTIONS) as mount:

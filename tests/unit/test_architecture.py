@@ -64,14 +64,9 @@ IMPURE_STANDARD = {"asyncio", "http", "selectors", "socket", "socketserver", "ss
 STORAGE_LIBRARIES = {"aiobotocore", "botocore", "fsspec", "gcsfs", "obstore", "s3fs"}
 
 KNOWN_ARROWS: set[str] = set()
-KNOWN_CIRCLES = {
-    "fusecache.peers.exchange.block_source <-> fusecache.peers.exchange.transfer_monitor",
-}
+KNOWN_CIRCLES: set[str] = set()
 KNOWN_REACH: set[str] = set()
-KNOWN_STORAGE = {
-    "fusecache.cli.checks_source -> botocore.exceptions",
-    "fusecache.cli.checks_source -> botocore.session",
-}
+KNOWN_STORAGE: set[str] = set()
 
 
 def top(name: str) -> str:

@@ -17,16 +17,12 @@ from tests.support.known import assert_counts_known
 FOLDERS = ("fusecache", "mount", "tests", "benchmarks", "scripts")
 _HEADLESS = re.compile(r"(?:^|[.:;] )(?:Who|Whoever|What|Whatever)\b(?![^.?!]*\?)")
 
-KNOWN_REFERENCES = {
-    "fusecache/peers/exchange/block_service.py": 10,
-}
+KNOWN_REFERENCES: dict[str, int] = {}
 KNOWN_HEADLESS = {
-    "fusecache/peers/exchange/block_service.py": 1,
-    "fusecache/prefetch/profiles/recorder.py": 2,
     "fusecache/store/attestation.py": 1,
     "fusecache/store/context.py": 1,
-    "fusecache/store/disk/files.py": 2,
-    "fusecache/store/disk/format.py": 3,
+    "fusecache/store/disk/files.py": 1,
+    "fusecache/store/disk/format.py": 2,
     "fusecache/store/disk/ledger.py": 1,
     "fusecache/store/info.py": 1,
     "fusecache/store/interface.py": 1,
