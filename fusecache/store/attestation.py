@@ -23,7 +23,7 @@ class AttestationPolicy:
     is_exempt: Callable[[ObjectVersion], bool]
 
     def judge(self, version: ObjectVersion, record: AttestationRecord) -> tuple[bool, bytes | None]:
-        """What the record in an object's header means: whether the object is unattested, and the sha256 for which it
+        """The meaning of the record in an object's header: whether it is unattested, and the sha256 for which it
         is in quarantine, if it is."""
         if self.is_exempt(version):
             return False, None

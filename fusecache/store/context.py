@@ -1,4 +1,4 @@
-"""What all open objects of one store share."""
+"""The parts of a store that all its open objects share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the store tells about itself: plain data."""
+"""Plain data that the store tells about itself."""
 
 from __future__ import annotations
 

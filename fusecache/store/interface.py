@@ -1,4 +1,4 @@
-"""What the rest of the program asks of a store, wherever it keeps its objects."""
+"""The interface of a store to the rest of the program, wherever it keeps its objects."""
 
 from __future__ import annotations
 

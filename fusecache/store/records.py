@@ -1,4 +1,4 @@
-"""What a process knows of all objects in the store, and in which order it would evict them. Thread-safe, no I/O.
+"""Records of all objects in the store, as one process knows them, in the order of their eviction. Thread-safe, no I/O.
 
 The files are the truth. The table is what the index said at the start, corrected by the background scan and by what
 this process does itself.

@@ -32,7 +32,7 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 
 @dataclass(frozen=True)
 class BlocksFileSummary:
-    """What a .blocks file says, without opening the .data file. `present_bytes` are the object's own bytes,
+    """The summary of a .blocks file, without opening the .data file. `present_bytes` are the object's own bytes,
     `stored_bytes` what the ledger counts for them, file overhead included."""
 
     version: ObjectVersion

@@ -82,7 +82,7 @@ class BlocksFileHeader:
 
 
 class AttestationState(enum.IntEnum):
-    """What is known of an object's bytes as a whole; a block's checksum says nothing of where they come from."""
+    """The outcome of inspecting an object as a whole; a block's checksum says nothing of where they come from."""
 
     NONE = 0
     ATTESTED = 1
@@ -139,7 +139,7 @@ class BlocksFileState:
 
 @dataclass(frozen=True)
 class LedgerSlot:
-    """What one process did to the directory, in bytes: committed and evicted since the ledger began (they outlive the
+    """Sums of one process for the directory, in bytes: committed and evicted since the ledger began (they outlive the
     process), reserved now, and `pending`: the part of committed whose checksums may not be set yet (both are void as
     soon as no process holds the slot's lock). `pid` is for people, and 0 in a slot that was never used."""
 

@@ -206,7 +206,7 @@ class Ledger:
         """Correct the sums by what a walk over all files has counted, in bytes; returns the change. None: the walk was
         given up, and corrects nothing. The caller holds the directory's lock, unless it was given up.
 
-        Others commit and evict during the walk, and it may or may not have seen each of these. What was
+        Others commit and evict during the walk, and it may or may not have seen each of these. The bytes that was
         stored at the end is therefore at least `counted` - evicted since, and at most `counted` + committed
         since + what was pending at the start: the sums are moved into these bounds, which meet when the
         directory was quiet.
