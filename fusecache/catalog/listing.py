@@ -69,6 +69,8 @@ class Listing:
         self._failure_count = 0
         self._retry_at = -math.inf
         self._logged_reasons: set[SkipReason] = set()
+        self._is_known_empty = False
+        """Whether the last LIST that was answered found no object, which the log says."""
 
     # -- age
 
@@ -158,6 +160,7 @@ class Listing:
             self.has_listing, self.last_error, self._listed_at = True, None, began
             self._failure_count, self._retry_at = 0, -math.inf
             self._log_skipped_keys(after)
+            self._log_if_empty(not versions)
         except FusecacheError as error:
             request.error = error
         except Exception as error:
@@ -197,6 +200,16 @@ class Listing:
                     reason.value,
                     example,
                 )
+
+    def _log_if_empty(self, is_empty: bool) -> None:
+        """Warn when a LIST finds nothing, after one that found something or as the first."""
+        if is_empty and not self._is_known_empty:
+            _log.warning(
+                "%s: no object is there, its directory is empty: check the bucket and the prefix, which is a folder "
+                "and not one object",
+                self.source.identity,
+            )
+        self._is_known_empty = is_empty
 
     # -- the saved listing
 

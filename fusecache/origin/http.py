@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import logging
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 from fsspec.implementations.http import HTTPFileSystem
 from yarl import URL
@@ -27,6 +28,7 @@ from fusecache.origin.aiohttp_bodies import (
 )
 from fusecache.origin.any_fsspec import identity_from_url
 from fusecache.origin.errors_from_answers import ErrorTranslator, error_from_status
+from fusecache.origin.http_index import find_keys_below
 from fusecache.origin.interface import ListPage, OriginBackend
 from fusecache.origin.stored_form import ASK_STORED_FORM
 from fusecache.types import ObjectVersion
@@ -34,8 +36,10 @@ from fusecache.types import ObjectVersion
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-_MAX_HEAD_REQUESTS = 16
-"""HEAD requests in flight during a listing: index pages tell neither size nor version."""
+_log = logging.getLogger(__name__)
+
+_MAX_LISTING_REQUESTS = 16
+"""Requests in flight during a listing: index pages tell neither size nor version, so that each object is asked for."""
 
 
 class HttpBackend(OriginBackend):
@@ -47,32 +51,50 @@ class HttpBackend(OriginBackend):
         self._tuning = tuning
         self.identity = identity_from_url(config.url)
         self._root_url = config.url.rstrip("/")
+        self._logged_keys: frozenset[str] = frozenset()
+        """Keys that the last listing left out, and told of."""
         self._fs = HTTPFileSystem(
             skip_instance_cache=True, use_listings_cache=False, encoded=True, **config.storage_options
         )
 
     def list_page(self, token: str | None, timeout: float) -> ListPage:
-        """All objects in one page, with a HEAD request for each."""
+        """All objects in one page, with a GET request for each folder's index and a HEAD request for each object.
 
-        async def everything() -> list[ObjectVersion]:
-            session = await self._fs.set_session()
-            async with session.get(
-                URL(self._root_url + "/", encoded=True),
-                timeout=client_timeout(self._tuning.connect_timeout, timeout),
-            ) as answer:
-                if answer.status >= 300:
-                    raise error_from_status(self.identity, answer.status)
-            found = await self._fs._find(self._root_url + "/", withdirs=False)
-            slots = asyncio.Semaphore(_MAX_HEAD_REQUESTS)
-
-            async def one(url: str) -> ObjectVersion:
-                async with slots:
-                    return await self._stat_object(unquote(url[len(self._root_url) + 1 :]), timeout)
-
-            return list(await asyncio.gather(*map(one, found)))
-
+        A link that leads nowhere, or to what may not be read, is left out with a warning. Raises the first of these
+        refusals when no object is left.
+        """
+        walk = _IndexWalk(self, timeout)
         with _http_errors(self.identity):
-            return ListPage(call_on_loop(self._fs.loop, everything, timeout=self._tuning.deadline))
+            versions = call_on_loop(self._fs.loop, walk.list_folder, "", timeout=self._tuning.deadline)
+        left_out = walk.left_out
+        if left_out and not versions:
+            raise next(iter(left_out.values()))
+        if left_out.keys() - self._logged_keys:
+            _log.warning(
+                "%s: %d links of its index pages are left out, like this one: %s",
+                self.identity,
+                len(left_out),
+                left_out[min(left_out)],
+            )
+        self._logged_keys = frozenset(left_out)
+        return ListPage(versions)
+
+    async def _fetch_links(self, key: str, timeout: float) -> list[str]:
+        """The keys that the index page of a folder links to; none if it is no HTML. Runs on the loop."""
+        where = self.object_url(key)
+        session = await self._fs.set_session()
+        async with session.get(
+            self._request_url(key),
+            timeout=client_timeout(self._tuning.connect_timeout, timeout),
+            **self._fs.kwargs,
+        ) as answer:
+            if answer.status >= 300:
+                raise error_from_status(where, answer.status, "", answer.headers.get("Retry-After"))
+            kind = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+            if kind not in ("", "text/html", "application/xhtml+xml"):
+                return []
+            page = str(self._request_url(key))
+            return find_keys_below(page, await answer.text(errors="replace"), self._root_url + "/")
 
     def stat_object(self, key: str, timeout: float) -> ObjectVersion:
         """Make one HEAD request."""
@@ -135,6 +157,41 @@ class HttpBackend(OriginBackend):
 
     def _request_url(self, key: str) -> URL:
         return URL(f"{self._root_url}/{quote(key)}", encoded=True)
+
+
+class _IndexWalk:
+    """One walk through the index pages of a backend, on the loop of its session."""
+
+    def __init__(self, backend: HttpBackend, timeout: float) -> None:
+        self.left_out: dict[str, OriginError] = {}
+        """The keys of the links that can't be read, and why."""
+        self._backend = backend
+        self._timeout = timeout
+        self._slots = asyncio.Semaphore(_MAX_LISTING_REQUESTS)
+        self._seen_keys: set[str] = set()
+
+    async def list_folder(self, folder: str) -> list[ObjectVersion]:
+        """All objects below a folder, whose key ends with a slash or is empty. Raises OriginError when its page can't
+        be read, or a temporary error when anything below it fails in a way that may pass."""
+        async with self._slots:
+            keys = await self._backend._fetch_links(folder, self._timeout)
+        fresh = [key for key in keys if key not in self._seen_keys]
+        self._seen_keys.update(fresh)
+        return [version for found in await asyncio.gather(*map(self._follow, fresh)) for version in found]
+
+    async def _follow(self, key: str) -> list[ObjectVersion]:
+        errors = _http_errors(self._backend.object_url(key))
+        try:
+            with errors:
+                if key.endswith("/"):
+                    return await self.list_folder(key)
+                async with self._slots:
+                    return [await self._backend._stat_object(key, self._timeout)]
+        except OriginError as error:
+            if error.is_temporary:
+                raise
+            self.left_out[key] = error
+            return []
 
 
 def _http_errors(where: str) -> ErrorTranslator:

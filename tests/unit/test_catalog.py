@@ -519,6 +519,21 @@ async def test_a_listing_that_can_not_be_saved_is_served_all_the_same(
     assert paths(catalog) == ["a"]
 
 
+async def test_a_source_without_an_object_is_reported_whenever_it_becomes_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    objects = Objects()
+    with caplog.at_level(logging.WARNING):
+        catalog, _ = await started(objects)
+        await catalog.listings.refresh()
+        assert caplog.text.count("no object is there") == 1
+        objects.put("a")
+        await catalog.listings.refresh()
+        objects.delete("a")
+        await catalog.listings.refresh()
+        assert caplog.text.count("no object is there") == 2
+
+
 async def test_odd_keys_are_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     objects = Objects()
     for key in ("a", "a/b", "x//1", "x//2"):
