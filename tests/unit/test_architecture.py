@@ -122,6 +122,9 @@ def test_every_room_of_the_table_exists() -> None:
     assert len(names) == len(set(names)), "a module in two rooms"
     missing = {name for _, arrows in table() for name in arrows} - set(names)
     assert not missing, f"arrows to what is no room: {missing}"
+    homes = {row_of(module) for module in MODULES}
+    empty = [room(row) for row in range(len(table())) if row not in homes]
+    assert not empty, f"rooms without modules: {empty}"
 
 
 def test_the_table_has_no_circle() -> None:
