@@ -93,7 +93,8 @@ class PeerProfiles:
             elif data is not None:
                 self._profile_files.save_profile(name, data)
         except PeerError as error:
-            _log.warning("the profile that node %s offers is passed over: %s", node, error)
+            # A node that offers a profile and ends is nothing to act on: the profile comes with the next load.
+            _log.info("the profile that node %s offers is not to be had: %s", node, error)
         finally:
             self._fetch_slots.release()
 
