@@ -8,6 +8,7 @@ waits for are handed over from memory, and the reader notices nothing.
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Protocol
 
@@ -142,7 +143,7 @@ def fetch_blocks(
         return left
 
 
-class _FlightSink:
+class _FlightSink(ABC):
     """The block sink of one flight: counts and hashes the bytes of the open block, and reports each block that arrived.
 
     State: `_block` is the block that is open or due, and grows when a block ends well; `_filled_bytes` of it were
@@ -190,16 +191,17 @@ class _FlightSink:
         self._digest.reset()
         self._filled_bytes = 0
 
+    @abstractmethod
     def close(self) -> None:
         """The flight is over: give back what was reserved and not used."""
 
+    @abstractmethod
     def _keep_bytes(self, offset: int, view: memoryview) -> None:
         """Keep bytes that begin at this offset of the open block."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _finish_block(self, block: int, length: int, checksum: int) -> bytes | None:
         """All bytes of the block were kept; returns them unless the store has them now."""
-        raise NotImplementedError
 
 
 class _MemorySink(_FlightSink):
@@ -208,6 +210,9 @@ class _MemorySink(_FlightSink):
     def __init__(self, object_fetch: ObjectFetch, first_block: int, listener: FlightListener) -> None:
         super().__init__(object_fetch, first_block, listener)
         self._block_bytes = bytearray()
+
+    def close(self) -> None:
+        """Nothing was reserved."""
 
     def restart_block(self) -> None:
         """Forget the bytes of the open block, which are in memory only."""
