@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from fusecache.types import ObjectVersion
 from fusecache_mount.fs.journal import OpenFileJournal
 
@@ -32,6 +34,25 @@ def test_open_files_are_inherited(tmp_path: Path) -> None:
     assert set(third.inherited_opens) == {2}
     for journal in (first, second, third):
         journal.close(remove=False)
+
+
+@pytest.mark.parametrize("is_compacted", [False, True])
+def test_the_newest_backing_counts_while_a_release_is_still_to_be_recorded(
+    tmp_path: Path, is_compacted: bool
+) -> None:
+    path = tmp_path / "open"
+    journal = OpenFileJournal(path, discard_existing=True)
+    journal.record_open(1, FILE, "src", 5)
+    journal.record_open(1, FILE, "src", 6)  # the open of backing 5 was closed, and its release is queued
+    journals = [journal]
+    if is_compacted:
+        journals.append(OpenFileJournal(path, discard_existing=False))  # writes the file anew
+    journals[-1].record_release(1)
+    journals.append(OpenFileJournal(path, discard_existing=False))
+    record = journals[-1].inherited_opens[1]
+    assert (record.backing_id, record.open_count) == (6, 1)
+    for one in journals:
+        one.close(remove=False)
 
 
 def test_torn_and_foreign_lines_are_skipped(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@ directory (a tmpfs). No fsync: it has to outlive the daemon, not the machine, an
 
 A line is {"o": nodeid, "v": version, "s": source, "b": backing id} for an open and {"r": nodeid} for a release.
 Torn or foreign lines are skipped. Thread-safe.
+
+An open is recorded before it is answered, a release some time after it. So a nodeid that is closed and opened again
+may be recorded as open twice, first with a backing that is gone: what the newest open says counts for all of them.
 """
 
 from __future__ import annotations
@@ -74,8 +77,7 @@ class OpenFileJournal:
     def record_open(self, nodeid: int, version: ObjectVersion, source: str, backing_id: int) -> None:
         """One more open of this nodeid."""
         with self._lock:
-            record = self._records.setdefault(nodeid, OpenRecord(version, source, backing_id, 0))
-            record.open_count += 1
+            _count_open(self._records, nodeid, version, source, backing_id)
             self._append_line_locked(_format_open(nodeid, version, source, backing_id))
 
     def record_release(self, nodeid: int) -> None:
@@ -99,6 +101,15 @@ class OpenFileJournal:
                     self._path.unlink()
 
 
+def _count_open(
+    records: dict[int, OpenRecord], nodeid: int, version: ObjectVersion, source: str, backing_id: int
+) -> None:
+    """One more open of this nodeid, as the version and with the backing that this open has."""
+    earlier = records.get(nodeid)
+    opens = 0 if earlier is None else earlier.open_count
+    records[nodeid] = OpenRecord(version, source, backing_id, opens + 1)
+
+
 def _format_open(nodeid: int, version: ObjectVersion, source: str, backing_id: int) -> bytes:
     fields = {key: value for key, value in asdict(version).items() if key != "id"}
     return json.dumps({"o": nodeid, "v": fields, "s": source, "b": backing_id}).encode() + b"\n"
@@ -120,8 +131,7 @@ def _read_records(path: Path) -> dict[int, OpenRecord]:
                     del records[int(found["r"])]
             else:
                 version = ObjectVersion(**found["v"])
-                fresh = OpenRecord(version, str(found["s"]), int(found["b"]), 0)
-                records.setdefault(int(found["o"]), fresh).open_count += 1
+                _count_open(records, int(found["o"]), version, str(found["s"]), int(found["b"]))
         except (ValueError, KeyError, TypeError):
             continue
     return records
