@@ -263,6 +263,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 signal.signal(signal.SIGALRM, lambda *_: None)
 signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)  # again and again: the first may come before the open
 got = libc.open(os.fsencode(sys.argv[1]), os.O_RDONLY)
+signal.setitimer(signal.ITIMER_REAL, 0)  # at its exit Python gives signals their default action: death
 print(got, errno.errorcode.get(ctypes.get_errno()))
 """
 
