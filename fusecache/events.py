@@ -59,7 +59,5 @@ class EventHub:
     """The origin does not have this version any more."""
     names_changed: Event[[ChangedNames]] = field(default_factory=Event)
     """A listing differs from the one before."""
-    coverage_changed: Event[[]] = field(default_factory=Event)
-    """Another answer to the question which node has how much of which object."""
     members_changed: Event[[]] = field(default_factory=Event)
     """A node joined, left, or changed its state."""

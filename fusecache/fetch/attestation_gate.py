@@ -66,11 +66,6 @@ class AttestationGate:
             object_fetch.inspection.begin()
             self._queue.put(object_fetch)
 
-    def request_inspection(self, object_fetch: ObjectFetch) -> None:
-        """The same, without the lock."""
-        with self._lock:
-            self.request_inspection_locked(object_fetch)
-
     def inspection_ended(
         self, object_fetch: ObjectFetch, is_finished: bool, error: FusecacheError | None = None
     ) -> None:

@@ -15,7 +15,7 @@ from fusecache.fetch.ordered_runs import OrderedRuns
 from fusecache.prefetch.models.tensor_formats import TensorLayout
 from fusecache.prefetch.profiles.access_profile import MAX_FILES, AccessProfile, id_of_model
 from fusecache.prefetch.profiles.recorder import ProfileRecorder, readahead_slack
-from fusecache.types import ObjectId, ObjectVersion
+from fusecache.types import ObjectVersion
 
 MIN_MODEL_BLOCKS = 64
 """Blocks of a model below which its order does not matter: an adapter, say, is there in a moment."""
@@ -88,7 +88,6 @@ class ModelShards:
     def __post_init__(self) -> None:
         self.id = id_of_model(self.versions)
         self.block_counts = tuple(block_count(version.size, self.block_size) for version in self.versions)
-        self._numbers = {version.id: number for number, version in enumerate(self.versions)}
 
     @property
     def readahead_slack(self) -> int:
@@ -99,10 +98,6 @@ class ModelShards:
     def is_learning(self) -> bool:
         """Whether there is no profile yet, and reads are recorded to make one."""
         return self.learns_order and self.profile is None
-
-    def number_of(self, object_id: ObjectId) -> int:
-        """The number of this file in a profile. Raises KeyError."""
-        return self._numbers[object_id]
 
     def prefetch_mask_of(self, file: int) -> bytearray | None:
         """The blocks of a file that the profile names; None: it names all, or is not followed in this session."""
